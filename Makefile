@@ -1,0 +1,38 @@
+# The two commands: `make demo` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := runs/demo
+
+.PHONY: demo test test-slow teachers benchmarks results clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/comad distill --run.out $(RUN)
+
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pyright
+	$(VENV)/bin/python -m pytest --jaxtyping-packages=comad,beartype.beartype
+	$(VENV)/bin/python -m pytest -m unchecked
+
+test-slow: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m slow
+
+teachers: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/teachers.py
+
+benchmarks: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/throughput.py
+
+results: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/results.py
+
+clean:
+	rm -rf $(VENV) dist build

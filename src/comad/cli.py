@@ -1,0 +1,146 @@
+"""The command line. Add a verb: a function, an entry in `VERBS`. Heavy imports wait until a verb is known."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 1 for an error told in one line, 130 after an interruption."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    if arguments[0] == "--version":
+        from comad import __version__
+
+        _print(__version__)
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, list(VERBS), n=1)
+        return _fail(
+            f"no verb {verb!r}" + (f"; did you mean {near[0]!r}?" if near else f"; verbs: {', '.join(VERBS)}.")
+        )
+    from comad.runtime.train import Interrupted, TrainingError
+
+    try:
+        VERBS[verb][1](rest)
+    except (ValueError, TrainingError) as error:
+        return _fail(str(error))
+    except Interrupted:
+        return 130
+    return 0
+
+
+def distill_command(arguments: list[str]) -> None:
+    """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
+    from comad import presets
+    from comad.distill.config import DistillConfig
+    from comad.distill.run import distill
+
+    preset, recipe_file, rest = _take(arguments, "--preset"), _take(arguments, "--recipe"), arguments
+    own_data = _peek(rest, "--data") not in (None, "stamps")
+    default = presets.recipe(preset or "comad", demo=not own_data)
+    if recipe_file:
+        default = _read(DistillConfig, recipe_file)
+        if preset:
+            default = replace(default, method=presets.METHODS[preset], preset=preset)
+    extra = (
+        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
+    )
+    distill(_parse(DistillConfig, default, rest, "comad distill", f"{distill_command.__doc__} {extra}"))
+
+
+def pretrain_command(arguments: list[str]) -> None:
+    """Train a teacher from scratch: comad pretrain mae|mocov3|ibot."""
+    from comad.pretrain.config import METHODS, PretrainConfig, recipe
+    from comad.pretrain.run import pretrain
+
+    method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if method is None and not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
+    recipe_file = _take(arguments, "--recipe")
+    default = _read(PretrainConfig, recipe_file) if recipe_file else recipe(method or "mae")
+    folder = pretrain(_parse(PretrainConfig, default, arguments, "comad pretrain", pretrain_command.__doc__))
+    _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER."""
+    from comad.evaluate.command import EvaluateConfig, evaluate
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--backbone", *arguments]
+    _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
+
+
+VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
+    "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
+    "evaluate": ("score any backbone by kNN and a linear probe", evaluate_command),
+}
+
+
+def _parse(kind: type, default: Any, arguments: list[str], program: str, description: str | None) -> Any:
+    import tyro
+
+    given = {} if default is None else {"default": default}
+    return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=arguments, prog=program, description=description, **given)
+
+
+def _read(kind: type, path: str) -> Any:
+    from comad.runtime.recipe import read_recipe
+
+    return read_recipe(kind, Path(path))
+
+
+def _peek(arguments: list[str], flag: str) -> str | None:
+    """The value of a flag, given as ``--flag value`` or ``--flag=value``."""
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Like `_peek`, and removes the flag and its value."""
+    value = _peek(arguments, flag)
+    if value is not None:
+        if flag in arguments:
+            position = arguments.index(flag)
+            del arguments[position : position + 2]
+        else:
+            arguments.remove(f"{flag}={value}")
+    return value
+
+
+def _print_help() -> None:
+    lines = [f"  {verb:10} {text}" for verb, (text, _) in VERBS.items()]
+    _print(
+        "\n".join(
+            ["Distil several frozen self-supervised vision teachers into one compact student.", "", USAGE, "", *lines]
+        )
+    )
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"comad: {' '.join(message.split())}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Sets of labelled or unlabelled images: what every command reads. Own folders here, the bundled set in `bundled`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SPLIT_NAMES = ("train", "val", "test")
+
+
+class UnreadableImageError(Exception):
+    """One file could not be decoded; the message names it. Training goes on without it."""
+
+
+class ImageSet(ABC):
+    """One split of a set of images.
+
+    Attributes:
+        name: for messages and cards.
+        labels: label set name ("fine", "coarse") → int64 (n,), -1 where unlabelled; empty without labels.
+        groups: int64 (n,), images of one concept share a number: the unit of the bootstrap.
+        eval_crop: share of the shorter side that an evaluation view shows.
+    """
+
+    name: str
+    labels: dict[str, Tensor]
+    groups: Tensor
+    eval_crop: float = 0.875
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int, min_side: int = 0) -> Tensor:
+        """Decode one image to uint8 (3, h, w), or (4, h, w) with alpha and premultiplied colours.
+
+        Args:
+            index: which image.
+            min_side: a decoder that can shrink while it decodes keeps the shorter side at least this long; 0: no shrink.
+
+        Raises:
+            UnreadableImageError: the file is missing, truncated or not an image.
+        """
+
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """Name one image in a message."""
+
+
+class Splits(NamedTuple):
+    """The three parts of a set: students learn from ``train``, choices are made on ``val``, scores come from ``test``."""
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    class_names: dict[str, tuple[str, ...]]
+    licence: str
+
+
+class FolderImages(ImageSet):
+    """Image files below a folder. ``classes``: label of each file, or None."""
+
+    def __init__(self, name: str, root: Path, files: Sequence[str], classes: Sequence[int] | None):
+        self.name = name
+        self.root = root
+        self.files = np.array(files, dtype=np.str_)  # one block of memory, cheap to share with worker processes
+        self.labels = {} if classes is None else {"fine": torch.tensor(classes, dtype=torch.int64)}
+        self.groups = torch.arange(len(files))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> str:
+        return str(self.root / str(self.files[index]))
+
+    def load(self, index: int, min_side: int = 0) -> Tensor:
+        try:
+            with Image.open(self.path(index)) as image:
+                if min_side:
+                    image.draft(
+                        "RGB", (min_side, min_side)
+                    )  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(f"{self.path(index)}: {error}") from error
+
+
+def load_images(data: str) -> Splits:
+    """Open the bundled set by its name (``stamps``) or a folder of images by its path.
+
+    A folder may hold ``train``, ``val`` and ``test`` sub-folders; without them images are split by a hash of their
+    path, so that the split stays the same when files are added. Labels are the names of the sub-folders, if any.
+
+    Raises:
+        ValueError: no such folder, or no image in it.
+    """
+    from comad.data.bundled import BUNDLED
+
+    if data in BUNDLED:
+        return BUNDLED[data]()
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"no folder {data!r}; pass --data FOLDER with images, or one of: {', '.join(BUNDLED)}.")
+    files = index_folder(root)
+    if not files:
+        raise ValueError(f"no images below {data!r}; expected files ending in {', '.join(EXTENSIONS)}.")
+    return _split_folder(root, files)
+
+
+def index_folder(root: Path) -> list[str]:
+    """List the image files below a folder as sorted relative paths; the list is cached until a folder changes.
+
+    The cache holds each directory's modification time, so that a changed tree is read anew.
+    """
+    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"index-{key}.json"
+    if cache.is_file():
+        stored = json.loads(cache.read_text())
+        if all(os.path.isdir(root / d) and os.stat(root / d).st_mtime_ns == t for d, t in stored["folders"].items()):
+            return stored["files"]
+    files, folders = [], {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = os.path.relpath(folder, root)
+        folders[relative] = os.stat(folder).st_mtime_ns
+        prefix = "" if relative == "." else f"{relative}/"
+        files += [prefix + name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    files.sort()
+    if os.access(cache.parent, os.W_OK) or not cache.parent.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"folders": folders, "files": files}))
+        temporary.replace(cache)
+    return files
+
+
+def _split_folder(root: Path, files: list[str]) -> Splits:
+    named = {part: [f for f in files if f.startswith(f"{part}/")] for part in SPLIT_NAMES}
+    has_splits = bool(named["train"]) and bool(named["val"] or named["test"])
+    depth = 1 if has_splits else 0
+    labelled = (
+        all(file.count("/") > depth for part in named.values() for file in part)
+        if has_splits
+        else (all("/" in file for file in files))
+    )
+    parts = _named_parts(named) if has_splits else _hashed_parts(files, labelled)
+    names = sorted({file.split("/")[depth] for part in parts for file in part}) if labelled else []
+    number = {name: i for i, name in enumerate(names)}
+
+    def build(part: str, listed: list[str]) -> FolderImages:
+        classes = [number[file.split("/")[depth]] for file in listed] if labelled else None
+        return FolderImages(f"{root.name}/{part}", root, listed, classes)
+
+    train, val, test = (build(part, listed) for part, listed in zip(SPLIT_NAMES, parts, strict=True))
+    return Splits(train, val, test, {"fine": tuple(names)} if labelled else {}, "your own")
+
+
+def _named_parts(named: dict[str, list[str]]) -> list[list[str]]:
+    """Use the folder's own splits; the one that is missing is a hashed tenth of ``train`` (val) or all of ``val`` (test)."""
+    train, val, test = (named[part] for part in SPLIT_NAMES)
+    if not test:
+        val, test = [], val
+    if not val:
+        val = [file for file in train if _bucket(file) < 0.1]
+        train = [file for file in train if _bucket(file) >= 0.1]
+    return [train, val, test]
+
+
+def _hashed_parts(files: list[str], labelled: bool) -> list[list[str]]:
+    val, test = (0.1, 0.2) if labelled else (0.05, 0.05)
+    buckets = [(file, _bucket(file)) for file in files]
+    return [
+        [file for file, bucket in buckets if bucket >= test],
+        [file for file, bucket in buckets if bucket < val],
+        [file for file, bucket in buckets if val <= bucket < test],
+    ]
+
+
+def _bucket(file: str) -> float:
+    return int.from_bytes(hashlib.blake2b(file.encode(), digest_size=4).digest(), "big") / 2**32
+
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -1,0 +1,149 @@
+"""Batches of views in an order that depends on the seed alone: not on workers, processes or interruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from comad.data.images import ImageSet, UnreadableImageError
+from comad.data.transforms import evaluation_view
+
+MAX_UNREADABLE_RUN = 100
+"""So many unreadable files in a row mean that something else is wrong."""
+
+
+class Sample(NamedTuple):
+    """Views of one image, and the random numbers that belong to them."""
+
+    views: tuple[Tensor, ...]
+    noise: Tensor
+
+
+class Batch(NamedTuple):
+    """Collated samples.
+
+    Attributes:
+        views: uint8 (B, 3, H, W) each.
+        noise: float32 (B, ...), uniform in [0, 1): masks are drawn from it, so that they belong to the sample.
+        index: int64 (B,), which image was asked for.
+        view: int64 (B,), the number of the sample's view: the epoch, or the epoch modulo the fixed views.
+        readable: bool (B,), False where the file was unreadable and the next readable one stands in.
+    """
+
+    views: tuple[Tensor, ...]
+    noise: Tensor
+    index: Tensor
+    view: Tensor
+    readable: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How training images are read.
+
+    Args:
+        workers: processes that decode and augment; 0 does it in the training process.
+        fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
+    """
+
+    workers: int = 2
+    fixed_views: int = 0
+
+
+class ViewDataset(Dataset[Batch]):
+    """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
+
+    def __init__(self, images: ImageSet, make: Callable[[Tensor], Sample], seed: int, min_side: int):
+        self.images = images
+        self.make = make
+        self.seed = seed
+        self.min_side = min_side
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        view, index = key
+        image, readable = self._load(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
+            sample = self.make(image)
+        return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
+
+    def _load(self, index: int) -> tuple[Tensor, bool]:
+        for step in range(min(MAX_UNREADABLE_RUN, len(self.images))):
+            try:
+                return self.images.load((index + step) % len(self.images), self.min_side), step == 0
+            except UnreadableImageError:
+                continue
+        raise ValueError(
+            f"{MAX_UNREADABLE_RUN} files in a row are unreadable, from {self.images.path(index)} on; check the disk."
+        )
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (view number, image) from ``start`` to ``stop``; every epoch is a permutation drawn from the seed."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, span: tuple[int, int], fixed_views: int = 0):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start, self.stop = span
+        self.fixed_views = fixed_views
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self.num_images // self.batch_size
+        epoch, order = -1, []
+        for number in range(self.start, self.stop):
+            if number // per_epoch != epoch:
+                epoch = number // per_epoch
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(self.num_images, generator=generator).tolist()
+            first = (number % per_epoch) * self.batch_size
+            view = epoch % self.fixed_views if self.fixed_views else epoch
+            yield [(view, index) for index in order[first : first + self.batch_size]]
+
+
+def training_batches(dataset: ViewDataset, batches: Sampler, config: LoaderConfig) -> DataLoader:
+    """Load the named batches in order, ahead of the training process."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        generator=torch.Generator(),  # else the loader draws its seed from the training's generator
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _EvaluationDataset(Dataset[Tensor]):
+    def __init__(self, images: ImageSet, image_size: int, indices: Tensor):
+        self.images = images
+        self.image_size = image_size
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Tensor:
+        crop = self.images.eval_crop
+        try:
+            image = self.images.load(int(self.indices[position]), round(self.image_size / crop))
+        except UnreadableImageError:
+            return torch.full((3, self.image_size, self.image_size), 255, dtype=torch.uint8)
+        return evaluation_view(image, self.image_size, crop)
+
+
+def evaluation_batches(
+    images: ImageSet, image_size: int, batch_size: int = 256, indices: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1]. An unreadable file is a white picture."""
+    dataset = _EvaluationDataset(images, image_size, torch.arange(len(images)) if indices is None else indices)
+    workers = 2 if len(dataset) > 2048 else 0
+    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
+        yield batch.float().div_(255)

@@ -1,0 +1,90 @@
+"""The end of a run: scores of everyone on one board, and the student as a folder to take away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+
+from comad.data.images import Splits
+from comad.distill.config import DistillConfig
+from comad.evaluate.scoreboard import Score, Scoreboard, score
+from comad.export.package import ModelCard, export_backbone, snippet
+from comad.models.teachers import Teacher, licence_notice
+from comad.models.timm_backbone import TimmBackbone
+
+
+class Result(NamedTuple):
+    """What a run leaves behind."""
+
+    folder: Path
+    student: Path
+    scores: tuple[Score, ...]
+    scoreboard: Scoreboard
+
+
+def finish(
+    config: DistillConfig,
+    splits: Splits,
+    teachers: Sequence[Teacher],
+    students: tuple[TimmBackbone, TimmBackbone],
+    out: Path,
+    fabric: Fabric,
+) -> Result:
+    """Score everything on the test part, write scoreboard and export, and say how to use the student."""
+    untrained, trained = students
+    scores = score_all(config, splits, teachers, untrained, trained.to(fabric.device))
+    board = Scoreboard(tuple(part.row for part in scores))
+    board.write(out / "scoreboard.json")
+    fabric.print(board.table())
+    folder = export_backbone(
+        trained,
+        out / "student",
+        model_args=config.student.arguments,
+        card=_card(config, splits, teachers, board),
+    )
+    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    return Result(out, folder, scores, board)
+
+
+def score_all(
+    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], untrained: TimmBackbone, trained: TimmBackbone
+) -> tuple[Score, ...]:
+    """Rows: pixels, every teacher, the student untrained, at its start, and trained."""
+    size = config.student.image_size
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+    sizes = [teacher.backbone.grid[0] * teacher.backbone.patch_size for teacher in teachers]
+    rows = [score("pixels", "pixels", None, splits, size)]
+    rows += [score(t.name, "teacher", t.backbone, splits, side, dtype) for t, side in zip(teachers, sizes, strict=True)]
+    init = score("init-only", "init_only", untrained, splits, size, dtype)
+    if config.student.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            random = replace(config.student, pretrained=False).build()
+        rows.append(score("untrained", "untrained", random, splits, size, dtype))
+    else:
+        rows.append(init._replace(row=replace(init.row, name="untrained", role="untrained")))
+    return (*rows, init, score("student", "student", trained, splits, size, dtype))
+
+
+def _card(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard) -> ModelCard:
+    names = ", ".join(teacher.name for teacher in teachers)
+    return ModelCard(
+        name=f"{config.preset} student of {names}",
+        licence="other" if licence_notice(teachers) else "apache-2.0",
+        about=f"Distilled from the frozen teachers {names} by comad.",
+        architecture=config.student.name,
+        token_types=("cls", "patch") if any("cls" in t.backbone.token_types for t in teachers) else ("patch",),
+        preset=config.preset,
+        seed=config.run.seed,
+        images_seen=round(config.optim.epochs * len(splits.train)),
+        data=config.data if config.data == "stamps" else Path(config.data).name,
+        data_licence=splits.licence,
+        eval_crop=splits.train.eval_crop,
+        teachers=tuple(teacher.card for teacher in teachers),
+        scores=tuple(asdict(row) for row in board.shared_rows),
+    )

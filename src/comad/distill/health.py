@@ -1,0 +1,110 @@
+"""Whether a run is learning, told without labels: what targets and student still say about the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_IMAGES = 128
+COLLAPSED_SHARE = 0.2
+"""A target that keeps less than this share of the information it started with has collapsed."""
+CONSTANT_COSINE = 0.98
+"""Tokens of different images that are this alike are one and the same token."""
+
+
+class Evidence(NamedTuple):
+    """Detached tokens of a few images, one position of each; what the health numbers are computed from."""
+
+    student: Float[Tensor, "b D"]
+    target: Float[Tensor, "b D"]
+    weights: Float[Tensor, "M B n"]
+
+    @classmethod
+    def take(
+        cls,
+        student: Float[Tensor, "B N D"],
+        target: Float[Tensor, "B N D"],
+        weights: Float[Tensor, "M B N1"],
+        valid: Bool[Tensor, "B N"],
+    ) -> Evidence:
+        """Take the patch of each image that is nearest to the middle of those with a target."""
+        distance = (torch.arange(valid.shape[1], device=valid.device) - valid.shape[1] // 2).abs()
+        position = torch.where(valid[:MAX_IMAGES], distance, valid.shape[1]).argmin(dim=1)
+        rows = torch.arange(len(position), device=valid.device)
+        return cls(student.detach()[rows, position], target.detach()[rows, position], weights.detach())
+
+
+def health_metrics(evidence: Evidence) -> dict[str, Tensor]:
+    """Numbers for the log.
+
+    ``*_information``: mean KL of a token's softmax from the mean softmax, in nats: 0 when all images look alike.
+    ``*_cosine``: mean cosine between tokens of different images. ``*_rank``: effective rank. ``*_std``: mean over
+    channels of the standard deviation over images. ``gate_entropy``: of the teachers' weights, as a share of its
+    maximum. ``share_m``: mean weight of teacher m.
+    """
+    metrics = {}
+    for name, tokens in (("student", evidence.student.float()), ("target", evidence.target.float())):
+        metrics[f"{name}_information"] = information(tokens)
+        metrics[f"{name}_cosine"] = cross_image_cosine(tokens)
+        metrics[f"{name}_rank"] = effective_rank(tokens)
+        metrics[f"{name}_std"] = tokens.std(dim=0).mean()
+    weights = evidence.weights.float().flatten(1)
+    total = weights.sum(dim=0)
+    counted = (total > 0).sum().clamp(min=1)
+    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=0).sum() / counted
+    metrics["gate_entropy"] = entropy / torch.tensor(float(max(2, len(weights)))).log()
+    for m, share in enumerate(weights.sum(dim=1) / counted):
+        metrics[f"share_{m}"] = share
+    return metrics
+
+
+def information(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
+    """Mean KL(softmax(token) ‖ mean over images of softmax(token)): mutual information of image and channel, in nats."""
+    log_p = F.log_softmax(tokens, dim=1)
+    p = log_p.exp()
+    return (p * (log_p - p.mean(dim=0).clamp(min=1e-12).log())).sum(dim=1).mean()
+
+
+def cross_image_cosine(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
+    """Mean cosine over pairs of different images."""
+    unit = F.normalize(tokens, dim=1)
+    count = len(unit)
+    return (unit.sum(dim=0).square().sum() - unit.square().sum()) / max(1, count * (count - 1))
+
+
+def effective_rank(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the normalised singular values of the centred tokens (Roy & Vetterli, 2007)."""
+    values = torch.linalg.svdvals(tokens - tokens.mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12)
+    return torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
+
+
+class Watch:
+    """Compares the health numbers with those of the start, and words the warning."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, float] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
+        """A warning with the likely cause, or None."""
+        if not self.first:
+            self.first = dict(metrics)
+            return None
+        if metrics["target_information"] < COLLAPSED_SHARE * self.first["target_information"]:
+            left = metrics["target_information"] / max(self.first["target_information"], 1e-12)
+            return (
+                f"the targets have collapsed: they keep {100 * left:.0f} % of the information they had, while the loss "
+                f"went from {self.first['loss']:.3g} to {metrics['loss']:.3g}. Something on the target's side is trained "
+                "(aligner, projection); use --preset comad, whose targets are fixed."
+            )
+        if metrics["student_cosine"] > CONSTANT_COSINE > metrics["target_cosine"] and metrics["epoch"] >= 2:
+            return (
+                f"the student gives nearly the same token for every image (cosine {metrics['student_cosine']:.2f}); "
+                "try a lower --optim.base-lr or a lower mask ratio."
+            )
+        return None

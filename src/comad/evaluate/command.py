@@ -1,0 +1,45 @@
+"""The verb `comad evaluate`: one backbone, scored beside raw pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from comad.data.images import load_images
+from comad.evaluate.scoreboard import Scoreboard, score
+from comad.models.teachers import load_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Score a backbone by kNN and a linear probe on frozen features.
+
+    Args:
+        backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
+        data: a folder of images with sub-folders as labels, or the name of a bundled set.
+        image_size: pixels on the side of the view.
+        out: a JSON file for the scores; none is written if left out.
+    """
+
+    backbone: str
+    data: str = "stamps"
+    image_size: int = 224
+    out: str | None = None
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Score the backbone; k, pool, learning rate and weight decay are chosen on the validation part. Returns the table.
+
+    Raises:
+        ValueError: the backbone or the data cannot be loaded, or there are no labels to score by.
+    """
+    splits = load_images(config.data)
+    teacher = load_teacher(config.backbone, config.image_size)
+    pixels = score("pixels", "pixels", None, splits, config.image_size).row
+    row = score(teacher.name, "teacher", teacher.backbone, splits, config.image_size).row
+    if row.reason:
+        raise ValueError(f"{config.data!r} cannot be scored: {row.reason}; put images into one sub-folder per label.")
+    board = Scoreboard((pixels, row))
+    if config.out:
+        board.write(Path(config.out))
+    return f"{teacher.card.summary()}\n{board.table()}"

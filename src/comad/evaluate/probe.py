@@ -1,0 +1,49 @@
+"""A quick kNN score during training, on the validation part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from comad.data.images import ImageSet, Splits
+from comad.evaluate.features import extract_features
+from comad.evaluate.knn import NearestNeighbours
+from comad.models.backbone import Backbone
+
+
+class KnnProbe:
+    """kNN top-1 on at most ``limit`` validation images with at most ``2 * limit`` training images as the bank.
+
+    Args:
+        splits: images and labels; without labels the probe reports nothing.
+        image_size: pixels on the side of the view.
+    """
+
+    def __init__(self, splits: Splits, image_size: int, limit: int = 1000):
+        self.splits = splits
+        self.image_size = image_size
+        self.bank = _labelled(splits.train, 2 * limit)
+        self.queries = _labelled(splits.val, limit)
+        self.knn = NearestNeighbours(neighbours=(10,))
+
+    def __call__(self, backbone: Backbone) -> dict[str, float]:
+        """``knn``: percent of fine labels found, the better pool of class token and mean patch; ``{}`` without labels."""
+        if len(self.bank) < 20 or not len(self.queries):
+            return {}
+        bank = extract_features(backbone, self.splits.train, self.image_size, indices=self.bank)
+        queries = extract_features(backbone, self.splits.val, self.image_size, indices=self.queries)
+        labels, truth = self.splits.train.labels["fine"][self.bank], self.splits.val.labels["fine"][self.queries]
+        hits = {
+            f"knn_{pool}": 100
+            * float((self.knn.classify(bank[pool], labels, queries[pool])[0] == truth).float().mean())
+            for pool in bank
+        }
+        return {"knn": max(hits.values()), **hits}
+
+
+def _labelled(images: ImageSet, limit: int) -> Tensor:
+    if "fine" not in images.labels:
+        return torch.zeros(0, dtype=torch.int64)
+    known = (images.labels["fine"] >= 0).nonzero().flatten()
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    return known[order[:limit]].sort().values

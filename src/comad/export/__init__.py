@@ -1,0 +1,1 @@
+"""How a backbone leaves: a folder that loads elsewhere without comad."""

@@ -1,0 +1,1 @@
+"""The networks: one backbone contract, timm backbones behind it, checkpoint formats and teachers."""

@@ -1,0 +1,91 @@
+"""The one contract every network fulfils: images in, tokens out.
+
+Alphabet of the shapes, here and everywhere: B images, N patches, V visible patches, D student width,
+E teacher width, M teachers, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Hidden = Literal["drop", "token", "zero"]
+"""What becomes of a hidden patch: left out of the sequence, replaced by a mask token, or multiplied by 0."""
+
+
+class Tokens(NamedTuple):
+    """Tokens after the last block and the final norm. ``patches`` has V rows if patches were dropped, else N."""
+
+    cls: Float[Tensor, "B E"] | None
+    patches: Float[Tensor, "B n E"]
+
+
+class Backbone(nn.Module, ABC):
+    """A network that turns images into tokens. It owns its pixel normalisation.
+
+    Attributes:
+        width: channels of a token.
+        patch_size: pixels on the side of a patch.
+        grid: rows and columns of patches at the resolution it was built for.
+        token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
+    """
+
+    width: int
+    patch_size: int
+    grid: tuple[int, int]
+    token_types: tuple[str, ...]
+
+    @property
+    def num_patches(self) -> int:
+        """N, the number of patches at the resolution the backbone was built for."""
+        return self.grid[0] * self.grid[1]
+
+    @abstractmethod
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None = None,
+        hidden: Hidden = "drop",
+        mask_token: Float[Tensor, " E"] | None = None,
+    ) -> Tokens:
+        """Encode images with pixel values in [0, 1], by default whole, else only the ``visible`` patches.
+
+        Args:
+            images: float, values in [0, 1]; the backbone normalises them.
+            visible: positions to see, or a map of them; dropping needs positions, as many in every image.
+            hidden: what becomes of the other patches.
+            mask_token: takes the place of hidden patches if ``hidden`` is "token".
+        """
+
+
+def gather_patches(patches: Float[Tensor, "B N E"], index: Int[Tensor, "B V"]) -> Float[Tensor, "B V E"]:
+    """Pick the patches named by ``index``, in its order."""
+    return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+
+
+def scatter_patches(
+    patches: Float[Tensor, "B V E"], index: Int[Tensor, "B V"], num_patches: int
+) -> Float[Tensor, "B N E"]:
+    """Put patches back at their positions; every other position is 0. The inverse of `gather_patches`."""
+    full = patches.new_zeros(patches.shape[0], num_patches, patches.shape[-1])
+    return full.scatter(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]), patches)
+
+
+def seen(
+    visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None, batch_size: int, num_patches: int, device: torch.device
+) -> Bool[Tensor, "B N"]:
+    """Which positions are visible, as a map; None means all of them."""
+    if visible is None:
+        return torch.ones(batch_size, num_patches, dtype=torch.bool, device=device)
+    if visible.dtype == torch.bool:
+        return visible
+    return torch.zeros(batch_size, num_patches, dtype=torch.bool, device=device).scatter_(1, visible, True)
+
+
+def draw_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor, "B V"]:
+    """Choose the ``num_visible`` positions with the smallest noise, in ascending order: a uniform random subset."""
+    return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values

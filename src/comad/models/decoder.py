@@ -1,0 +1,54 @@
+"""A light transformer that fills in hidden patches: MAE's decoder, and the student's when it drops tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from comad.models.backbone import scatter_patches, seen
+
+
+class MaskedDecoder(nn.Module):
+    """Embed visible tokens, put a mask token at every other position, add fixed positions, run blocks, predict.
+
+    Args:
+        in_width: channels of the encoder's tokens.
+        grid: rows and columns of patches.
+        width, depth, heads: of the decoder's blocks.
+        out_width: channels predicted at every position.
+
+    Source: arXiv:2111.06377, section 3 (decoder).
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, in_width: int, grid: tuple[int, int], out_width: int, width: int = 128, depth: int = 2, heads: int = 4
+    ):
+        super().__init__()
+        self.embed = nn.Linear(in_width, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.register_buffer("positions", build_sincos2d_pos_embed(list(grid), width), persistent=False)
+        self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.predict = nn.Linear(width, out_width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, cls: Float[Tensor, "B E"] | None, patches: Float[Tensor, "B V E"], visible: Int[Tensor, "B V"]
+    ) -> Float[Tensor, "B N out"]:
+        """Predict all N positions from the visible ones."""
+        num_patches = len(self.positions)
+        filled = scatter_patches(self.embed(patches), visible, num_patches)
+        known = seen(visible, len(patches), num_patches, patches.device).unsqueeze(-1)
+        x = torch.where(known, filled, self.mask_token.to(filled.dtype)) + self.positions
+        if cls is not None:
+            x = torch.cat([self.embed(cls).unsqueeze(1), x], dim=1)
+        x = self.predict(self.norm(self.blocks(x)))
+        return x[:, -num_patches:]

@@ -1,0 +1,138 @@
+"""Any timm Vision Transformer as a `Backbone`: students, and most teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Bool, Float, Int
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
+
+
+class TimmBackbone(Backbone):
+    """A timm ``VisionTransformer`` whose hidden patches are really left out of the computation.
+
+    Args:
+        vit: the network; its head is ignored.
+        mean, std: pixel normalisation, in units of [0, 1] pixels.
+        token_types: the tokens that carry meaning; ``cls`` needs a class token in ``vit``.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        token_types: tuple[str, ...] = ("cls", "patch"),
+    ):
+        super().__init__()
+        if "cls" in token_types and vit.cls_token is None:
+            token_types = tuple(name for name in token_types if name != "cls")
+        self.vit = vit
+        self.width = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.grid = vit.patch_embed.grid_size
+        self.token_types = token_types
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None = None,
+        hidden: Hidden = "drop",
+        mask_token: Float[Tensor, " E"] | None = None,
+    ) -> Tokens:
+        """Patch embedding, positions, masking, blocks, norm. See `Backbone.forward`."""
+        vit = self.vit
+        pixels = (images - self.pixel_mean) / self.pixel_std
+        x = vit.patch_embed(pixels.to(vit.patch_embed.proj.weight.dtype))
+        if visible is not None and hidden == "token":
+            assert mask_token is not None, "hidden='token' needs a mask token"
+            keep = seen(visible, len(x), x[0, ..., 0].numel(), x.device).view(*x.shape[:-1], 1)
+            x = torch.where(keep, x, mask_token.to(x.dtype))
+        x = vit._pos_embed(x)
+        prefix, patches = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
+        if visible is not None and hidden == "drop":
+            patches = gather_patches(patches, visible)
+        elif visible is not None and hidden == "zero":
+            patches = patches * seen(visible, len(x), patches.shape[1], x.device).unsqueeze(-1)  # M ⊙ z
+        x = vit.norm_pre(torch.cat([prefix, patches], dim=1))
+        for block in vit.blocks:
+            x = block(x)
+        x = vit.norm(x)
+        cls = x[:, 0] if vit.cls_token is not None else None
+        return Tokens(cls, x[:, vit.num_prefix_tokens :])
+
+
+def create_vit(name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """Build a timm Vision Transformer by name, without a head, for square images of ``image_size`` pixels.
+
+    Raises:
+        ValueError: the name is unknown to timm, or names a network that is not a plain Vision Transformer.
+    """
+    if name not in timm.list_models():
+        near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
+        raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224."
+        ) from error
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
+    return vit
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A Vision Transformer to be trained. What is None stays as ``name`` has it.
+
+    Args:
+        name: a timm model name.
+        image_size: pixels on the side of the training views; scores use the same.
+        pretrained: start from timm's pretrained weights.
+        patch_size, width, depth, heads: override the named architecture.
+        drop_path: stochastic depth rate.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    image_size: int = 224
+    pretrained: bool = False
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    drop_path: float = 0.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """timm's constructor arguments that differ from the named architecture, ``img_size`` included."""
+        given = {
+            "img_size": self.image_size,
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    def build(self, **extra: Any) -> TimmBackbone:
+        """Make the network, randomly initialised from torch's generator unless ``pretrained``."""
+        arguments = {key: value for key, value in self.arguments.items() if key != "img_size"}
+        vit = create_vit(
+            self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
+        )
+        mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
+        return TimmBackbone(vit, mean, std)

@@ -1,0 +1,98 @@
+"""Masked autoencoder (arXiv:2111.06377)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from comad.data.loader import Batch, Sample
+from comad.data.transforms import Crop
+from comad.models.backbone import Backbone, draw_visible, seen
+from comad.models.decoder import MaskedDecoder
+from comad.models.timm_backbone import TimmBackbone
+from comad.pretrain.positions import fix_positions
+from comad.runtime.train import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mae:
+    """Mask most patches, encode the rest, reconstruct the pixels of the masked ones.
+
+    Args:
+        mask_ratio: share of hidden patches.
+        decoder_width, decoder_depth, decoder_heads: of the decoder, which is thrown away.
+        crop_scale: of the random resized crop; the only augmentation besides the flip.
+    """
+
+    vit_arguments: ClassVar[dict[str, Any]] = {}
+    kind: Literal["mae"] = "mae"
+    token_types: ClassVar[tuple[str, ...]] = ("patch",)
+    mask_ratio: float = 0.75
+    decoder_width: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+
+    def build(self, backbone: TimmBackbone) -> MaeModel:
+        """Add the decoder to a backbone."""
+        return MaeModel(backbone, self)
+
+    def views(self, image_size: int, num_patches: int) -> MaeViews:
+        """The views of one training image."""
+        return MaeViews(Crop(size=image_size, scale=self.crop_scale), num_patches)
+
+
+@dataclass(frozen=True)
+class MaeViews:
+    """One crop, and a number per patch to draw the mask from."""
+
+    crop: Crop
+    num_patches: int
+
+    def __call__(self, image: Tensor) -> Sample:
+        """uint8 image → one view."""
+        return Sample((self.crop(image),), torch.rand(self.num_patches))
+
+
+class MaeModel(nn.Module):
+    """Encoder, decoder and the loss on hidden patches."""
+
+    def __init__(self, backbone: TimmBackbone, config: Mae):
+        super().__init__()
+        self.backbone = backbone
+        self.num_visible = max(1, round(backbone.num_patches * (1 - config.mask_ratio)))
+        size = config.decoder_width, config.decoder_depth, config.decoder_heads
+        self.decoder = MaskedDecoder(backbone.width, backbone.grid, 3 * backbone.patch_size**2, *size)
+        fix_positions(backbone.vit)
+
+    def forward(self, batch: Batch, progress: float) -> Step:
+        """One step: mean squared error to the normalised pixels of the hidden patches (section 3, "Reconstruction target")."""
+        images = batch.views[0].float() / 255
+        visible = draw_visible(batch.noise, self.num_visible)
+        tokens = self.backbone(images, visible)
+        prediction = self.decoder(tokens.cls, tokens.patches, visible).float()
+        return Step(
+            mae_loss(prediction, images, self.backbone, ~seen(visible, *batch.noise.shape, images.device)), dict
+        )
+
+
+def mae_loss(
+    prediction: Float[Tensor, "B N pixels"], images: Float[Tensor, "B 3 H W"], backbone: Backbone, hidden: Tensor
+) -> Float[Tensor, ""]:
+    """Mean squared error over the hidden patches, each patch's pixels normalised by its own mean and variance."""
+    target = patchify(images, backbone.patch_size)
+    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+    error = (prediction - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
+    return (error * hidden).sum() / hidden.sum()
+
+
+def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
+    """Cut images into patches, rows first; pixels of a patch in the order row, column, colour."""
+    b, c, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = images.reshape(b, c, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return cut.reshape(b, rows * columns, patch_size * patch_size * c)

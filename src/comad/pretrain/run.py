@@ -1,0 +1,108 @@
+"""One pretraining run, from a config to an exported teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from comad.data.images import Splits, load_images
+from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
+from comad.evaluate.probe import KnnProbe
+from comad.evaluate.scoreboard import Scoreboard, score
+from comad.export.package import ModelCard, export_backbone
+from comad.models.timm_backbone import TimmBackbone
+from comad.pretrain.config import PretrainConfig
+from comad.runtime.recipe import write_recipe
+from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train a teacher and export its backbone; returns the folder of the export.
+
+    Raises:
+        ValueError: bad data, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+    """
+    fabric = start_fabric(config.run)
+    fabric.seed_everything(config.run.seed, verbose=False)
+    splits = load_images(config.data)
+    if len(splits.train) < config.optim.batch_size:
+        raise ValueError(
+            f"{len(splits.train)} training images are too few for a batch; set --optim.batch-size {len(splits.train)}."
+        )
+    out = open_run(config.run)
+    backbone = config.vit.build(**config.method.vit_arguments)
+    model = config.method.build(backbone)
+    if not config.run.resume:
+        write_recipe(config, out / "config.yaml")
+    train(_job(config, splits, model), config.optim, config.run, fabric)
+    return export_teacher(config, splits, backbone, out)
+
+
+def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbone, out: Path) -> Path:
+    """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        untrained = config.vit.build()
+    method, size = config.method.kind, config.vit.image_size
+    plain = config.vit.build()
+    plain.load_state_dict(backbone.state_dict())
+    plain.token_types = config.method.token_types
+    rows = (
+        score("pixels", "pixels", None, splits, size).row,
+        score("untrained", "untrained", untrained, splits, size).row,
+    )
+    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
+    board.write(out / "scoreboard.json")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    card = ModelCard(
+        name=f"{method} teacher, {splits.train.name}",
+        licence="apache-2.0",
+        about=f"Trained from scratch by `comad pretrain {method}` on {splits.train.name}.",
+        architecture=config.vit.name,
+        token_types=config.method.token_types,
+        preset=method,
+        seed=config.run.seed,
+        images_seen=round(config.optim.epochs * len(splits.train)),
+        command=f"comad pretrain {method}",
+        curve=tuple({"step": line["step"], "validation_knn": round(line["knn"], 1)} for line in log if "knn" in line),
+        data=config.data if config.data == "stamps" else Path(config.data).name,
+        data_licence=splits.licence,
+        eval_crop=splits.train.eval_crop,
+        scores=tuple(asdict(row) for row in board.shared_rows),
+    )
+    return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
+
+
+def _job(config: PretrainConfig, splits: Splits, model: nn.Module) -> Job:
+    size, batch_size, seed = config.vit.image_size, config.optim.batch_size, config.run.seed
+    backbone: TimmBackbone = model.backbone
+    views = ViewDataset(splits.train, config.method.views(size, backbone.num_patches), seed, 2 * size)
+    probe = KnnProbe(splits, size)
+
+    def batches(first: int, last: int) -> DataLoader:
+        order = EpochBatches(len(splits.train), batch_size, seed, (first, last), config.loader.fixed_views)
+        return training_batches(views, order, config.loader)
+
+    def step(module: nn.Module, batch: Batch, progress: float) -> Step:
+        return module(batch, progress)
+
+    def watch(done: int, metrics: Metrics) -> str | None:
+        return None
+
+    identity = {key: value for key, value in asdict(config).items() if key != "run"}
+    return Job(
+        module=model,
+        step=step,
+        batches=batches,
+        steps_per_epoch=len(splits.train) // (batch_size * config.optim.accumulate),
+        identity={**identity, "seed": seed, "precision": config.run.precision},
+        probe=lambda module: probe(module.backbone),
+        watch=watch,
+        name_image=splits.train.path,
+    )

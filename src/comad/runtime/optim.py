@@ -1,0 +1,63 @@
+"""AdamW, its parameter groups, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser and how long it runs.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images in one forward pass, over all processes.
+        accumulate: forward passes per optimiser step; the effective batch is ``batch_size * accumulate``.
+        base_lr: learning rate for an effective batch of 256; it scales linearly with the batch.
+        warmup_epochs: linear warm-up from 0; cosine to ``min_lr`` afterwards.
+        min_lr: share of the peak learning rate at the end.
+        weight_decay: for matrices and kernels; biases, norms, tokens and positions have none.
+        betas: AdamW's momenta.
+        clip: largest gradient norm; 0 does not clip.
+        ema: decay of a moving average of the weights that is scored and exported instead; 0 keeps none.
+    """
+
+    epochs: float = 300
+    batch_size: int = 256
+    accumulate: int = 1
+    base_lr: float = 1.5e-4
+    warmup_epochs: float = 15
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 3.0
+    ema: float = 0.0
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up."""
+        return self.base_lr * self.batch_size * self.accumulate / 256
+
+    def lr(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of one optimiser step, counted from 0."""
+        total, warmup = self.total_steps(steps_per_epoch), self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.peak_lr * (step + 1) / warmup
+        share = (step - warmup) / max(1.0, total - warmup)
+        return self.peak_lr * (self.min_lr + (1 - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        return max(1, round(self.epochs * steps_per_epoch))
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; those with one dimension, tokens and positions are not decayed."""
+    not_decayed = [name for name, _ in module.named_parameters() if name.endswith(("token", "pos_embed"))]
+    groups = param_groups_weight_decay(module, config.weight_decay, not_decayed)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)

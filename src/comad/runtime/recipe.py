@@ -1,0 +1,51 @@
+"""Recipes: a config as a YAML file, read strictly and written so that it runs again as it is."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+Config = TypeVar("Config")
+
+
+def read_recipe(kind: type[Config], path: Path) -> Config:
+    """Read a config.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (with the nearest right one), or a value of the wrong type.
+    """
+    if not path.is_file():
+        raise ValueError(f"no recipe {str(path)!r}; a run writes its own as config.yaml into its folder.")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    adapter = TypeAdapter(kind)
+    try:
+        config = adapter.validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+    _refuse_unknown(given, adapter.dump_python(config, mode="json"), str(path))
+    return config
+
+
+def write_recipe(config: object, path: Path) -> None:
+    """Write a resolved config."""
+    plain = TypeAdapter(type(config)).dump_python(config, mode="json")
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _refuse_unknown(given: Any, known: Any, where: str) -> None:
+    if not isinstance(given, dict) or not isinstance(known, dict):
+        return
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        _refuse_unknown(value, known[key], f"{where}: {key}")
