@@ -1,4 +1,4 @@
-"""Published methods, their ablations and the demo, as values. Add one: derive it with `replace`, list it in `PRESETS`."""
+"""Published methods, their ablations and the demo, as values. Add one: derive it by `replace`, list it in `METHODS`."""
 
 from __future__ import annotations
 

@@ -49,16 +49,19 @@ class StampImages(ImageSet):
         return {key: self.__dict__[key] for key in ("name", "files", "labels", "groups")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        for key, value in state.items():
+            setattr(self, key, value)
         self._allocate()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def path(self, index: int) -> str:
+        """See `ImageSet.path`."""
         return f"stamps/{self.files[index]}"
 
     def load(self, index: int, min_side: int = 0) -> Tensor:
+        """See `ImageSet.load`."""
         if not self._decoded[index]:
             self._pixels[index] = torch.from_numpy(_premultiplied(self._read(index)))
             self._decoded[index] = 1

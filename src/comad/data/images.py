@@ -47,7 +47,7 @@ class ImageSet(ABC):
 
         Args:
             index: which image.
-            min_side: a decoder that can shrink while it decodes keeps the shorter side at least this long; 0: no shrink.
+            min_side: a decoder may shrink the image while it decodes, to no less than this; 0: it does not.
 
         Raises:
             UnreadableImageError: the file is missing, truncated or not an image.
@@ -59,7 +59,7 @@ class ImageSet(ABC):
 
 
 class Splits(NamedTuple):
-    """The three parts of a set: students learn from ``train``, choices are made on ``val``, scores come from ``test``."""
+    """The parts of a set: students learn from ``train``, choices are made on ``val``, scores come from ``test``."""
 
     train: ImageSet
     val: ImageSet
@@ -82,9 +82,11 @@ class FolderImages(ImageSet):
         return len(self.files)
 
     def path(self, index: int) -> str:
+        """See `ImageSet.path`."""
         return str(self.root / str(self.files[index]))
 
     def load(self, index: int, min_side: int = 0) -> Tensor:
+        """See `ImageSet.load`."""
         try:
             with Image.open(self.path(index)) as image:
                 if min_side:
@@ -167,7 +169,7 @@ def _split_folder(root: Path, files: list[str]) -> Splits:
 
 
 def _named_parts(named: dict[str, list[str]]) -> list[list[str]]:
-    """Use the folder's own splits; the one that is missing is a hashed tenth of ``train`` (val) or all of ``val`` (test)."""
+    """Use the folder's own splits. A missing test is all of ``val``; a missing val is a hashed tenth of ``train``."""
     train, val, test = (named[part] for part in SPLIT_NAMES)
     if not test:
         val, test = [], val

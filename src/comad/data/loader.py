@@ -30,14 +30,14 @@ class Batch(NamedTuple):
     Attributes:
         views: uint8 (B, 3, H, W) each.
         noise: float32 (B, ...), uniform in [0, 1): masks are drawn from it, so that they belong to the sample.
-        index: int64 (B,), which image was asked for.
+        image: int64 (B,), which image was asked for.
         view: int64 (B,), the number of the sample's view: the epoch, or the epoch modulo the fixed views.
         readable: bool (B,), False where the file was unreadable and the next readable one stands in.
     """
 
     views: tuple[Tensor, ...]
     noise: Tensor
-    index: Tensor
+    image: Tensor
     view: Tensor
     readable: Tensor
 
@@ -84,14 +84,32 @@ class ViewDataset(Dataset[Batch]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (view number, image) from ``start`` to ``stop``; every epoch is a permutation drawn from the seed."""
+    """Batches of (view number, image); every epoch is a permutation drawn from the seed.
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, span: tuple[int, int], fixed_views: int = 0):
+    Args:
+        num_images, batch_size: over all processes.
+        seed: of the order.
+        span: first batch, and the one to stop before, counted from the start of the run.
+        fixed_views: view numbers repeat after so many epochs; 0: never.
+        share: number of this process and of all processes; each takes its part of every batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        span: tuple[int, int],
+        *,
+        fixed_views: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ):
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.start, self.stop = span
         self.fixed_views = fixed_views
+        self.process, self.num_processes = share
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -105,8 +123,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.num_images, generator=generator).tolist()
             first = (number % per_epoch) * self.batch_size
+            chosen = order[first : first + self.batch_size]
             view = epoch % self.fixed_views if self.fixed_views else epoch
-            yield [(view, index) for index in order[first : first + self.batch_size]]
+            yield [(view, index) for index in chosen[self.process :: self.num_processes]]
 
 
 def training_batches(dataset: ViewDataset, batches: Sampler, config: LoaderConfig) -> DataLoader:

@@ -20,6 +20,7 @@ class FrozenAligners(nn.Module):
 
     def __init__(self, teacher_widths: Sequence[int], width: int):
         super().__init__()
+        self.width = width
         for m, teacher_width in enumerate(teacher_widths):
             self.register_buffer(f"weight_{m}", torch.zeros(width, teacher_width))
             self.register_buffer(f"bias_{m}", torch.zeros(width))
@@ -38,7 +39,7 @@ class FrozenAligners(nn.Module):
         mean of the teachers (orthogonal Procrustes, generalised by alternation), one scale so that channels have
         variance 1 on average. Cosines between teachers then mean something.
         """
-        parts = [_principal(part.double(), self.weight_0.shape[0]) for part in tokens]
+        parts = [_principal(part.double(), self.width) for part in tokens]
         scores = [
             (part.double() - mean) @ basis * scale for part, (mean, basis, scale) in zip(tokens, parts, strict=True)
         ]
@@ -59,7 +60,7 @@ class TrainedAligners(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, "B n D"]:
         """Map the tokens of one teacher."""
-        return self.norm[teacher](self.linear[teacher](tokens.to(self.linear[teacher].weight.dtype)))
+        return self.norm[teacher](self.linear[teacher](tokens.float()))
 
     def calibrate(self, tokens: Sequence[Float[Tensor, "n E"]]) -> None:
         """Trained maps need no calibration."""

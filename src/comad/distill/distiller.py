@@ -53,7 +53,7 @@ class Distiller(nn.Module):
         student = torch.cat([cls.unsqueeze(1), patches], dim=1).float()  # (B, 1 + N, D)
         aligned, valid = self.align(targets)  # (M, B, 1 + N, D), (M, B, 1 + N)
         fused = self.method.fusion(student, aligned, valid)
-        visible = targets.masks.student_sees(*patches.shape[:2], patches.device)
+        visible = targets.masks.student_sees(len(patches), patches.shape[1], patches.device)
         anywhere = valid.any(dim=0)
         loss, parts, compared = student.new_zeros(()), {}, fused.target
         for name, term in self.method.terms.items():
@@ -83,11 +83,13 @@ class Distiller(nn.Module):
         aligned, valid = [], []
         seen = targets.masks.teachers_see(len(targets.tokens[0].patches), self.student.num_patches, self.device)
         for m, (cls, patches) in enumerate(targets.tokens):
-            visible, with_cls = targets.masks.teachers[m], self.teachers_with_cls[m] and cls is not None
+            visible, with_cls = targets.masks.teachers[m], self.teachers_with_cls[m]
             tokens = self.aligners(patches, m)
             if visible is not None and tokens.shape[1] < self.student.num_patches:
                 tokens = scatter_patches(tokens, visible, self.student.num_patches)
-            first = self.aligners(cls.unsqueeze(1), m) if with_cls else torch.zeros_like(tokens[:, :1])
+            first = torch.zeros_like(tokens[:, :1])
+            if with_cls and cls is not None:
+                first = self.aligners(cls.unsqueeze(1), m)
             aligned.append(torch.cat([first, tokens], dim=1))
             valid.append(torch.cat([torch.full_like(seen[m][:, :1], with_cls), seen[m]], dim=1))
         return torch.stack(aligned).float(), torch.stack(valid)

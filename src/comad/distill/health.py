@@ -64,7 +64,7 @@ def health_metrics(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def information(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
-    """Mean KL(softmax(token) ‖ mean over images of softmax(token)): mutual information of image and channel, in nats."""
+    """Mean KL(softmax(token) ‖ mean over images of softmax(token)): image and channel share it, in nats."""
     log_p = F.log_softmax(tokens, dim=1)
     p = log_p.exp()
     return (p * (log_p - p.mean(dim=0).clamp(min=1e-12).log())).sum(dim=1).mean()
@@ -99,8 +99,8 @@ class Watch:
             left = metrics["target_information"] / max(self.first["target_information"], 1e-12)
             return (
                 f"the targets have collapsed: they keep {100 * left:.0f} % of the information they had, while the loss "
-                f"went from {self.first['loss']:.3g} to {metrics['loss']:.3g}. Something on the target's side is trained "
-                "(aligner, projection); use --preset comad, whose targets are fixed."
+                f"went from {self.first['loss']:.3g} to {metrics['loss']:.3g}. Something on the target's side "
+                "is trained (aligner, projection); use --preset comad, whose targets are fixed."
             )
         if metrics["student_cosine"] > CONSTANT_COSINE > metrics["target_cosine"] and metrics["epoch"] >= 2:
             return (

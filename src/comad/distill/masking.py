@@ -41,7 +41,7 @@ class Masking:
         teachers: share hidden from each teacher, in their order; the last one repeats for further teachers.
         hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
             decoder fills them in, ``token`` puts a learnt token in their place, ``zero`` multiplies them by 0.
-        teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is the paper's.
+        teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
         whole_share: share of the images of which the student sees all patches (only with ``hidden`` other than drop).
     """
 
@@ -57,7 +57,7 @@ class Masking:
                 raise ValueError(f"a mask ratio is the hidden share, at least 0 and below 1; got {ratio}.")
         if self.policy == "superset" and self.student < max(self.teachers):
             raise ValueError(
-                f"superset masks need the student's ratio ({self.student}) to be at least each teacher's {self.teachers}."
+                f"superset masks need a student ratio ({self.student}) of at least each teacher's {self.teachers}."
             )
 
     def num_visible(self, num_patches: int, num_teachers: int) -> tuple[int, tuple[int, ...]]:

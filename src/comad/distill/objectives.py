@@ -19,10 +19,10 @@ class Term:
     """One term of the objective.
 
     Args:
-        where: ``visible``: patches that the student sees; ``hidden``: the others; ``all``: the whole map. Only positions
-            that some teacher saw count.
+        where: ``visible``: patches that the student sees; ``hidden``: the others; ``all``: the whole map. Positions
+            that             no teacher saw never count.
         cls: the class token counts as one more position.
-        distance: ``kl-student-teacher`` is KL(student‖teacher), the paper's order; ``kl-teacher-student`` the usual one.
+        distance: ``kl-student-teacher`` is KL(student‖teacher), the printed order; ``kl-teacher-student`` the usual.
         temperature: of the softmax over channels.
         weight: factor of the term; 0 leaves it out.
         projection: pass both sides through a small trained MLP first, as the paper's φ and ψ may be; it collapses.

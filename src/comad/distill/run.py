@@ -8,18 +8,20 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
 from comad.data.images import Splits, load_images
 from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
 from comad.data.transforms import ColourChange, Crop
+from comad.distill.calibration import calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
 from comad.distill.teacher_cache import TeacherCache
-from comad.distill.teaching import calibrate, held_out_agreement, load_teachers, teacher_step
+from comad.distill.teaching import load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
@@ -43,19 +45,17 @@ def distill(config: DistillConfig) -> Result:
     student = config.student.build()
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     teachers = load_teachers(config.teachers, student.grid[0], student.patch_size, precision, fabric.device)
-    out = open_run(config.run)
+    out = open_run(config.run, fabric)
     start = copy.deepcopy(student)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
     widths = [teacher.backbone.width for teacher in teachers]
     distiller = Distiller(student, config.method, widths, ["cls" in t.backbone.token_types for t in teachers])
-    views = _views(config, splits, student, len(teachers))
     distiller.to(fabric.device)
     if not config.run.resume:
-        calibrate(distiller, teachers, views, config.run.seed)
+        calibrate(distiller, teachers, _views(config, splits, student, len(teachers)), config.run.seed)
         write_recipe(config, out / "config.yaml")
-    job = _job(config, splits, distiller, teachers, views)
-    trained = train(job, config.optim, config.run, fabric)
+    trained = train(_job(config, splits, distiller, teachers, fabric), config.optim, config.run, fabric)
     return finish(config, splits, teachers, (start, trained.student), out, fabric)
 
 
@@ -76,8 +76,9 @@ def _views(config: DistillConfig, splits: Splits, student: TimmBackbone, num_tea
 
 
 def _job(
-    config: DistillConfig, splits: Splits, distiller: Distiller, teachers: Sequence[Teacher], views: ViewDataset
+    config: DistillConfig, splits: Splits, distiller: Distiller, teachers: Sequence[Teacher], fabric: Fabric
 ) -> Job:
+    views = _views(config, splits, distiller.student, len(teachers))
     optim, fixed = config.optim, config.loader.fixed_views
     if config.cache_teachers and not fixed:
         raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
@@ -86,7 +87,8 @@ def _job(
     knn = KnnProbe(splits, config.student.image_size)
 
     def batches(first: int, last: int) -> DataLoader:
-        order = EpochBatches(len(views.images), optim.batch_size, config.run.seed, (first, last), fixed)
+        span, share = (first, last), (fabric.global_rank, fabric.world_size)
+        order = EpochBatches(len(views.images), optim.batch_size, config.run.seed, span, fixed_views=fixed, share=share)
         return training_batches(views, order, config.loader)
 
     def step(module: nn.Module, batch: Batch, progress: float) -> Step:
@@ -100,7 +102,7 @@ def _job(
         loss, metrics = module(own, targets)
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
-    def probe(module: nn.Module) -> Metrics:
+    def probe(module: Distiller) -> Metrics:
         return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(

@@ -29,7 +29,7 @@ class TeacherCache:
 
     def __call__(self, batch: Batch, masks: Masks, compute: Callable[[], Targets]) -> Targets:
         """The targets of a batch: from memory if all its rows are known, else computed and kept."""
-        rows = (batch.view * self.num_images + batch.index).cpu()
+        rows = (batch.view * self.num_images + batch.image).cpu()
         device = batch.noise.device
         if not bool(self.known[rows].all()):
             targets = compute()
@@ -39,7 +39,11 @@ class TeacherCache:
 
     def _keep(self, rows: Int[Tensor, " B"], targets: Targets) -> None:
         if not self.stores:
-            self.stores = [(_empty(t.cls, len(self.known)), _empty(t.patches, len(self.known))) for t in targets.tokens]
+            rows_kept = len(self.known)
+            self.stores = [
+                (None if t.cls is None else _empty(t.cls, rows_kept), _empty(t.patches, rows_kept))
+                for t in targets.tokens
+            ]
         for (cls, patches), tokens in zip(self.stores, targets.tokens, strict=True):
             patches[rows] = tokens.patches.cpu()
             if cls is not None and tokens.cls is not None:
@@ -47,8 +51,8 @@ class TeacherCache:
         self.known[rows] = True
 
 
-def _empty(like: Tensor | None, rows: int) -> Tensor | None:
-    return None if like is None else torch.empty(rows, *like.shape[1:], dtype=like.dtype)
+def _empty(like: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, *like.shape[1:], dtype=like.dtype)
 
 
 def _read(store: tuple[Tensor | None, Tensor], rows: Tensor, device: torch.device) -> Tokens:

@@ -27,7 +27,7 @@ class KnnProbe:
         self.knn = NearestNeighbours(neighbours=(10,))
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
-        """``knn``: percent of fine labels found, the better pool of class token and mean patch; ``{}`` without labels."""
+        """``knn``: percent of fine labels found, by class token or mean patch, the better; ``{}`` without labels."""
         if len(self.bank) < 20 or not len(self.queries):
             return {}
         bank = extract_features(backbone, self.splits.train, self.image_size, indices=self.bank)

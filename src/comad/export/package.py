@@ -139,7 +139,7 @@ def model_card(card: ModelCard, folder: Path) -> str:
             "",
             card.about,
             "",
-            f"A Vision Transformer (timm `{card.architecture}` with the arguments in `config.json`) without a head, for",
+            f"A Vision Transformer (timm `{card.architecture}` with arguments in `config.json`) without a head, for",
             f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. Licence: {card.licence}.",
             "",
             "## Use",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -134,5 +134,5 @@ class VitConfig:
         vit = create_vit(
             self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
         )
-        mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
-        return TimmBackbone(vit, mean, std)
+        pixels = cast(dict[str, Any], vit.pretrained_cfg)
+        return TimmBackbone(vit, pixels["mean"], pixels["std"])

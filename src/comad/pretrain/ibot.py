@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
@@ -46,14 +46,14 @@ class Ibot:
     local_size: float = 0.5
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
-    prototypes: int = 1024
+    prototypes: int = 256
     hidden_width: int = 512
     bottleneck_width: int = 128
     patch_loss: float = 1.0
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     masked_share: float = 0.5
     student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)
     temperature_warmup: float = 0.3
     momentum: float = 0.99
     freeze_head: float = 0.02
@@ -137,7 +137,9 @@ class IbotModel(nn.Module):
         self.class_loss = DINOLoss(config.prototypes, student_temp=config.student_temperature)
         self.patch_loss = IBOTPatchLoss(config.prototypes, student_temp=config.student_temperature)
         self.head_is_frozen = config.freeze_head > 0
-        self.head.last_layer.weight_v.register_hook(lambda g: torch.zeros_like(g) if self.head_is_frozen else g)
+        cast(nn.Parameter, self.head.last_layer.weight_v).register_hook(
+            lambda g: torch.zeros_like(g) if self.head_is_frozen else g
+        )
 
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step: L_[CLS] over crops (equation 1) + L_MIM on hidden patches (equation 2)."""
@@ -162,10 +164,11 @@ class IbotModel(nn.Module):
         outputs = [*self.head(student.cls).float().chunk(2)]
         if small is not None:
             outputs += self.head(self.backbone(small).cls).float().chunk(self.config.local_crops)
-        class_loss = self.class_loss([*target_cls.float().chunk(2)], outputs, teacher_temp=temperature)
-        if not self.config.patch_loss:
-            return Step(class_loss, dict)
         patches = self.head(student.patches[hidden.flatten(1)]).float()
-        patch_loss = self.patch_loss(target_patches.float(), patches, hidden, teacher_temp=temperature)
+        with torch.autocast(large.device.type, enabled=False):  # the losses' products in float32
+            class_loss = self.class_loss([*target_cls.float().chunk(2)], outputs, teacher_temp=temperature)
+            if not self.config.patch_loss:
+                return Step(class_loss, dict)
+            patch_loss = self.patch_loss(target_patches.float(), patches, hidden, teacher_temp=temperature)
         metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
         return Step(class_loss + self.config.patch_loss * patch_loss, lambda: metrics)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from comad.data.loader import Batch, Sample
 from comad.data.transforms import Crop
-from comad.models.backbone import Backbone, draw_visible, seen
+from comad.models.backbone import draw_visible, seen
 from comad.models.decoder import MaskedDecoder
 from comad.models.timm_backbone import TimmBackbone
 from comad.pretrain.positions import fix_positions
@@ -70,21 +70,23 @@ class MaeModel(nn.Module):
         fix_positions(backbone.vit)
 
     def forward(self, batch: Batch, progress: float) -> Step:
-        """One step: mean squared error to the normalised pixels of the hidden patches (section 3, "Reconstruction target")."""
+        """One step: squared error to the normalised pixels of the hidden patches (section 3, reconstruction target)."""
         images = batch.views[0].float() / 255
         visible = draw_visible(batch.noise, self.num_visible)
         tokens = self.backbone(images, visible)
         prediction = self.decoder(tokens.cls, tokens.patches, visible).float()
-        return Step(
-            mae_loss(prediction, images, self.backbone, ~seen(visible, *batch.noise.shape, images.device)), dict
-        )
+        hidden = ~seen(visible, len(images), self.backbone.num_patches, images.device)
+        return Step(mae_loss(prediction, images, self.backbone.patch_size, hidden), dict)
 
 
 def mae_loss(
-    prediction: Float[Tensor, "B N pixels"], images: Float[Tensor, "B 3 H W"], backbone: Backbone, hidden: Tensor
+    prediction: Float[Tensor, "B N pixels"],
+    images: Float[Tensor, "B 3 H W"],
+    patch_size: int,
+    hidden: Bool[Tensor, "B N"],
 ) -> Float[Tensor, ""]:
     """Mean squared error over the hidden patches, each patch's pixels normalised by its own mean and variance."""
-    target = patchify(images, backbone.patch_size)
+    target = patchify(images, patch_size)
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     error = (prediction - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
     return (error * hidden).sum() / hidden.sum()

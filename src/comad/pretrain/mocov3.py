@@ -101,5 +101,6 @@ class MoCoV3Model(nn.Module):
 
 def info_nce(queries: Float[Tensor, "B out"], keys: Float[Tensor, "B out"], temperature: float) -> Float[Tensor, ""]:
     """Cross-entropy of finding one's own key in the batch, times 2τ (arXiv:2104.02057, equation 1 and algorithm 1)."""
-    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
     return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))

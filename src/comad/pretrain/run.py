@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -35,12 +37,12 @@ def pretrain(config: PretrainConfig) -> Path:
         raise ValueError(
             f"{len(splits.train)} training images are too few for a batch; set --optim.batch-size {len(splits.train)}."
         )
-    out = open_run(config.run)
+    out = open_run(config.run, fabric)
     backbone = config.vit.build(**config.method.vit_arguments)
     model = config.method.build(backbone)
     if not config.run.resume:
         write_recipe(config, out / "config.yaml")
-    train(_job(config, splits, model), config.optim, config.run, fabric)
+    train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
     return export_teacher(config, splits, backbone, out)
 
 
@@ -79,14 +81,16 @@ def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbon
     return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
 
 
-def _job(config: PretrainConfig, splits: Splits, model: nn.Module) -> Job:
+def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> Job:
     size, batch_size, seed = config.vit.image_size, config.optim.batch_size, config.run.seed
     backbone: TimmBackbone = model.backbone
     views = ViewDataset(splits.train, config.method.views(size, backbone.num_patches), seed, 2 * size)
     probe = KnnProbe(splits, size)
 
     def batches(first: int, last: int) -> DataLoader:
-        order = EpochBatches(len(splits.train), batch_size, seed, (first, last), config.loader.fixed_views)
+        span, share = (first, last), (fabric.global_rank, fabric.world_size)
+        fixed = config.loader.fixed_views
+        order = EpochBatches(len(splits.train), batch_size, seed, span, fixed_views=fixed, share=share)
         return training_batches(views, order, config.loader)
 
     def step(module: nn.Module, batch: Batch, progress: float) -> Step:

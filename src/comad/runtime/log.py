@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -107,7 +108,7 @@ def _tensorboard_writer(folder: Path) -> Any:
 
 def _wandb_run(folder: Path) -> Any:
     try:
-        import wandb
+        wandb = importlib.import_module("wandb")
     except ModuleNotFoundError as error:
         raise ValueError(
             "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --wandb."

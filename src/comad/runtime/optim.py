@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 
 
@@ -59,5 +59,5 @@ class OptimConfig:
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with one dimension, tokens and positions are not decayed."""
     not_decayed = [name for name, _ in module.named_parameters() if name.endswith(("token", "pos_embed"))]
-    groups = param_groups_weight_decay(module, config.weight_decay, not_decayed)
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed)
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class RunConfig:
     out: str = "runs/demo"
     resume: bool = False
     seed: int = 0
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 20
     probe_every: int = 0
     checkpoint_every: int = 200
@@ -73,7 +73,7 @@ class TrainingError(Exception):
 
 
 class Step(NamedTuple):
-    """What one forward pass returns: the loss, and a function that computes the numbers to log from detached tensors."""
+    """What one forward pass returns: the loss, and a function that computes the numbers to log."""
 
     loss: Tensor
     metrics: Callable[[], dict[str, Tensor]]
@@ -99,22 +99,22 @@ class Job:
     batches: Callable[[int, int], DataLoader]
     steps_per_epoch: int
     identity: Mapping[str, Any]
-    probe: Callable[[nn.Module], Metrics]
+    probe: Callable[[Any], Metrics]
     watch: Callable[[int, Metrics], str | None]
     name_image: Callable[[int], str]
 
 
 def start_fabric(run: RunConfig) -> Fabric:
     """Start the engine: one process, or DDP over several; bf16 by autocast."""
-    precision = {"bf16": "bf16-mixed", "fp32": "32-true"}.get(run.precision)
-    if precision is None:
-        raise ValueError(f"unknown precision {run.precision!r}; choose bf16 or fp32.")
-    fabric = Fabric(devices=run.devices, strategy="ddp" if run.devices > 1 else "auto", precision=precision)
+    strategy = "ddp" if run.devices > 1 else "auto"
+    fabric = Fabric(
+        devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
+    )
     fabric.launch()
     return fabric
 
 
-def open_run(run: RunConfig) -> Path:
+def open_run(run: RunConfig, fabric: Fabric) -> Path:
     """Make the run's folder.
 
     Raises:
@@ -123,13 +123,15 @@ def open_run(run: RunConfig) -> Path:
     out = Path(run.out)
     if run.resume and not checkpoints(out / "checkpoints"):
         raise ValueError(f"nothing to resume in {run.out!r}; start it without --run.resume.")
+    fabric.barrier()  # every process looks before one writes
     if not run.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
+    fabric.barrier()
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
-def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> nn.Module:
+def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
     """Train to the end and return the module to score: its moving average if one is kept.
 
     Raises:
@@ -146,11 +148,7 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> nn.Mo
         with _signals() as received:
             for step in range(first, total):
                 lr = state.set_lr(optim.lr(step, job.steps_per_epoch))
-                for part in range(optim.accumulate):
-                    batch = next(stream)
-                    with fabric.no_backward_sync(state.module, enabled=part + 1 < optim.accumulate):
-                        result = job.step(state.module, batch, step / total)
-                        fabric.backward(result.loss / optim.accumulate)
+                result = _accumulate(job, state, stream, optim.accumulate, step / total)
                 norm = fabric.clip_gradients(
                     state.module, state.optimizer, max_norm=optim.clip or math.inf, error_if_nonfinite=False
                 )
@@ -160,16 +158,27 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> nn.Mo
 
                 done = step + 1
                 leaving = done == total or bool(received)
-                if done == 1 or done % run.log_every == 0 or leaving or done % run.checkpoint_every == 0:
+                saving = leaving or done % run.checkpoint_every == 0
+                if saving or done == 1 or done % run.log_every == 0:
                     report.step(done, result, {"lr": lr, "grad_norm": norm})
                 if done == total or (run.probe_every and done % run.probe_every == 0):
                     report.probe(done, state.scored)
-                if leaving or done % run.checkpoint_every == 0:
-                    path = state.save(done)
+                if saving:
+                    state.save(done)
                 if received and done < total:
-                    log.say(f"stopped at step {done}; {path} is written. Go on: the same command with --run.resume.")
-                    raise Interrupted(str(path))
+                    log.say(f"stopped at step {done}, checkpoint written. Go on: the same command with --run.resume.")
+                    raise Interrupted(run.out)
     return state.scored
+
+
+def _accumulate(job: Job, state: _State, stream: _Stream, count: int, progress: float) -> Step:
+    """Add up the gradients of ``count`` batches; processes exchange them with the last one. Returns its result."""
+    for _ in range(count - 1):
+        with stream.fabric.no_backward_sync(state.module):
+            stream.fabric.backward(job.step(state.module, next(stream), progress).loss / count)
+    result = job.step(state.module, next(stream), progress)
+    stream.fabric.backward(result.loss / count)
+    return result
 
 
 @dataclass
@@ -192,7 +201,7 @@ class _State:
         return cls(job, run, module, optimizer, average, fabric.is_global_zero)
 
     @property
-    def scored(self) -> nn.Module:
+    def scored(self) -> Any:
         return self.average.module if self.average is not None else self.job.module
 
     @property
@@ -246,7 +255,7 @@ class _Stream:
         start = time.monotonic()
         batch = next(self.batches)
         self.waited += time.monotonic() - start
-        self.unreadable.update(batch.index[~batch.readable].tolist())
+        self.unreadable.update(batch.image[~batch.readable].tolist())
         return self.fabric.to_device(batch)
 
 
@@ -267,7 +276,7 @@ class _Report:
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
                 f"loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint is kept in "
-                f"{self.run.out}/checkpoints; try a lower --optim.base-lr, more --optim.warmup-epochs, --run.precision fp32."
+                f"{self.run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
             )
         now, (before, waited, step) = time.monotonic(), self.since
         self.since = (now, self.stream.waited, done)
