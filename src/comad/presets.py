@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ METHODS: dict[str, Method] = {
 
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
-    optim=OptimConfig(epochs=24, batch_size=128, base_lr=1e-3, warmup_epochs=1),
+    optim=OptimConfig(epochs=24.0, batch_size=128, base_lr=1e-3, warmup_epochs=1.0),
     loader=LoaderConfig(fixed_views=2),
     cache_teachers=True,
     run=RunConfig(probe_every=236, checkpoint_every=118),
@@ -61,7 +62,7 @@ DEMO = DistillConfig(
 IMAGES = DistillConfig(
     teachers=(),
     student=VitConfig(name="vit_tiny_patch16_224", image_size=224),
-    optim=OptimConfig(epochs=300, batch_size=256, base_lr=1.5e-4, warmup_epochs=15),
+    optim=OptimConfig(epochs=300.0, batch_size=256, base_lr=1.5e-4, warmup_epochs=15.0),
     loader=LoaderConfig(workers=4),
 )
 """The paper's recipe: ViT-Ti/16 at 224 pixels, 300 epochs, learning rate 1.5e-4 per 256 images; name your teachers."""
@@ -74,5 +75,7 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
         ValueError: no such preset.
     """
     if preset not in METHODS:
-        raise ValueError(f"no preset {preset!r}; choose one of: {', '.join(METHODS)}.")
+        near = difflib.get_close_matches(preset, list(METHODS), n=1)
+        hint = f"did you mean {near[0]!r}? There are" if near else "choose one of"
+        raise ValueError(f"no preset {preset!r}; {hint}: {', '.join(METHODS)}.")
     return replace(DEMO if demo else IMAGES, method=METHODS[preset], preset=preset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,12 +126,11 @@ def index_folder(root: Path) -> list[str]:
 
     The cache holds each directory's modification time, so that a changed tree is read anew.
     """
-    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]
+    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"index-{key}.json"
-    if cache.is_file():
-        stored = json.loads(cache.read_text())
-        if all(os.path.isdir(root / d) and os.stat(root / d).st_mtime_ns == t for d, t in stored["folders"].items()):
-            return stored["files"]
+    stored = _read_index(root, cache)
+    if stored is not None:
+        return stored
     files, folders = [], {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -139,12 +139,22 @@ def index_folder(root: Path) -> list[str]:
         prefix = "" if relative == "." else f"{relative}/"
         files += [prefix + name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     files.sort()
-    if os.access(cache.parent, os.W_OK) or not cache.parent.exists():
+    with contextlib.suppress(OSError):  # without a place for the cache the folder is read every time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"folders": folders, "files": files}))
         temporary.replace(cache)
     return files
+
+
+def _read_index(root: Path, cache: Path) -> list[str] | None:
+    """The cached list; None if there is none, if it is damaged, or if a folder has changed since."""
+    try:
+        stored = json.loads(cache.read_text())
+        current = all(os.stat(root / folder).st_mtime_ns == time for folder, time in stored["folders"].items())
+        return stored["files"] if current else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _split_folder(root: Path, files: list[str]) -> Splits:
@@ -190,7 +200,7 @@ def _hashed_parts(files: list[str], labelled: bool) -> list[list[str]]:
 
 
 def _bucket(file: str) -> float:
-    return int.from_bytes(hashlib.blake2b(file.encode(), digest_size=4).digest(), "big") / 2**32
+    return int.from_bytes(hashlib.blake2b(os.fsencode(file), digest_size=4).digest(), "big") / 2**32
 
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False

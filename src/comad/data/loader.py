@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -137,7 +138,13 @@ def training_batches(dataset: ViewDataset, batches: Sampler, config: LoaderConfi
         prefetch_factor=4 if config.workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupt,
     )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the workers too; they go on, since the training process still needs batches to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _EvaluationDataset(Dataset[Tensor]):

@@ -32,7 +32,7 @@ class FrozenAligners(nn.Module):
         return F.layer_norm(mapped, mapped.shape[-1:])
 
     @torch.no_grad()
-    def calibrate(self, tokens: Sequence[Float[Tensor, "n E"]]) -> None:
+    def calibrate(self, tokens: Sequence[Float[Tensor, "n _"]]) -> None:
         """Fit the maps on tokens of the same positions, one tensor per teacher.
 
         Per teacher: centre, the D directions of largest variance (PCA), the rotation that brings them closest to the
@@ -62,7 +62,7 @@ class TrainedAligners(nn.Module):
         """Map the tokens of one teacher."""
         return self.norm[teacher](self.linear[teacher](tokens.float()))
 
-    def calibrate(self, tokens: Sequence[Float[Tensor, "n E"]]) -> None:
+    def calibrate(self, tokens: Sequence[Float[Tensor, "n _"]]) -> None:
         """Trained maps need no calibration."""
 
 

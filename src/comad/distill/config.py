@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import tyro
+
 from comad.data.loader import LoaderConfig
 from comad.distill.aligners import Aligner, Frozen
 from comad.distill.fusion import Fusion, Gate
@@ -64,6 +66,7 @@ class DistillConfig:
         loader: how images are read.
         optim: the optimiser and how long it runs.
         run: where the run lives.
+        preset: where the method came from, for cards and tables.
         cache_teachers: keep teacher outputs in memory and use them again; exact, and needs --loader.fixed-views.
     """
 
@@ -76,4 +79,4 @@ class DistillConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cache_teachers: bool = False
-    preset: str = "comad"
+    preset: tyro.conf.Suppress[str] = "comad"

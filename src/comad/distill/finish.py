@@ -16,6 +16,7 @@ from comad.evaluate.scoreboard import Score, Scoreboard, score
 from comad.export.package import ModelCard, export_backbone, snippet
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone
+from comad.report.figures import run_figure
 
 
 class Result(NamedTuple):
@@ -47,6 +48,7 @@ def finish(
         model_args=config.student.arguments,
         card=_card(config, splits, teachers, board),
     )
+    fabric.print(f"curves and scores as a picture: {run_figure(out)}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return Result(out, folder, scores, board)
 

@@ -45,7 +45,7 @@ class Gate:
         weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=0) * valid  # α
         if self.detached:
             weights = weights.detach()
-        target = torch.einsum("mbn,mbnd->bnd", weights, teachers)
+        target = (weights.unsqueeze(-1) * teachers).sum(dim=0)  # not einsum: autocast would round it to bfloat16
         return Fused(F.layer_norm(target, target.shape[-1:]) if self.renormalise else target, weights)
 
     def scores(
@@ -55,7 +55,7 @@ class Gate:
         directions = F.normalize(teachers, dim=-1)
         scores = torch.zeros_like(valid, dtype=teachers.dtype)
         if self.affinity:
-            scores = scores + torch.einsum("bnd,mbnd->mbn", F.normalize(student, dim=-1), directions)  # s
+            scores = scores + (F.normalize(student, dim=-1) * directions).sum(dim=-1)  # s
         if self.consensus:
             seen = directions * valid.unsqueeze(-1)
             others = seen.sum(dim=0) - seen  # Σ over k ≠ m
@@ -76,7 +76,7 @@ class Mean:
     ) -> Fused:
         """See `Gate`."""
         weights = valid / valid.sum(dim=0).clamp(min=1)
-        target = torch.einsum("mbn,mbnd->bnd", weights.to(teachers.dtype), teachers)
+        target = (weights.to(teachers.dtype).unsqueeze(-1) * teachers).sum(dim=0)
         return Fused(F.layer_norm(target, target.shape[-1:]) if self.renormalise else target, weights)
 
 

@@ -91,7 +91,7 @@ class Watch:
         self.first: dict[str, float] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
-        """A warning with the likely cause, or None."""
+        """A warning with the likely cause, or None. Its words before the colon stay the same from step to step."""
         if not self.first:
             self.first = dict(metrics)
             return None
@@ -104,7 +104,7 @@ class Watch:
             )
         if metrics["student_cosine"] > CONSTANT_COSINE > metrics["target_cosine"] and metrics["epoch"] >= 2:
             return (
-                f"the student gives nearly the same token for every image (cosine {metrics['student_cosine']:.2f}); "
-                "try a lower --optim.base-lr or a lower mask ratio."
+                "the student gives nearly the same token for every image: "
+                f"their cosine is {metrics['student_cosine']:.2f}; try a lower --optim.base-lr or a lower mask ratio."
             )
         return None

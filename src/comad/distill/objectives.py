@@ -20,7 +20,7 @@ class Term:
 
     Args:
         where: ``visible``: patches that the student sees; ``hidden``: the others; ``all``: the whole map. Positions
-            that             no teacher saw never count.
+            that no teacher saw never count.
         cls: the class token counts as one more position.
         distance: ``kl-student-teacher`` is KL(student‖teacher), the printed order; ``kl-teacher-student`` the usual.
         temperature: of the softmax over channels.

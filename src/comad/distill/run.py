@@ -41,7 +41,7 @@ def distill(config: DistillConfig) -> Result:
     fabric = start_fabric(config.run)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
-    _check_size(config, splits)
+    _check(config, splits)
     student = config.student.build()
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     teachers = load_teachers(config.teachers, student.grid[0], student.patch_size, precision, fabric.device)
@@ -59,7 +59,9 @@ def distill(config: DistillConfig) -> Result:
     return finish(config, splits, teachers, (start, trained.student), out, fabric)
 
 
-def _check_size(config: DistillConfig, splits: Splits) -> None:
+def _check(config: DistillConfig, splits: Splits) -> None:
+    if config.cache_teachers and not config.loader.fixed_views:
+        raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
     count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
     if count < batch:
         raise ValueError(
@@ -80,8 +82,6 @@ def _job(
 ) -> Job:
     views = _views(config, splits, distiller.student, len(teachers))
     optim, fixed = config.optim, config.loader.fixed_views
-    if config.cache_teachers and not fixed:
-        raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
     hidden = config.method.masking.teachers_hidden
     cache = TeacherCache(len(views.images), fixed) if config.cache_teachers else None
     knn = KnnProbe(splits, config.student.image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, replace
 
 from comad.data.loader import LoaderConfig
@@ -22,6 +23,7 @@ class PretrainConfig:
     Args:
         method: the objective and its settings.
         data: a folder of images, or the name of a bundled set.
+        init: weights to start from, named as a teacher is; None starts from scratch.
         vit: the network.
         loader: how images are read.
         optim: the optimiser and how long it runs.
@@ -30,18 +32,23 @@ class PretrainConfig:
 
     method: Method = field(default_factory=Mae)
     data: str = "stamps"
+    init: str | None = None
     vit: VitConfig = field(default_factory=lambda: VitConfig(image_size=48, patch_size=8, width=192, depth=6, heads=3))
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(epochs=30, batch_size=128, base_lr=1e-3, warmup_epochs=2)
+        default_factory=lambda: OptimConfig(epochs=30.0, batch_size=128, base_lr=1e-3, warmup_epochs=2.0)
     )
     run: RunConfig = field(default_factory=lambda: RunConfig(probe_every=590, checkpoint_every=295))
 
 
 METHODS: dict[str, Method] = {"mae": Mae(), "mocov3": MoCoV3(), "ibot": Ibot()}
 
-EPOCHS = {"mae": 40, "mocov3": 24, "ibot": 20}
-"""How long the bundled teachers were trained."""
+BUNDLED = {
+    "mae": {"image_size": 48, "init": None, "epochs": 20.0, "batch_size": 128, "base_lr": 2e-3},
+    "mocov3": {"image_size": 32, "init": None, "epochs": 24.0, "batch_size": 128, "base_lr": 1e-3},
+    "ibot": {"image_size": 32, "init": "mocov3-stamps", "epochs": 8.0, "batch_size": 64, "base_lr": 1e-3},
+}
+"""How the bundled teachers were trained. Crops of 32 pixels show things as large as whole pictures of 48 do."""
 
 
 def recipe(method: str) -> PretrainConfig:
@@ -52,12 +59,7 @@ def recipe(method: str) -> PretrainConfig:
     """
     if method not in METHODS:
         raise ValueError(f"no pretraining method {method!r}; choose one of: {', '.join(METHODS)}.")
-    config = PretrainConfig(method=METHODS[method])
-    size = {"mae": 48}.get(method, 32)  # contrastive crops of 32 pixels show things as large as whole pictures of 48
-    batch_size = {"ibot": 64}.get(method, 128)
-    return replace(
-        config,
-        vit=replace(config.vit, image_size=size),
-        optim=replace(config.optim, epochs=EPOCHS[method], batch_size=batch_size),
-        run=replace(config.run, out=f"runs/{method}", probe_every=2 * (7573 // batch_size)),
-    )
+    chosen, plain = dict(BUNDLED[method]), PretrainConfig(method=METHODS[method])
+    vit, init = replace(plain.vit, image_size=chosen.pop("image_size")), chosen.pop("init")
+    optim = replace(plain.optim, **chosen, warmup_epochs=min(2.0, chosen["epochs"] / 10))
+    return replace(plain, init=init, vit=vit, optim=optim, run=replace(plain.run, out=f"runs/{method}"))

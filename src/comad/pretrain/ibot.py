@@ -55,7 +55,7 @@ class Ibot:
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.04)
     temperature_warmup: float = 0.3
-    momentum: float = 0.99
+    momentum: float = 0.996
     freeze_head: float = 0.02
     jitter: float = 0.4
     grey: float = 0.1
@@ -96,7 +96,7 @@ class IbotViews:
         return Sample(random_views(image, pairs), torch.stack(masks).float())
 
     def _mask(self) -> Tensor:
-        if torch.rand(()) >= self.config.masked_share:
+        if not self.config.patch_loss or torch.rand(()) >= self.config.masked_share:
             return torch.zeros(self.grid, self.grid, dtype=torch.bool)
         low, high = self.config.mask_ratio
         return block_mask(self.grid, round(self.grid**2 * float(torch.empty(()).uniform_(low, high))))
@@ -141,6 +141,11 @@ class IbotModel(nn.Module):
             lambda g: torch.zeros_like(g) if self.head_is_frozen else g
         )
 
+    @property
+    def trained(self) -> TimmBackbone:
+        """The momentum teacher, as the official files."""
+        return self.teacher
+
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step: L_[CLS] over crops (equation 1) + L_MIM on hidden patches (equation 2)."""
         self.head_is_frozen = progress < self.config.freeze_head
@@ -169,6 +174,8 @@ class IbotModel(nn.Module):
             class_loss = self.class_loss([*target_cls.float().chunk(2)], outputs, teacher_temp=temperature)
             if not self.config.patch_loss:
                 return Step(class_loss, dict)
-            patch_loss = self.patch_loss(target_patches.float(), patches, hidden, teacher_temp=temperature)
+            patch_loss = patches.sum()  # 0 if no patch of the batch is hidden: its mean would spoil the centre for good
+            if len(patches):
+                patch_loss = self.patch_loss(target_patches.float(), patches, hidden, teacher_temp=temperature)
         metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
         return Step(class_loss + self.config.patch_loss * patch_loss, lambda: metrics)

@@ -69,6 +69,11 @@ class MaeModel(nn.Module):
         self.decoder = MaskedDecoder(backbone.width, backbone.grid, 3 * backbone.patch_size**2, *size)
         fix_positions(backbone.vit)
 
+    @property
+    def trained(self) -> TimmBackbone:
+        """The encoder."""
+        return self.backbone
+
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step: squared error to the normalised pixels of the hidden patches (section 3, reconstruction target)."""
         images = batch.views[0].float() / 255

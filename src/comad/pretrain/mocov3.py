@@ -84,6 +84,11 @@ class MoCoV3Model(nn.Module):
         self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
+    @property
+    def trained(self) -> TimmBackbone:
+        """The encoder, not its momentum copy, as the official files."""
+        return self.backbone
+
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step of the symmetrised loss; the momentum encoder moves first (algorithm 1)."""
         if self.training:

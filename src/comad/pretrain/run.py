@@ -17,6 +17,7 @@ from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
+from comad.models.teachers import load_teacher
 from comad.models.timm_backbone import TimmBackbone
 from comad.pretrain.config import PretrainConfig
 from comad.runtime.recipe import write_recipe
@@ -33,17 +34,27 @@ def pretrain(config: PretrainConfig) -> Path:
     fabric = start_fabric(config.run)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
-    if len(splits.train) < config.optim.batch_size:
-        raise ValueError(
-            f"{len(splits.train)} training images are too few for a batch; set --optim.batch-size {len(splits.train)}."
-        )
+    _check(config, splits)
     out = open_run(config.run, fabric)
     backbone = config.vit.build(**config.method.vit_arguments)
+    if config.init:
+        backbone.load_state_dict(load_teacher(config.init, config.vit.image_size).backbone.state_dict())
     model = config.method.build(backbone)
     if not config.run.resume:
         write_recipe(config, out / "config.yaml")
-    train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
-    return export_teacher(config, splits, backbone, out)
+    scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
+    return export_teacher(config, splits, scored.trained, out)
+
+
+def _check(config: PretrainConfig, splits: Splits) -> None:
+    count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
+    if count < batch:
+        raise ValueError(
+            f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
+            f"--optim.batch-size {max(1, count // config.optim.accumulate)}."
+        )
+    if config.optim.ema and config.method.kind == "ibot":
+        raise ValueError("iBOT's teacher is a moving average already; leave out --optim.ema.")
 
 
 def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbone, out: Path) -> Path:
@@ -62,10 +73,11 @@ def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbon
     board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
     board.write(out / "scoreboard.json")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    start = f"from the weights of {Path(config.init).name}" if config.init else "from scratch"
     card = ModelCard(
         name=f"{method} teacher, {splits.train.name}",
         licence="apache-2.0",
-        about=f"Trained from scratch by `comad pretrain {method}` on {splits.train.name}.",
+        about=f"Trained {start} by `comad pretrain {method}` on {splits.train.name}.",
         architecture=config.vit.name,
         token_types=config.method.token_types,
         preset=method,
@@ -106,7 +118,7 @@ def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> 
         batches=batches,
         steps_per_epoch=len(splits.train) // (batch_size * config.optim.accumulate),
         identity={**identity, "seed": seed, "precision": config.run.precision},
-        probe=lambda module: probe(module.backbone),
+        probe=lambda module: probe(module.trained),
         watch=watch,
         name_image=splits.train.path,
     )

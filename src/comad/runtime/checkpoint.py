@@ -41,12 +41,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     """Write ``step-NNNNNNNN.pt`` by way of a temporary file, then remove all but the last ``keep``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    temporary = folder / f".writing-{os.getpid()}"
-    with temporary.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = folder / ".writing"  # what a killed process leaves here, the next one overwrites
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path

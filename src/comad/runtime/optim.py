@@ -47,7 +47,7 @@ class OptimConfig:
         """Learning rate of one optimiser step, counted from 0."""
         total, warmup = self.total_steps(steps_per_epoch), self.warmup_epochs * steps_per_epoch
         if step < warmup:
-            return self.peak_lr * (step + 1) / warmup
+            return self.peak_lr * min(1.0, (step + 1) / warmup)
         share = (step - warmup) / max(1.0, total - warmup)
         return self.peak_lr * (self.min_lr + (1 - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -106,6 +107,7 @@ class Job:
 
 def start_fabric(run: RunConfig) -> Fabric:
     """Start the engine: one process, or DDP over several; bf16 by autocast."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy = "ddp" if run.devices > 1 else "auto"
     fabric = Fabric(
         devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
@@ -122,8 +124,10 @@ def open_run(run: RunConfig, fabric: Fabric) -> Path:
     """
     out = Path(run.out)
     if run.resume and not checkpoints(out / "checkpoints"):
-        raise ValueError(f"nothing to resume in {run.out!r}; start it without --run.resume.")
+        raise ValueError(f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder.")
     fabric.barrier()  # every process looks before one writes
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
     if not run.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
     fabric.barrier()
@@ -299,9 +303,10 @@ class _Report:
         if warning is None:
             return
         self.log.write(done, {"warning": warning})
-        if warning not in self.told:
+        kind = warning.partition(":")[0]  # the numbers after it change from step to step
+        if kind not in self.told:
             self.log.say(f"WARNING at step {done}: {warning}")
-            self.told.add(warning)
+            self.told.add(kind)
         if self.run.stop_on_collapse:
             raise TrainingError(f"stopped at step {done}: {warning}")
 
@@ -309,7 +314,7 @@ class _Report:
         if len(self.stream.unreadable) > self.skipped:
             self.skipped = len(self.stream.unreadable)
             names = sorted(self.job.name_image(index) for index in self.stream.unreadable)
-            (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n")
+            (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n", "utf-8", "surrogateescape")
             self.log.say(f"{len(names)} unreadable images skipped so far, listed in {self.run.out}/unreadable.txt")
 
 

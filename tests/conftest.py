@@ -1,0 +1,167 @@
+"""What tests of several folders need: a whole distillation, teachers and folders of pictures, all of them tiny."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from comad.distill.config import Method
+from comad.distill.distiller import Distiller
+from comad.distill.health import Watch
+from comad.distill.masking import Masks
+from comad.distill.teaching import Targets, teacher_step
+from comad.export.package import ModelCard, export_backbone
+from comad.models.teachers import Teacher, TeacherCard
+from comad.models.timm_backbone import TimmBackbone, VitConfig
+
+CARD = TeacherCard("t", "test", "test", "vit", "", 2, 48, 4, 8, 1, 1e-6, (0.5,) * 3, (0.5,) * 3, ("patch",), "none", 0)
+
+
+def small_vit(seed: int, width: int, patch_size: int = 8) -> TimmBackbone:
+    """A random Vision Transformer of two blocks over 4 × 4 patches."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VitConfig(image_size=4 * patch_size, patch_size=patch_size, width=width, depth=2, heads=4).build()
+
+
+def blurred_noise(count: int, seed: int, size: int = 32) -> Tensor:
+    """Random images with structure larger than a patch, values in [0, 1]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, (size, size), mode="bilinear")
+
+
+class SmallDistillation:
+    """Frozen random teachers, calibrated aligners, a student 32 channels wide, images of 4 × 4 patches."""
+
+    def __init__(
+        self,
+        method: Method,
+        teacher_widths: Sequence[int] = (48, 48, 48),
+        with_cls: Sequence[bool] = (False, True, True, True),
+        num_images: int = 64,
+        seed: int = 0,
+        teacher_patch_size: int = 8,
+    ):
+        self.teachers = [
+            Teacher(f"teacher-{m}", small_vit(100 + m, width, teacher_patch_size).eval().requires_grad_(False), CARD)
+            for m, width in enumerate(teacher_widths)
+        ]
+        self.images = blurred_noise(num_images, seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.distiller = Distiller(
+                small_vit(seed, 32), method, list(teacher_widths), list(with_cls[: len(teacher_widths)])
+            )
+        whole = teacher_step(self.teachers, self.images, Masks(None, (None,) * len(self.teachers)))
+        self.distiller.aligners.calibrate([tokens.patches.flatten(0, 1) for tokens in whole.tokens])
+
+    def batch(self, size: int) -> tuple[Tensor, Targets]:
+        """Some images, and what the teachers say about them under fresh masks."""
+        masking = self.distiller.method.masking
+        chosen = torch.randperm(len(self.images), generator=self.generator)[:size]
+        noise = torch.rand(size, 1 + len(self.teachers), 16, generator=self.generator)
+        images = self.images[chosen]
+        return images, teacher_step(self.teachers, images, masking(noise), masking.teachers_hidden)
+
+    def losses_on_one_batch(self, steps: int, learning_rate: float = 2e-3) -> list[float]:
+        """The loss of every step of a training on the same images and masks."""
+        optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=learning_rate)
+        images, targets = self.batch(16)
+        losses = []
+        for _ in range(steps):
+            loss, _ = self.distiller(images, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def watched_training(self, steps: int, learning_rate: float) -> tuple[list[str], dict[str, float]]:
+        """Train as a run does: the warnings of the watch, and the last numbers of the log."""
+        optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+        watch, warnings, metrics = Watch(), [], {}
+        for step in range(1, steps + 1):
+            images, targets = self.batch(32)
+            result = self.distiller(images, targets)
+            optimizer.zero_grad()
+            result.loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), 3.0)
+            optimizer.step()
+            if step == 1 or step % 20 == 0:
+                metrics = {name: float(value) for name, value in result.metrics().items()}
+                metrics |= {"loss": float(result.loss.detach()), "epoch": step * 32 / len(self.images)}
+                warning = watch(step, metrics)
+                warnings += [warning] if warning else []
+        return warnings, metrics
+
+
+@pytest.fixture(scope="session")
+def small_distillation() -> type[SmallDistillation]:
+    return SmallDistillation
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """A cache that is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def write_images():
+    """Write pictures: the name decides the noise, the folder the colour, the ending the format."""
+
+    def write(root, names, size=24):
+        for name in names:
+            path = Path(root) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(zlib.crc32(str(name).encode())).integers(0, 96, (size, size, 3))
+            colour = np.random.default_rng(zlib.crc32(path.parent.name.encode())).integers(0, 160, 3)
+            Image.fromarray((noise + colour).astype(np.uint8)).save(path)
+        return Path(root)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory, write_images):
+    """Three sub-folders of 24 pictures; about 58 of them are for training."""
+    names = [f"{label}/{i:02}.png" for label in ("ant", "bee", "cat") for i in range(24)]
+    return write_images(tmp_path_factory.mktemp("labelled"), names)
+
+
+@pytest.fixture(scope="session")
+def teacher_specs(tmp_path_factory):
+    """Two exported teachers of different widths, the second without a class token that carries meaning."""
+    root = tmp_path_factory.mktemp("teachers")
+    specs = []
+    for seed, (name, width, tokens) in enumerate((("first", 24, ("cls", "patch")), ("second", 16, ("patch",)))):
+        vit = VitConfig(image_size=16, patch_size=4, width=width, depth=2, heads=2)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = vit.build()
+        backbone.token_types = tokens
+        card = ModelCard(
+            name=name,
+            licence="apache-2.0",
+            architecture=vit.name,
+            token_types=tokens,
+            about="Random weights for tests.",
+            preset="none",
+            seed=seed,
+            images_seen=0,
+            data="none",
+            data_licence="none",
+        )
+        specs.append(f"{name}={export_backbone(backbone, root / name, model_args=vit.arguments, card=card)}")
+    return tuple(specs)

@@ -1,0 +1,226 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from comad.data import images as images_module
+from comad.data.images import UnreadableImageError, index_folder, load_images
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def files_of(images):
+    return [str(name) for name in images.files]
+
+
+def test_labels_are_the_names_of_sub_folders(tmp_path, write_images):
+    write_images(tmp_path, [f"{label}/{i}.png" for label in ("dog", "cat") for i in range(30)])
+    splits = load_images(str(tmp_path))
+    assert splits.class_names == {"fine": ("cat", "dog")}
+    parts = (splits.train, splits.val, splits.test)
+    names = [name for part in parts for name in files_of(part)]
+    assert sorted(names) == sorted(f"{label}/{i}.png" for label in ("dog", "cat") for i in range(30))
+    for part in parts:
+        assert len(part) == len(part.groups)
+        assert [splits.class_names["fine"][n] for n in part.labels["fine"]] == [f.split("/")[0] for f in files_of(part)]
+
+
+def test_deeper_folders_keep_the_label_of_the_first(tmp_path, write_images):
+    write_images(tmp_path, ["cat/a/1.png", "dog/b/c/2.png", "dog/3.png"])
+    assert load_images(str(tmp_path)).class_names == {"fine": ("cat", "dog")}
+
+
+def test_own_train_val_test_folders_are_taken_as_they_are(tmp_path, write_images):
+    names = [f"{part}/{c}/{i}.png" for part in ("train", "val", "test") for c in "ab" for i in range(3)]
+    write_images(tmp_path, names)
+    splits = load_images(str(tmp_path))
+    for part, images in zip(("train", "val", "test"), splits[:3], strict=True):
+        assert files_of(images) == [name for name in sorted(names) if name.startswith(part)]
+        assert images.labels["fine"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.class_names == {"fine": ("a", "b")}
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_a_missing_part_is_cut_from_train(tmp_path, write_images, held_out):
+    write_images(tmp_path, [f"train/a/{i}.png" for i in range(60)] + [f"{held_out}/a/{i}.png" for i in range(5)])
+    splits = load_images(str(tmp_path))
+    assert files_of(splits.test) == [f"{held_out}/a/{i}.png" for i in range(5)]
+    assert len(splits.val) > 0
+    assert len(splits.train) + len(splits.val) == 60
+    assert not set(files_of(splits.train)) & set(files_of(splits.val))
+
+
+def test_own_splits_without_labels(tmp_path, write_images):
+    write_images(tmp_path, ["train/1.png", "train/2.png", "val/3.png", "test/4.png"])
+    splits = load_images(str(tmp_path))
+    assert splits.class_names == {} and splits.train.labels == {}
+    assert [len(part) for part in splits[:3]] == [2, 1, 1]
+
+
+def test_a_flat_folder_has_no_labels(tmp_path, write_images):
+    splits = load_images(str(write_images(tmp_path, [f"{i}.jpg" for i in range(40)])))
+    assert splits.class_names == {}
+    assert all(part.labels == {} for part in splits[:3])
+    assert sum(len(part) for part in splits[:3]) == 40
+
+
+def test_the_split_of_a_file_does_not_move_when_files_are_added(tmp_path, write_images):
+    write_images(tmp_path, [f"a/{i}.png" for i in range(30)], size=4)
+    before = [set(files_of(part)) for part in load_images(str(tmp_path))[:3]]
+    write_images(tmp_path, [f"b/{i}.png" for i in range(30)], size=4)
+    after = [set(files_of(part)) for part in load_images(str(tmp_path))[:3]]
+    assert all(old <= new for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_every_format_and_mode_becomes_three_channels(tmp_path, ending, mode):
+    if mode in ("P", "RGBA") and ending.lower().startswith("jp"):
+        pytest.skip("JPEG has no such mode")
+    pixels = np.full((10, 14, 3), (200, 40, 90), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(tmp_path / f"one.{ending}")
+    train = load_images(str(tmp_path)).train
+    images = train if len(train) else next(part for part in load_images(str(tmp_path))[:3] if len(part))
+    picture = images.load(0)
+    assert picture.shape == (3, 10, 14)
+    if mode == "RGB":
+        assert (picture.float().mean(dim=(1, 2)).numpy() - (200, 40, 90)).__abs__().max() < 6
+
+
+def test_a_jpeg_is_shrunk_while_it_is_decoded_but_not_below_what_is_asked(tmp_path, write_images):
+    images = load_images(
+        str(write_images(tmp_path / "x", [f"train/{i}.jpg" for i in range(3)] + ["val/1.jpg", "test/1.jpg"], 160))
+    )
+    assert images.train.load(0).shape == (3, 160, 160)
+    assert images.train.load(0, min_side=40).shape == (3, 40, 40)
+    assert images.train.load(0, min_side=41).shape == (3, 80, 80)
+
+
+def test_other_and_hidden_files_are_left_out(tmp_path, write_images):
+    write_images(tmp_path, ["a/1.png", "a/.2.png", ".hidden/3.png"])
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    assert index_folder(tmp_path) == ["a/1.png"]
+
+
+def test_names_that_are_not_unicode_are_images_too(tmp_path, write_images):
+    write_images(tmp_path, ["a.png"])
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff\xe9.png")
+    splits = load_images(str(tmp_path))
+    (images,) = (part for part in splits[:3] if len(part))
+    assert images.load(0).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file.png"])
+def test_a_wrong_path_names_the_remedy(tmp_path, name):
+    (tmp_path / "file.png").touch()
+    with pytest.raises(ValueError, match=r"no folder .*pass --data FOLDER.*stamps"):
+        load_images(str(tmp_path / name))
+
+
+def test_an_empty_folder_names_the_endings(tmp_path):
+    with pytest.raises(ValueError, match=r"no images below .*\.jpg.*\.png.*\.webp"):
+        load_images(str(tmp_path))
+
+
+def test_the_index_is_read_from_the_cache(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path, ["a/1.png", "b/2.png"])
+    first = index_folder(tmp_path)
+    monkeypatch.setattr(images_module.os, "walk", lambda root: pytest.fail("the folder was read again"))
+    assert index_folder(tmp_path) == first == ["a/1.png", "b/2.png"]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "new folder", "remove folder", "rename"])
+def test_the_index_is_read_anew_when_the_folder_changes(tmp_path, write_images, change):
+    write_images(tmp_path, ["a/1.png", "a/deep/2.png", "b/3.png"])
+    index_folder(tmp_path)
+    time.sleep(0.02)
+    if change == "add":
+        write_images(tmp_path, ["a/deep/9.png"])
+    elif change == "remove":
+        (tmp_path / "a" / "1.png").unlink()
+    elif change == "new folder":
+        write_images(tmp_path, ["c/d/9.png"])
+    elif change == "remove folder":
+        (tmp_path / "b" / "3.png").unlink()
+        (tmp_path / "b").rmdir()
+    else:
+        (tmp_path / "b").rename(tmp_path / "z")
+    expected = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert index_folder(tmp_path) == expected
+
+
+def test_two_folders_do_not_share_a_cache(tmp_path, write_images):
+    first, second = write_images(tmp_path / "x", ["1.png"]), write_images(tmp_path / "y", ["2.png"])
+    assert index_folder(first) == ["1.png"]
+    assert index_folder(second) == ["2.png"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
+def test_a_damaged_cache_is_written_anew(tmp_path, write_images, content):
+    write_images(tmp_path / "x", ["1.png"])
+    index_folder(tmp_path / "x")
+    (cache,) = (Path(os.environ["XDG_CACHE_HOME"]) / "comad").iterdir()
+    cache.write_text(content)
+    assert index_folder(tmp_path / "x") == ["1.png"]
+    assert json.loads(cache.read_text())["files"] == ["1.png"]
+
+
+def test_a_place_where_no_cache_can_be_written_does_not_matter(tmp_path, write_images, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert index_folder(write_images(tmp_path / "x", ["1.png"])) == ["1.png"]
+
+
+def test_twenty_thousand_files_are_indexed_in_seconds(tmp_path):
+    for folder in range(20):
+        (tmp_path / f"{folder:02}").mkdir()
+        for i in range(1000):
+            os.close(os.open(tmp_path / f"{folder:02}" / f"{i:04}.jpg", os.O_CREAT))
+    start = time.monotonic()
+    splits = load_images(str(tmp_path))
+    cold = time.monotonic() - start
+    assert sum(len(part) for part in splits[:3]) == 20_000
+    start = time.monotonic()
+    index_folder(tmp_path)
+    cached = time.monotonic() - start
+    assert cold < 5 and cached < 1, (cold, cached)
+
+
+def test_damaged_bytes_are_always_reported_as_unreadable(tmp_path, write_images):
+    """Cut and scramble files of each format: a decoder may give a picture or `UnreadableImageError`, nothing else."""
+    random = np.random.default_rng(0)
+    names = [f"train/{i}.{ending}" for ending in ("jpg", "png", "webp", "bmp") for i in range(25)]
+    write_images(tmp_path, [*names, "val/1.png", "test/1.png"], size=12)
+    for number, name in enumerate(names):
+        content = bytearray((tmp_path / name).read_bytes())
+        for position in random.integers(0, min(120, len(content)), 4):
+            content[position] = random.integers(256)
+        end = int(random.integers(0, len(content))) if number % 2 else len(content)
+        (tmp_path / name).write_bytes(content[:end])
+    train = load_images(str(tmp_path)).train
+    unreadable = 0
+    for index in range(len(train)):
+        try:
+            assert train.load(index, 8).shape[0] == 3
+        except UnreadableImageError as error:
+            assert train.path(index) in str(error)
+            unreadable += 1
+    assert unreadable > 20
+
+
+def test_a_file_that_is_gone_or_empty_is_unreadable(tmp_path, write_images):
+    write_images(tmp_path, ["train/1.png", "train/2.png", "val/3.png", "test/4.png"])
+    (tmp_path / "train/1.png").write_bytes(b"")
+    (tmp_path / "train/2.png").unlink()
+    (tmp_path / "train/2.png").symlink_to("nowhere")
+    train = load_images(str(tmp_path)).train
+    for index in range(2):
+        with pytest.raises(UnreadableImageError, match=rf"{index + 1}\.png"):
+            train.load(index)

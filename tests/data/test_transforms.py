@@ -1,0 +1,102 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comad.data.transforms import ColourChange, Crop, evaluation_view, paste, random_backdrop, random_views
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31))
+def test_paste_against_floats(seed):
+    generator = torch.Generator().manual_seed(seed)
+    alpha = torch.randint(0, 256, (1, 9, 7), generator=generator)
+    colours = (torch.rand(3, 9, 7, generator=generator) * (alpha + 1)).long().clamp(max=alpha)
+    backdrop = torch.randint(0, 256, (3, 9, 7), generator=generator)
+    found = paste(torch.cat([colours, alpha]).to(torch.uint8), backdrop.to(torch.uint8))
+    expected = colours.double() + (1 - alpha.double() / 255) * backdrop
+    assert found.dtype == torch.uint8
+    assert (found.double() - expected).abs().max() <= 0.5
+
+
+def test_paste_of_opaque_and_of_nothing():
+    backdrop = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    assert torch.equal(paste(torch.zeros(4, 4, 4, dtype=torch.uint8), backdrop), backdrop)
+    opaque = torch.full((4, 4, 4), 255, dtype=torch.uint8)
+    opaque[:3] = backdrop
+    assert torch.equal(paste(opaque, 255 - backdrop), backdrop)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("size", [8, 24])
+def test_a_crop_has_the_size_and_leaves_its_source_alone(channels, size):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (channels, 30, 20), dtype=torch.uint8)
+    if channels == 4:
+        image[:3] = torch.minimum(image[:3], image[3:])
+    before = image.clone()
+    for _ in range(10):
+        view = Crop(size=size)(image)
+        assert view.shape == (3, size, size) and view.dtype == torch.uint8
+    assert torch.equal(image, before)
+
+
+def test_the_flip_comes_as_often_as_it_should():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[:, :, :4] = 200
+    for share in (0.0, 1.0):
+        crop = Crop(size=8, scale=(1.0, 1.0), flip=share)
+        flipped = [bool(crop(image)[0, 4, 0] < 100) for _ in range(8)]
+        assert all(flipped) if share else not any(flipped)
+
+
+def test_crops_keep_to_their_share_of_the_area():
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 64).expand(3, 64, 64).contiguous()
+    spans = []
+    for _ in range(50):
+        view = Crop(size=64, scale=(0.1, 0.2), flip=0.0)(image)[0]
+        spans.append(int(view.max()) - int(view.min()) + 1)
+    assert min(spans) >= 64 * (0.1 * 3 / 4) ** 0.5 - 2 and max(spans) <= 64 * (0.2 * 4 / 3) ** 0.5 + 2
+
+
+def test_every_draw_comes_from_the_generator_of_torch():
+    image = torch.randint(0, 256, (4, 30, 30), dtype=torch.uint8)
+    pairs = [(Crop(size=12), ColourChange(grey=0.5, blur=0.5)), (Crop(size=8), None)]
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        results.append(random_views(image, pairs))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.manual_seed(8)
+    assert not torch.equal(random_views(image, pairs)[0], results[0][0])
+
+
+def test_colour_change_of_strength_zero_is_no_change():
+    view = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
+    assert torch.equal(ColourChange(strength=0.0, hue=0.0, jitter=1.0)(view), view)
+
+
+def test_colour_change_goes_grey_and_blurs():
+    torch.manual_seed(0)
+    view = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    grey = ColourChange(jitter=0.0, grey=1.0)(view)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
+    blurred = ColourChange(jitter=0.0, blur=1.0)(view)
+    assert blurred.shape == view.shape and blurred.float().std() < view.float().std()
+
+
+def test_backdrops_are_of_several_kinds():
+    torch.manual_seed(0)
+    backdrops = [random_backdrop(12) for _ in range(60)]
+    assert all(b.shape == (3, 12, 12) and b.dtype == torch.uint8 for b in backdrops)
+    white = sum(bool((b == 255).all()) for b in backdrops)
+    one_colour = sum(bool((b == b[:, :1, :1]).all()) for b in backdrops) - white
+    assert 5 < white < 35 and 5 < one_colour < 35 and white + one_colour < 55
+
+
+def test_evaluation_view_resizes_the_shorter_side_and_cuts_the_centre():
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    image[:, :, 30:50] = 255
+    view = evaluation_view(image, 10, 0.5)
+    assert view.shape == (3, 10, 10) and bool((view > 200).all())
+    assert torch.equal(evaluation_view(image, 10, 0.5), view)

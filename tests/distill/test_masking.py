@@ -1,0 +1,138 @@
+"""Masks: how many patches are seen, which, and from what randomness alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comad.distill.masking import POLICIES, Masking, Masks
+
+CPU = torch.device("cpu")
+RATIOS = st.floats(0.0, 0.95)
+
+
+def noise(batch_size: int, num_teachers: int, num_patches: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch_size, 1 + num_teachers, num_patches, generator=generator)
+
+
+def as_sets(visible: torch.Tensor) -> list[set[int]]:
+    return [set(row) for row in visible.tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratios=st.lists(RATIOS, min_size=2, max_size=5),
+    batch_size=st.integers(1, 4),
+    num_patches=st.integers(1, 50),
+    seed=st.integers(0, 10_000),
+)
+def test_superset_shows_every_teacher_what_the_student_sees(ratios, batch_size, num_patches, seed):
+    *teachers, student = sorted(ratios)
+    masks = Masking(student=student, teachers=tuple(teachers))(noise(batch_size, len(teachers), num_patches, seed))
+    for visible in masks.teachers:
+        assert all(own <= more for own, more in zip(as_sets(masks.student), as_sets(visible), strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    policy=st.sampled_from(["superset", "independent"]),
+    teachers=st.lists(st.floats(0.0, 0.6), min_size=1, max_size=4),
+    student=st.floats(0.6, 0.95),
+    num_patches=st.integers(1, 60),
+    seed=st.integers(0, 10_000),
+)
+def test_counts_are_exact_and_positions_ascend(policy, teachers, student, num_patches, seed):
+    masks = Masking(policy=policy, student=student, teachers=tuple(teachers))(
+        noise(3, len(teachers), num_patches, seed)
+    )
+    for visible, ratio in zip((masks.student, *masks.teachers), (student, *teachers), strict=True):
+        assert visible.shape == (3, max(1, round(num_patches * (1 - ratio))))
+        assert (visible.diff(dim=1) > 0).all() and visible.min() >= 0 and visible.max() < num_patches
+
+
+@pytest.mark.parametrize(
+    ("num_patches", "counts"), [(16, (4, 8, 10, 11)), (36, (9, 18, 22, 25)), (196, (49, 98, 118, 137))]
+)
+def test_counts_of_the_papers_ratios(num_patches, counts):
+    assert Masking().num_visible(num_patches, 3) == (counts[0], counts[1:])
+
+
+def test_the_last_ratio_repeats_for_further_teachers():
+    assert Masking(teachers=(0.5, 0.25)).num_visible(16, 4) == (4, (8, 12, 12, 12))
+
+
+def test_none_hides_nothing():
+    masks = Masking(policy="none")(noise(2, 3, 16))
+    assert masks == Masks(None, (None, None, None))
+    assert masks.student_sees(2, 16, CPU).all() and masks.teachers_see(2, 16, CPU).all()
+
+
+def test_shared_gives_teachers_the_students_patches():
+    masks = Masking(policy="shared")(noise(5, 3, 16))
+    assert all(torch.equal(visible, masks.student) for visible in masks.teachers)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_masks_are_functions_of_the_noise(policy):
+    rows, masking = noise(4, 3, 16), Masking(policy=policy)
+    torch.manual_seed(1)
+    first = masking(rows)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = masking(rows)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.student is again.student is None or torch.equal(first.student, again.student)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first.teachers, again.teachers, strict=True))
+    alone = masking(rows[2:3])  # the masks of an image do not depend on its neighbours in the batch
+    assert alone.student is None or torch.equal(alone.student, first.student[2:3])
+
+
+@pytest.mark.parametrize("policy", ["superset", "independent"])
+def test_each_teacher_draws_from_its_own_row(policy):
+    rows, masking = noise(8, 3, 36), Masking(policy=policy)
+    changed = rows.clone()
+    changed[:, 2] = noise(8, 3, 36, seed=1)[:, 2]
+    before, after = masking(rows), masking(changed)
+    assert torch.equal(before.student, after.student)
+    same = [torch.equal(a, b) for a, b in zip(before.teachers, after.teachers, strict=True)]
+    assert same == [True, False, True]
+
+
+def test_independent_hides_the_students_patches_as_often_as_any_other():
+    masks = Masking(policy="independent")(noise(2000, 3, 16))
+    student, teachers = masks.student_sees(2000, 16, CPU), masks.teachers_see(2000, 16, CPU)
+    shares = [float(teacher[student].float().mean()) for teacher in teachers]
+    assert shares == pytest.approx([8 / 16, 10 / 16, 11 / 16], abs=0.02)
+
+
+@pytest.mark.parametrize("policy", ["superset", "independent"])
+def test_every_position_is_seen_equally_often(policy):
+    masks = Masking(policy=policy)(noise(4000, 3, 16))
+    for visible in (masks.student, *masks.teachers):
+        counted = torch.bincount(visible.flatten(), minlength=16) / 4000
+        assert counted.tolist() == pytest.approx([visible.shape[1] / 16] * 16, abs=0.04)
+
+
+def test_maps_mark_the_visible_positions():
+    masks = Masking()(noise(3, 2, 16))
+    student, teachers = masks.student_sees(3, 16, CPU), masks.teachers_see(3, 16, CPU)
+    assert teachers.shape == (2, 3, 16)
+    for image in range(3):
+        assert student[image].nonzero().flatten().tolist() == masks.student[image].tolist()
+        for m in range(2):
+            assert teachers[m, image].nonzero().flatten().tolist() == masks.teachers[m][image].tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"student": 1.0}, {"student": -0.1}, {"teachers": (0.2, 1.5)}])
+def test_refuses_a_ratio_outside_its_range(wrong):
+    with pytest.raises(ValueError, match="hidden share"):
+        Masking(**wrong)
+
+
+def test_superset_refuses_a_student_that_sees_more_than_a_teacher():
+    with pytest.raises(ValueError, match="superset"):
+        Masking(student=0.4, teachers=(0.3, 0.5))
+    Masking(policy="independent", student=0.4, teachers=(0.3, 0.5))

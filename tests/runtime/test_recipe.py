@@ -1,0 +1,110 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from comad import presets
+from comad.distill.config import DistillConfig
+from comad.models.timm_backbone import VitConfig
+from comad.pretrain.config import METHODS
+from comad.pretrain.config import recipe as pretrain_recipe
+from comad.runtime.optim import OptimConfig
+from comad.runtime.recipe import read_recipe, write_recipe
+
+CONFIGS = {
+    **{f"{name} demo={demo}": presets.recipe(name, demo) for name in presets.METHODS for demo in (True, False)},
+    **{name: pretrain_recipe(name) for name in METHODS},
+    "changed": replace(
+        presets.recipe("comad", True),
+        teachers=("a=b/c", "d"),
+        student=VitConfig(patch_size=None, drop_path=0.1),
+        optim=OptimConfig(betas=(0.5, 0.6), base_lr=1e-5, epochs=0.5),
+        data="~/Bilder/Ä ö",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_is_read_back(tmp_path, name):
+    config = CONFIGS[name]
+    write_recipe(config, tmp_path / "config.yaml")
+    found = read_recipe(type(config), tmp_path / "config.yaml")
+    assert found == config
+    write_recipe(found, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
+
+
+def test_a_recipe_may_set_a_part(tmp_path):
+    (tmp_path / "r.yaml").write_text("optim:\n  epochs: 3\nmethod:\n  masking: {student: 0.9}\n")
+    config = read_recipe(DistillConfig, tmp_path / "r.yaml")
+    assert config.optim == OptimConfig(epochs=3.0)
+    assert config.method.masking.student == 0.9 and config.method.aligner == DistillConfig().method.aligner
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def misspelt(tree, path):
+    """The tree with the last key of a path spelt with one letter too many, its value kept."""
+    tree = copy.deepcopy(tree)
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1] + "x"] = node.pop(path[-1])
+    return tree
+
+
+@pytest.mark.parametrize("name", ["comad demo=True", "comad-literal demo=True", "mean demo=True", *METHODS])
+def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(tmp_path, name):
+    config, path = CONFIGS[name], tmp_path / "config.yaml"
+    write_recipe(config, path)
+    tree = yaml.safe_load(path.read_text())
+    paths = [keys for keys in leaves(tree) if keys[:-1] != ("method", "terms") and keys[-1] != "kind"]
+    assert max(map(len, paths)) >= 2
+    for keys in paths:
+        path.write_text(yaml.safe_dump(misspelt(tree, keys)))
+        with pytest.raises(ValueError, match=rf"unknown key '{keys[-1]}x'; did you mean '{keys[-1]}'\?") as error:
+            read_recipe(type(config), path)
+        assert "\n" not in str(error.value) and all(key in str(error.value) for key in keys[:-1])
+
+
+def test_an_unknown_key_far_from_all_gets_the_list(tmp_path):
+    (tmp_path / "r.yaml").write_text("optim: {qqq: 1}")
+    with pytest.raises(ValueError, match=r"optim: unknown key 'qqq'; known keys: epochs, batch_size"):
+        read_recipe(DistillConfig, tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("optim: {epochs: many}", "optim.epochs"),
+        ("optim: {batch_size: 1.5}", "optim.batch_size"),
+        ("optim: {betas: [0.9]}", "optim.betas"),
+        ("optim: 3", "optim"),
+        ("student: {width: wide}", "student.width"),
+        ("teachers: {a: b}", "teachers"),
+        ("run: {resume: perhaps}", "run.resume"),
+        ("method: {masking: {policy: random}}", "method.masking.policy"),
+        ("method: {masking: {student: 1.5}}", "method.masking"),
+        ("method: {terms: {token: {distance: euclid}}}", "method.terms.token.distance"),
+        ("- a\n- b", ""),
+        ("", ""),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_says_where(tmp_path, text, where):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_recipe(DistillConfig, tmp_path / "r.yaml")
+    assert str(tmp_path / "r.yaml") in str(error.value) and where in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_says_where_to_find_one(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe .*config\.yaml"):
+        read_recipe(DistillConfig, tmp_path / "none.yaml")

@@ -1,0 +1,316 @@
+import json
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from comad.runtime import train as train_module
+from comad.runtime.checkpoint import checkpoints, load_checkpoint
+from comad.runtime.optim import OptimConfig
+from comad.runtime.train import Interrupted, Job, RunConfig, Step, TrainingError, open_run, start_fabric, train
+
+OPTIM = OptimConfig(epochs=3.0, batch_size=4, base_lr=0.5, warmup_epochs=1.0, weight_decay=0.01, clip=0.0)
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    image: Tensor
+    readable: Tensor
+
+
+def make_job(batch_size=4, accumulate=1, on_step=None, watch=None, probe=None, identity=None, unreadable=()):
+    """Learn a linear map from 24 rows, in order."""
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(24, 3, generator=generator)
+    rows = [Rows(x, torch.tensor(i), torch.tensor(i not in unreadable)) for i, x in enumerate(xs)]
+    truth = torch.randn(3, 2, generator=generator)
+    torch.manual_seed(1)
+    module = nn.Linear(3, 2)
+    calls = []
+
+    def batches(first, last):
+        per_epoch = 24 // batch_size
+        order = [[(n % per_epoch) * batch_size + i for i in range(batch_size)] for n in range(first, last)]
+        return DataLoader(rows, batch_sampler=order)
+
+    def step(wrapped, batch, progress):
+        calls.append(progress)
+        loss = F.mse_loss(wrapped(batch.x), batch.x @ truth)
+        if on_step:
+            loss = on_step(len(calls), loss)
+        return Step(loss, lambda: {"twice": 2 * loss.detach()})
+
+    return Job(
+        module=module,
+        step=step,
+        batches=batches,
+        steps_per_epoch=24 // (batch_size * accumulate),
+        identity=identity or {"config": {"a": 1}, "teachers": {"mae": {"sha256": "x"}}},
+        probe=probe or (lambda module: {"knn": 50.0}),
+        watch=watch or (lambda step, metrics: None),
+        name_image=lambda index: f"image-{index:02}.png",
+    )
+
+
+def fit(out, job=None, optim=OPTIM, **run):
+    run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
+    fabric = start_fabric(run)
+    open_run(run, fabric)
+    return train(job or make_job(), optim, run, fabric)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(out):
+    return [int(path.stem.split("-")[1]) for path in checkpoints(out / "checkpoints")]
+
+
+def use_sgd(monkeypatch):
+    monkeypatch.setattr(
+        train_module, "build_optimizer", lambda module, optim: torch.optim.SGD(module.parameters(), lr=1.0)
+    )
+
+
+def change(optim, **values):
+    return OptimConfig(**{**{key: getattr(optim, key) for key in optim.__dataclass_fields__}, **values})
+
+
+def test_the_loss_falls_and_the_log_has_every_number(tmp_path):
+    fit(tmp_path, optim=change(OPTIM, epochs=20.0, base_lr=4.0))
+    steps = [line for line in log_of(tmp_path) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 121))
+    assert steps[-1]["loss"] < 0.1 * steps[0]["loss"]
+    for name in ("lr", "grad_norm", "twice", "images_per_s", "data_wait", "memory_gib", "epoch"):
+        assert math.isfinite(steps[-1][name])
+    assert steps[-1]["epoch"] == 20 and log_of(tmp_path)[-1] == {"step": 120, "knn": 50.0}
+    assert steps[0]["lr"] == pytest.approx(4.0 * 4 / 256 / 6)
+    assert all(0 <= line["data_wait"] <= 100 for line in steps)
+
+
+def test_accumulation_equals_a_big_batch(tmp_path):
+    whole = fit(tmp_path / "a", make_job(8), change(OPTIM, batch_size=8, clip=1.0))
+    parts = fit(tmp_path / "b", make_job(2, 4), change(OPTIM, batch_size=2, accumulate=4, clip=1.0))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    norms = [[line["grad_norm"] for line in log_of(tmp_path / n) if "loss" in line] for n in "ab"]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 9
+
+
+def test_gradients_are_clipped(tmp_path, monkeypatch):
+    use_sgd(monkeypatch)
+    weights = []
+
+    def flat():
+        return nn.utils.parameters_to_vector(job.module.parameters()).detach()
+
+    job = make_job(watch=lambda step, metrics: weights.append(flat()))
+    weights.append(flat())
+    fit(tmp_path, job, change(OPTIM, clip=0.05, weight_decay=0.0))
+    for line, before, after in zip((x for x in log_of(tmp_path) if "loss" in x), weights, weights[1:], strict=False):
+        assert line["grad_norm"] > 0.05  # the log has the norm before clipping
+        assert float((after - before).norm()) == pytest.approx(0.05 * line["lr"], rel=1e-2)
+
+
+def test_without_clipping_the_gradient_is_left_alone(tmp_path, monkeypatch):
+    use_sgd(monkeypatch)
+    job = make_job()
+    weight = job.module.weight.detach().clone()
+    gradients = []
+    job.module.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    fit(tmp_path, job, change(OPTIM, epochs=1 / 6, warmup_epochs=0.0))
+    assert torch.allclose(job.module.weight, weight - gradients[0] * OPTIM.peak_lr)
+
+
+def test_the_moving_average_is_what_is_scored(tmp_path):
+    weights, probed = [], []
+    job = make_job(
+        watch=lambda step, metrics: weights.append(job.module.weight.detach().clone()),
+        probe=lambda module: probed.append(module) or {},
+    )
+    scored = fit(tmp_path, job, change(OPTIM, ema=0.8))
+    average = weights[0]
+    for weight in weights[1:]:
+        average = 0.8 * average + 0.2 * weight
+    assert torch.allclose(scored.weight, average, atol=1e-6)
+    assert probed == [scored] and not torch.equal(scored.weight, job.module.weight)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, value):
+    job = make_job(on_step=lambda call, loss: loss * value if call >= 8 else loss)
+    with pytest.raises(
+        TrainingError, match=r"not finite at step 8: .*'loss'.*'twice'.*'grad_norm'.*checkpoints"
+    ) as error:
+        fit(tmp_path, job, checkpoint_every=3)
+    for part in ("'loss'", "'twice'", "'grad_norm'", "checkpoints", "--optim.base-lr"):
+        assert part in str(error.value)
+    assert steps_of(tmp_path) == [3, 6]
+    state = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
+    assert all(bool(tensor.isfinite().all()) for tensor in state["module"].values())
+
+
+def test_a_non_finite_loss_between_two_log_lines_never_reaches_a_checkpoint(tmp_path):
+    job = make_job(on_step=lambda call, loss: loss * math.nan if call == 4 else loss)
+    with pytest.raises(TrainingError):
+        fit(tmp_path, job, log_every=1000, checkpoint_every=3)
+    assert steps_of(tmp_path) == [3]
+
+
+def test_a_non_finite_part_of_an_accumulated_batch_is_found(tmp_path):
+    job = make_job(2, 4, on_step=lambda call, loss: loss * math.nan if call == 6 else loss)
+    with pytest.raises(TrainingError, match="step 2"):
+        fit(tmp_path, job, change(OPTIM, batch_size=2, accumulate=4))
+
+
+def test_a_warning_is_recorded_told_once_and_may_end_the_run(tmp_path, capfd):
+    def watch(step, metrics):
+        return "all tokens are alike" if step > 5 else None
+
+    fit(tmp_path / "a", make_job(watch=watch))
+    assert sum("warning" in line for line in log_of(tmp_path / "a")) == 13
+    assert capfd.readouterr().err.count("WARNING at step 6: all tokens are alike") == 1
+    with pytest.raises(TrainingError, match="stopped at step 6: all tokens are alike"):
+        fit(tmp_path / "b", make_job(watch=watch), stop_on_collapse=True)
+
+
+def test_progress_is_one_line_with_everything(tmp_path, capfd):
+    fit(tmp_path, make_job(probe=lambda module: {"knn": 12.345}), probe_every=9)
+    line = capfd.readouterr().err.splitlines()[-1]
+    for part in ("step 18/18", "ETA 0:00", "img/s", "GiB", "loss", "data_wait", "%", "knn 12.3"):
+        assert part in line
+
+
+def test_checkpoints_come_as_often_as_asked_and_at_the_end(tmp_path):
+    fit(tmp_path, checkpoint_every=5, keep=10)
+    assert steps_of(tmp_path) == [5, 10, 15, 18]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    fit(tmp_path, tensorboard=True)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path):
+    fit(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a run already; pass --run\.resume to go on or --run\.out"):
+        fit(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"--run\.out"):
+        fit(tmp_path / "other")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_run_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--run\.out"):
+        fit(tmp_path / "file")
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint to resume in .*--run\.resume"):
+        fit(tmp_path / "none", resume=True)
+
+
+def stop_at(call):
+    def on_step(number, loss):
+        if number == call:
+            raise RuntimeError("pulled the plug")
+        return loss
+
+    return on_step
+
+
+@pytest.mark.parametrize("optim", [OPTIM, change(OPTIM, ema=0.9), change(OPTIM, batch_size=2, accumulate=2)])
+def test_a_resumed_run_ends_bitwise_like_the_uninterrupted_one(tmp_path, optim):
+    def job(**more):
+        return make_job(optim.batch_size, optim.accumulate, **more)
+
+    whole = fit(tmp_path / "a", job(), optim)
+    with pytest.raises(RuntimeError):
+        fit(tmp_path / "b", job(on_step=stop_at(11 * optim.accumulate)), optim, checkpoint_every=4)
+    assert steps_of(tmp_path / "b") == [4, 8]
+    resumed = fit(tmp_path / "b", job(), optim, checkpoint_every=4, resume=True)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    first = fit(tmp_path)
+    again = fit(tmp_path, resume=True)
+    assert torch.equal(first.weight, again.weight)
+
+
+@pytest.mark.parametrize(
+    ("identity", "words"),
+    [
+        ({"config": {"a": 2}, "teachers": {"mae": {"sha256": "x"}}}, "config.a: 1 → 2"),
+        ({"config": {"a": 1}, "teachers": {"mae": {"sha256": "y"}}}, "teachers.mae.sha256: x → y"),
+        ({"config": {"a": 1}, "teachers": {}}, "teachers.mae"),
+    ],
+)
+def test_resume_refuses_another_setup_and_names_the_difference(tmp_path, identity, words):
+    fit(tmp_path)
+    with pytest.raises(ValueError, match="started with another setup") as error:
+        fit(tmp_path, make_job(identity=identity), resume=True)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_resume_from_a_damaged_checkpoint_and_from_the_one_before(tmp_path):
+    whole = fit(tmp_path, checkpoint_every=10)
+    last = checkpoints(tmp_path / "checkpoints")[-1]
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a readable checkpoint; remove it"):
+        fit(tmp_path, resume=True)
+    last.unlink()
+    assert torch.equal(fit(tmp_path, resume=True).weight, whole.weight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, capfd, number):
+    def on_step(call, loss):
+        if call == 7:
+            os.kill(os.getpid(), number)
+        return loss
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "b", make_job(on_step=on_step))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert steps_of(tmp_path / "b") == [7]
+    assert "stopped at step 7" in (text := capfd.readouterr().err) and "--run.resume" in text
+    assert torch.equal(fit(tmp_path / "b", resume=True).weight, fit(tmp_path / "a").weight)
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    def on_step(call, loss):
+        if call == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, make_job(on_step=on_step))
+
+
+def test_unreadable_images_are_listed(tmp_path, capfd):
+    fit(tmp_path, make_job(unreadable=(5, 17, 3)))
+    assert (tmp_path / "unreadable.txt").read_text().split() == ["image-03.png", "image-05.png", "image-17.png"]
+    assert "3 unreadable images skipped so far, listed in" in capfd.readouterr().err
+
+
+def test_bf16_keeps_weights_in_float32(tmp_path):
+    dtypes = []
+    job = make_job()
+    job.module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    module = fit(tmp_path, job, precision="bf16")
+    assert module.weight.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}

@@ -1,0 +1,182 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from comad.cli import VERBS, main
+from comad.models.teachers import load_teacher
+
+RANDOM = "vit_tiny_patch16_224:random"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
+def failure(capsys, *arguments):
+    """The one line with which a command fails."""
+    assert main(list(map(str, arguments))) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("comad: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_help_is_quick_and_does_without_torch():
+    code = (
+        "import sys, comad.cli; status = comad.cli.main(['--help']); heavy = {'torch', 'timm', 'tyro', 'pydantic', "
+        "'numpy', 'lightning_fabric'} & set(sys.modules); sys.exit(status or f'imported {heavy}' if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.monotonic()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.monotonic() - start)
+        assert result.returncode == 0, result.stderr
+    assert all(verb in result.stdout for verb in VERBS)
+    assert min(seconds) <= 0.5
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_in_all_its_ways(capsys, arguments):
+    assert main(arguments) == 0
+    assert "usage: comad VERB" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+@pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate"])
+def test_every_verb_has_help(capsys, verb):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert "--data" in capsys.readouterr().out
+
+
+def test_a_misspelt_verb(capsys):
+    assert "no verb 'destill'; did you mean 'distill'?" in failure(capsys, "destill")
+    assert "distill, pretrain, evaluate" in failure(capsys, "xyz")
+
+
+@pytest.mark.parametrize("given", [["--preset", "comad-litteral"], ["--preset=comad-litteral"]])
+def test_a_misspelt_preset(capsys, given):
+    assert "did you mean 'comad-literal'?" in failure(capsys, "distill", *given)
+
+
+def test_a_misspelt_pretraining_method(capsys):
+    assert "did you mean 'mocov3'?" in failure(capsys, "pretrain", "moco3")
+    assert "mae|mocov3|ibot" in failure(capsys, "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("vit_tiny_patch16_22", "vit_tiny_patch16_224"),
+        ("mae=nowhere.pth", "nowhere.pth"),
+        ("a/b.pth", "a/b.pth"),
+    ],
+)
+def test_a_misspelt_teacher(capsys, labelled_folder, teacher, words):
+    message = failure(capsys, "distill", "--data", labelled_folder, "--teachers", teacher, "--optim.batch-size", 8)
+    assert words in message
+    assert not os.listdir(".")
+
+
+def test_own_data_without_teachers_asks_for_them(capsys, labelled_folder):
+    assert "--teachers" in failure(capsys, "distill", "--data", labelled_folder, "--optim.batch-size", 8)
+
+
+@pytest.mark.parametrize("verb", [["distill", "--teachers", RANDOM], ["pretrain", "mae"], ["evaluate", RANDOM]])
+def test_wrong_data(capsys, tmp_path, verb):
+    assert "pass --data FOLDER" in failure(capsys, *verb, "--data", tmp_path / "nowhere")
+    assert ".jpg, .jpeg, .png, .webp" in failure(capsys, *verb, "--data", tmp_path)
+    assert not os.listdir(".")
+
+
+@pytest.mark.parametrize("verb", [["distill", "--teachers", RANDOM], ["pretrain", "mae"]])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_too_few_images_for_the_batch(capsys, labelled_folder, verb, accumulate):
+    options = ["--data", labelled_folder, "--optim.batch-size", 64, "--optim.accumulate", accumulate]
+    message = failure(capsys, *verb, *options)
+    assert f"too few for a batch of {64 * accumulate}" in message and "set --optim.batch-size" in message
+    assert not os.listdir(".")
+
+
+def test_the_cache_needs_fixed_views(capsys, labelled_folder):
+    options = ["--teachers", RANDOM, "--optim.batch-size", 8, "--cache-teachers"]
+    assert "--loader.fixed-views" in failure(capsys, "distill", "--data", labelled_folder, *options)
+    assert not os.listdir(".")
+
+
+def test_no_moving_average_of_a_moving_average(capsys, labelled_folder):
+    options = ["--data", labelled_folder, "--optim.batch-size", 8, "--optim.ema", 0.9]
+    assert "--optim.ema" in failure(capsys, "pretrain", "ibot", *options)
+
+
+def test_evaluation_needs_labels(capsys, tmp_path, write_images):
+    write_images(tmp_path, [f"{i}.png" for i in range(5)])
+    message = failure(capsys, "evaluate", RANDOM, "--data", tmp_path, "--image-size", 16)
+    assert "one sub-folder per label" in message
+
+
+def test_a_recipe_with_a_mistake(capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text("optim: {epoch: 3}")
+    assert "did you mean 'epochs'?" in failure(capsys, "distill", "--recipe", tmp_path / "r.yaml")
+    assert "no recipe" in failure(capsys, "pretrain", "mae", "--recipe", tmp_path / "none.yaml")
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "--optim.epoch", "3"])
+    assert end.value.code == 2
+    assert "--optim.epochs" in capsys.readouterr().err
+
+
+def test_evaluate_scores_a_backbone(capsys, labelled_folder, teacher_specs, tmp_path):
+    path = teacher_specs[0].split("=")[1]
+    assert main(["evaluate", path, "--data", str(labelled_folder), "--image-size", "16", "--out", "s.json"]) == 0
+    assert "kNN %" in capsys.readouterr().out and os.path.exists("s.json")
+
+
+@pytest.mark.parametrize("method", ["mae", "mocov3", "ibot"])
+def test_pretraining_leaves_a_teacher_and_goes_on_after_a_stop(labelled_folder, method):
+    network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
+    length = ["--optim.epochs=2", "--optim.batch-size=8", "--optim.warmup-epochs=1", "--loader.workers=0"]
+    run = ["--run.precision=fp32", "--run.no-tensorboard", "--run.checkpoint-every=5", "--run.probe-every=0"]
+    command = ["pretrain", method, f"--data={labelled_folder}", *network, *length, *run]
+    assert main([*command, "--run.out=whole"]) == 0
+    teacher = load_teacher("whole/teacher", 16)
+    assert teacher.backbone.token_types == (("patch",) if method == "mae" else ("cls", "patch"))
+    card = json.loads(Path("whole/teacher/config.json").read_text())["comad"]
+    assert card["preset"] == method and [point["step"] for point in card["curve"]] == [14]
+    roles = [row["role"] for row in json.loads(Path("whole/scoreboard.json").read_text())["rows"]]
+    assert roles == ["pixels", "untrained", "teacher"]
+
+    assert main([*command, "--run.out=part", "--run.checkpoint-every=5"]) == 0
+    os.remove("part/checkpoints/step-00000014.pt")
+    assert main([*command, "--run.out=part", "--run.resume"]) == 0
+    part, whole = (Path(out, "teacher", "model.safetensors").read_bytes() for out in ("part", "whole"))
+    assert part == whole
+
+
+def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypatch):
+    from comad.pretrain import run as run_module
+
+    exported = []
+    monkeypatch.setattr(
+        run_module, "export_teacher", lambda config, splits, backbone, out: exported.append(backbone) or out
+    )
+    network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
+    length = ["--optim.epochs=1", "--optim.batch-size=16", "--loader.workers=0", "--run.no-tensorboard"]
+    scored = []
+    real = run_module.train
+    monkeypatch.setattr(run_module, "train", lambda *arguments: scored.append(real(*arguments)) or scored[0])
+    main(["pretrain", "mae", f"--data={labelled_folder}", *network, *length, "--optim.ema=0.9", "--run.out=r"])
+    assert exported == [scored[0].backbone]
