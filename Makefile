@@ -20,7 +20,6 @@ test: $(VENV)/installed
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=comad,beartype.beartype
-	$(VENV)/bin/python -m pytest -m unchecked
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         VERBS[verb][1](rest)
     except (ValueError, TrainingError) as error:
         return _fail(str(error))
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         return 130
     return 0
 

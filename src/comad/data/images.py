@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -94,9 +94,19 @@ class FolderImages(ImageSet):
                     image.draft(
                         "RGB", (min_side, min_side)
                     )  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+                return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"{self.path(index)}: {error}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data asks, and lay transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def load_images(data: str) -> Splits:

@@ -37,13 +37,14 @@ class Distiller(nn.Module):
         self.aligners = method.aligner.build(teacher_widths, student.width)
         masked = method.masking.policy != "none"
         decoder = method.decoder_width, method.decoder_depth, method.decoder_heads
-        drops = masked and method.masking.hidden == "drop"
-        self.decoder = MaskedDecoder(student.width, student.grid, student.width, *decoder) if drops else None
+        active = {name: term for name, term in method.terms.items() if term.weight}
+        fills = masked and method.masking.hidden == "drop" and any(t.where != "visible" for t in active.values())
+        self.decoder = MaskedDecoder(student.width, student.grid, student.width, *decoder) if fills else None
         self.mask_token = (
             nn.Parameter(torch.zeros(student.width)) if masked and method.masking.hidden == "token" else None
         )
         self.projections = nn.ModuleDict(
-            {name: _projection(student.width) for name, term in method.terms.items() if term.projection}
+            {name: _projection(student.width) for name, term in active.items() if term.projection}
         )
         self.teachers_with_cls = tuple(teachers_with_cls)
 
@@ -72,11 +73,14 @@ class Distiller(nn.Module):
         """Class token and the whole map: where patches were dropped the decoder fills them in."""
         masking = self.method.masking
         cls, patches = self.student(images, masks.student, masking.hidden, self.mask_token)
-        if self.decoder is None or masks.student is None:
+        if masking.hidden != "drop" or masks.student is None:
             return cls, patches
+        whole = scatter_patches(patches, masks.student, self.student.num_patches)
+        if self.decoder is None:  # no term looks at hidden patches
+            return cls, whole
         filled = self.decoder(cls, patches, masks.student)
         seen = masks.student_sees(len(images), filled.shape[1], images.device).unsqueeze(-1)
-        return cls, torch.where(seen, scatter_patches(patches.to(filled.dtype), masks.student, filled.shape[1]), filled)
+        return cls, torch.where(seen, whole.to(filled.dtype), filled)
 
     def align(self, targets: Targets) -> tuple[Float[Tensor, "M B N1 D"], Bool[Tensor, "M B N1"]]:
         """Teacher tokens at the student's width and at their positions, and which of them are to be believed."""

@@ -85,10 +85,14 @@ def effective_rank(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
 
 
 class Watch:
-    """Compares the health numbers with those of the start, and words the warning."""
+    """Compares the health numbers with those of the start, and words the warning.
 
-    def __init__(self) -> None:
-        self.first: dict[str, float] = {}
+    Args:
+        first: the numbers of the start, of a run that goes on; None takes the first that it sees.
+    """
+
+    def __init__(self, first: Mapping[str, Any] | None = None):
+        self.first = dict(first or {})
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
         """A warning with the likely cause, or None. Its words before the colon stay the same from step to step."""

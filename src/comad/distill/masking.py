@@ -42,7 +42,6 @@ class Masking:
         hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
             decoder fills them in, ``token`` puts a learnt token in their place, ``zero`` multiplies them by 0.
         teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
-        whole_share: share of the images of which the student sees all patches (only with ``hidden`` other than drop).
     """
 
     policy: Literal["superset", "independent", "shared", "none"] = "superset"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
 
@@ -112,7 +114,7 @@ def _job(
         steps_per_epoch=len(views.images) // (optim.batch_size * optim.accumulate),
         identity={**_plain(config), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
         probe=probe,
-        watch=Watch(),
+        watch=Watch(first_metrics(Path(config.run.out)) if config.run.resume else None),
         name_image=views.images.path,
     )
 

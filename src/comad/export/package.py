@@ -145,7 +145,7 @@ def model_card(card: ModelCard, folder: Path) -> str:
             "## Use",
             "",
             "```python",
-            snippet(folder).rstrip(),
+            snippet(Path(folder.name)).rstrip(),
             "```",
             "",
             *(

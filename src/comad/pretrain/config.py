@@ -58,7 +58,9 @@ def recipe(method: str) -> PretrainConfig:
         ValueError: no such method.
     """
     if method not in METHODS:
-        raise ValueError(f"no pretraining method {method!r}; choose one of: {', '.join(METHODS)}.")
+        near = difflib.get_close_matches(method, list(METHODS), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(METHODS)}."
+        raise ValueError(f"no pretraining method {method!r}; {hint}")
     chosen, plain = dict(BUNDLED[method]), PretrainConfig(method=METHODS[method])
     vit, init = replace(plain.vit, image_size=chosen.pop("image_size")), chosen.pop("init")
     optim = replace(plain.optim, **chosen, warmup_epochs=min(2.0, chosen["epochs"] / 10))

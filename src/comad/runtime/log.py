@@ -15,6 +15,21 @@ from typing import Any, TextIO
 import torch
 
 
+def first_metrics(folder: Path) -> dict[str, Any] | None:
+    """The first logged line of a run, or None."""
+    with (folder / "log.jsonl").open(encoding="utf-8") as file:
+        line = file.readline()
+    return json.loads(line) if line else None
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
 class RunLog:
     """Writes metrics of a run to its folder and shows its progress.
 

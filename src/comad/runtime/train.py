@@ -27,7 +27,7 @@ from comad.runtime.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from comad.runtime.log import RunLog, memory_gib
+from comad.runtime.log import RunLog, forget_after, memory_gib
 from comad.runtime.optim import OptimConfig, build_optimizer
 
 Metrics = Mapping[str, Any]
@@ -146,6 +146,8 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
     total = optim.total_steps(job.steps_per_epoch)
     state = _State.create(job, optim, run, fabric)
     first = state.restore() if run.resume else 0
+    if run.resume and fabric.is_global_zero:
+        forget_after(Path(run.out), first)
     stream = _Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
     with RunLog(Path(run.out), total, run.tensorboard, run.wandb, sys.stderr if fabric.is_global_zero else None) as log:
         report = _Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
