@@ -1,0 +1,144 @@
+"""Write docs/results.md, and the table of README.md, from the JSON files in `benchmarks/results`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SCORES = ("knn", "linear", "knn_coarse", "linear_coarse")
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """One result file, or None if that benchmark was not run."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def interval(gain: dict[str, float]) -> str:
+    """A difference with its interval, in points."""
+    return f"{gain['difference']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]"
+
+
+def run_table(report: dict[str, Any]) -> str:
+    """Mean over seeds of every row of the scoreboards of one set of runs."""
+    names = list(dict.fromkeys(row["name"] for row in report["rows"]))
+    rows = []
+    for name in names:
+        found = [row for row in report["rows"] if row["name"] == name]
+        mean = {
+            key: statistics.mean(row[key] for row in found) for key in ("knn", "linear", "knn_coarse", "linear_coarse")
+        }
+        rows.append([name, f"{found[0]['params'] / 1e6:.2f}", *(f"{value:.1f}" for value in mean.values())])
+    return table(["model", "M parameters", "kNN", "linear", "kNN coarse", "linear coarse"], rows)
+
+
+def gains(report: dict[str, Any]) -> str:
+    """Student minus baselines, all seeds together."""
+    rows = [
+        [name, interval(report["gains"][f"knn_over_{name}"]), interval(report["gains"][f"linear_over_{name}"])]
+        for name in ("untrained", "init-only", "pixels")
+    ]
+    return table(["student minus", "kNN, points", "linear, points"], rows)
+
+
+def run_section(title: str, command: str, report: dict[str, Any] | None) -> str:
+    """One set of runs, with the command that prints it."""
+    if report is None:
+        return f"## {title}\n\nNot run yet: `{command}`.\n"
+    seconds = ", ".join(f"{value:.0f}" for value in report["seconds"])
+    return "\n".join(
+        [
+            f"## {title}",
+            "",
+            f"`{command}`: {report['epochs']:g} epochs, seeds {report['seeds']}, {seconds} seconds on two CPU cores.",
+            "Top-1 percent on the test concepts, mean over seeds; intervals: paired bootstrap over concepts, 95 %.",
+            "",
+            run_table(report),
+            "",
+            gains(report),
+            "",
+            f"Validation kNN during the run (seed {report['seeds'][0]}): "
+            + ", ".join(f"{point['knn']:.1f}" for point in report["validation_curves"][0])
+            + ".",
+            "",
+        ]
+    )
+
+
+def teacher_section(report: dict[str, Any]) -> str:
+    """The bundled teachers against their untrained network, and how alike they are."""
+    rows = []
+    for row in report["rows"]:
+        gain = [interval(row["gain"][method]) for method in ("knn", "linear")] if "gain" in row else ["", ""]
+        rows.append([row["name"], f"{row['knn']:.1f}", f"{row['linear']:.1f}", *gain])
+    cka = ", ".join(f"{pair} {value:.2f}" for pair, value in report["cka"].items())
+    return "\n".join(
+        [
+            "## The bundled teachers",
+            "",
+            f"`python benchmarks/teachers.py --score`, {report['image_size']} px, test concepts, fine top-1 percent.",
+            "",
+            table(["teacher", "kNN", "linear", "kNN over untrained", "linear over untrained"], rows),
+            "",
+            f"Linear CKA of their mean patches on the test pictures: {cka}.",
+            "",
+        ]
+    )
+
+
+def throughput_section(report: dict[str, Any]) -> str:
+    """Ours against the literal step and the machine's limit."""
+    rows = [
+        [
+            part["precision"],
+            f"{part['images_per_s']:.2f}",
+            f"{part['times_literal']:.2f} ×",
+            f"{100 * part['share_of_limit']:.0f} %",
+        ]
+        for part in (report, report["fp32"])
+    ]
+    return "\n".join(
+        [
+            "## Throughput",
+            "",
+            "`python benchmarks/throughput.py`, 3 × ViT-B/16 → ViT-Ti/16, 224 px, one process. Ratios come from one",
+            f"run; images per second mean little on their own ({report['device']}).",
+            "",
+            table(["precision", "images/s", "against comad-literal", "of the GEMM limit"], rows),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Write both files."""
+    demo, teachers, throughput = read("demo"), read("teachers"), read("throughput")
+    parts = ["# Results", "", "Written by `python benchmarks/results.py` from `benchmarks/results/*.json`.", ""]
+    parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
+    long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
+    parts.append(run_section("A longer run of the same command", long, read("long")))
+    parts += [teacher_section(teachers)] if teachers else []
+    parts += [throughput_section(throughput)] if throughput else []
+    notes = RESULTS / "notes.md"
+    parts += [notes.read_text()] if notes.is_file() else []
+    (ROOT / "docs" / "results.md").write_text("\n".join(parts).rstrip() + "\n")
+    if demo:
+        readme = (ROOT / "README.md").read_text()
+        before, after = readme.split(MARKS[0])[0], readme.split(MARKS[1])[1]
+        body = f"{run_table(demo)}\n\n{gains(demo)}\n"
+        (ROOT / "README.md").write_text(f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
