@@ -120,12 +120,13 @@ def test_too_many_unreadable_files_end_the_run(folder, train, monkeypatch):
         dataset[0, 0]
 
 
-def test_workers_outlive_an_interrupt(train):
-    """Ctrl-C goes to the whole process group; the loop needs batches until the step in hand is done."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_signal(train, number):
+    """Signals go to the whole process group; the loop needs batches until the step in hand is done."""
     dataset = ViewDataset(train, Views(), 0, 0)
     batches = iter(training_batches(dataset, EpochBatches(len(train), 3, 0, (0, 30)), LoaderConfig(workers=1)))
     next(batches)
-    os.kill(batches._workers[0].pid, signal.SIGINT)
+    os.kill(batches._workers[0].pid, number)
     assert len(list(batches)) == 29
 
 

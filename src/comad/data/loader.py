@@ -138,13 +138,17 @@ def training_batches(dataset: ViewDataset, batches: Sampler, config: LoaderConfi
         prefetch_factor=4 if config.workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the workers too; they go on, since the training process still needs batches to end its step."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too; the training process still needs batches to end its step.
+
+    A worker leaves when it is told that the loading is over, or finds that its parent is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _EvaluationDataset(Dataset[Tensor]):
