@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comad.distill.distiller import Distiller
 from comad.distill.teaching import teacher_step
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig
+from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
 from comad.presets import METHODS
 from comad.runtime.optim import OptimConfig, build_optimizer
 from comad.runtime.train import RunConfig, start_fabric
@@ -56,6 +56,7 @@ def make_step(preset: str, precision: str, batch_size: int) -> tuple[Callable[[]
     method = METHODS[preset]
     distiller = Distiller(VitConfig().build(), method, [t.backbone.width for t in teachers], [True] * len(teachers))
     distiller.to(fabric.device)
+    plain_attention_on_cpu(distiller, fabric.device)
     images = torch.rand(batch_size, 3, 224, 224, device=fabric.device)
     noise = torch.rand(batch_size, 1 + len(teachers), distiller.student.num_patches, device=fabric.device)
     whole = method.masking.__class__(policy="none")(noise)

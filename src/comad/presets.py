@@ -53,9 +53,9 @@ METHODS: dict[str, Method] = {
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
     optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=1e-3, warmup_epochs=1.0),
-    loader=LoaderConfig(fixed_views=2),
+    loader=LoaderConfig(workers=1, fixed_views=2),
     cache_teachers=True,
-    run=RunConfig(probe_every=236, checkpoint_every=118),
+    run=RunConfig(threads=1, probe_every=236, checkpoint_every=118),
 )
 """Three bundled teachers into a student of a quarter of their size on the bundled stamps, minutes on two CPU cores."""
 

@@ -26,7 +26,7 @@ from comad.distill.teaching import load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
-from comad.models.timm_backbone import TimmBackbone
+from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
@@ -54,6 +54,7 @@ def distill(config: DistillConfig) -> Result:
     widths = [teacher.backbone.width for teacher in teachers]
     distiller = Distiller(student, config.method, widths, ["cls" in t.backbone.token_types for t in teachers])
     distiller.to(fabric.device)
+    plain_attention_on_cpu(distiller, fabric.device)
     if not config.run.resume:
         calibrate(distiller, teachers, _views(config, splits, student, len(teachers)), config.run.seed)
         write_recipe(config, out / "config.yaml")

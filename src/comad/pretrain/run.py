@@ -18,7 +18,7 @@ from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import TimmBackbone
+from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.pretrain.config import PretrainConfig
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
@@ -40,6 +40,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.init:
         backbone.load_state_dict(load_teacher(config.init, config.vit.image_size).backbone.state_dict())
     model = config.method.build(backbone)
+    plain_attention_on_cpu(model, fabric.device)
     if not config.run.resume:
         write_recipe(config, out / "config.yaml")
     scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)

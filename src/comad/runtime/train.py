@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -28,6 +29,7 @@ from comad.runtime.checkpoint import (
     save_checkpoint,
 )
 from comad.runtime.log import RunLog, forget_after, memory_gib
+from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
 
 Metrics = Mapping[str, Any]
@@ -48,6 +50,8 @@ class RunConfig:
         keep: how many checkpoints to keep.
         tensorboard, wandb: where else the numbers go.
         devices: processes, one per GPU or CPU share; more than one under torchrun or by Fabric's own launcher.
+        threads: CPU threads of the training step; 0: torch's choice. With small images fewer are faster where the
+            loader's workers need cores, for threads wait for each other.
         stop_on_collapse: end the run when it is found to have collapsed, rather than only warn.
     """
 
@@ -62,6 +66,7 @@ class RunConfig:
     tensorboard: bool = True
     wandb: bool = False
     devices: int = 1
+    threads: int = 0
     stop_on_collapse: bool = False
 
 
@@ -113,6 +118,8 @@ def start_fabric(run: RunConfig) -> Fabric:
         devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
     )
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     return fabric
 
 
@@ -151,7 +158,7 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
     stream = _Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
     with RunLog(Path(run.out), total, run.tensorboard, run.wandb, sys.stderr if fabric.is_global_zero else None) as log:
         report = _Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
-        with _signals() as received:
+        with _threads(run.threads), _signals() as received:
             for step in range(first, total):
                 lr = state.set_lr(optim.lr(step, job.steps_per_epoch))
                 result = _accumulate(job, state, stream, optim.accumulate, step / total)
@@ -318,6 +325,17 @@ class _Report:
             names = sorted(self.job.name_image(index) for index in self.stream.unreadable)
             (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n", "utf-8", "surrogateescape")
             self.log.say(f"{len(names)} unreadable images skipped so far, listed in {self.run.out}/unreadable.txt")
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads for a while; 0 leaves torch's choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
