@@ -2,18 +2,38 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comad.export.package import ModelCard, TeacherCard, export_backbone, model_card, snippet, verify_export
+from comad.export.package import ModelCard, export_backbone, model_card, snippet, verify_export
+from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
 NAME = "vit_tiny_patch16_224"
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 MEAN, STD = (0.5, 0.4, 0.3), (0.485, 0.25, 0.2)
+TEACHER = TeacherCard(
+    name="mae",
+    source="mae.pth",
+    format="mae",
+    architecture="vit",
+    sha256="ab12",
+    depth=2,
+    width=24,
+    heads=2,
+    patch_size=4,
+    num_prefix_tokens=1,
+    norm_eps=1e-6,
+    pixel_mean=(0.5, 0.4, 0.3),
+    pixel_std=(0.485, 0.25, 0.2),
+    token_types=("patch",),
+    licence="CC-BY-NC-4.0",
+    params=1000,
+)
 CARD = ModelCard(
     name="Small student",
     licence="apache-2.0",
@@ -24,7 +44,8 @@ CARD = ModelCard(
     images_seen=1_000_000,
     data="stamps",
     data_licence="OFL-1.1",
-    teachers=(TeacherCard(name="mae", format="comad", sha256="ab12", licence="CC-BY-NC-4.0"),),
+    about="Trained for a test.",
+    teachers=(TEACHER,),
     scores=({"name": "student", "role": "student", "knn": 61.25, "knn_coarse": None, "linear": 70.0},),
 )
 ALONE = """
@@ -153,7 +174,7 @@ def test_card_and_its_snippet(tmp_path, monkeypatch):
     for words in ("library_name", "CC-BY-NC-4.0", "ab12", "1,000,000", "seed 3", "| 61.2 | – | 70.0 | – |", NAME):
         assert words in text
     code = text.split("```python\n")[1].split("```")[0]
-    assert code == snippet(folder)
+    assert code == snippet(Path(folder.name))
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names = {}

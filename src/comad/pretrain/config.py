@@ -44,8 +44,8 @@ class PretrainConfig:
 METHODS: dict[str, Method] = {"mae": Mae(), "mocov3": MoCoV3(), "ibot": Ibot()}
 
 BUNDLED = {
-    "mae": {"image_size": 48, "init": None, "epochs": 20.0, "batch_size": 128, "base_lr": 2e-3},
-    "mocov3": {"image_size": 32, "init": None, "epochs": 24.0, "batch_size": 128, "base_lr": 1e-3},
+    "mae": {"image_size": 48, "init": None, "epochs": 100.0, "batch_size": 128, "base_lr": 2e-3},
+    "mocov3": {"image_size": 32, "init": None, "epochs": 60.0, "batch_size": 128, "base_lr": 1e-3},
     "ibot": {"image_size": 32, "init": "mocov3-stamps", "epochs": 8.0, "batch_size": 64, "base_lr": 1e-3},
 }
 """How the bundled teachers were trained. Crops of 32 pixels show things as large as whole pictures of 48 do."""
