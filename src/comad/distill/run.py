@@ -22,7 +22,7 @@ from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
 from comad.distill.teacher_cache import TeacherCache
-from comad.distill.teaching import load_teachers, teacher_step
+from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
@@ -96,7 +96,7 @@ def _job(
 
     def step(module: nn.Module, batch: Batch, progress: float) -> Step:
         shared, own = (view.float() / 255 for view in batch.views)
-        masks = config.method.masking(batch.noise)
+        masks = hide_nothing_in_vain(config.method.masking(batch.noise), teachers)
         targets = (
             cache(batch, masks, lambda: teacher_step(teachers, shared, masks, hidden))
             if cache

@@ -22,6 +22,12 @@ class Targets(NamedTuple):
     masks: Masks
 
 
+def hide_nothing_in_vain(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
+    """Lift the masks of teachers that compute on whole images in any case."""
+    seen = zip(teachers, masks.teachers, strict=True)
+    return masks._replace(teachers=tuple(None if t.backbone.sees_whole else visible for t, visible in seen))
+
+
 @torch.no_grad()
 def teacher_step(
     teachers: Sequence[Teacher], images: Float[Tensor, "B 3 H W"], masks: Masks, hidden: Hidden = "drop"
@@ -49,9 +55,9 @@ def load_teachers(
         raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
     teachers = []
     for spec in specs:
-        teacher = load_teacher(spec, rows * patch_size, dtype)
-        if teacher.backbone.patch_size != patch_size:
-            teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype)
+        teacher = load_teacher(spec, rows * patch_size, dtype, rows=rows)
+        if teacher.backbone.grid[0] != rows:  # a Vision Transformer with another patch size
+            teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype, rows=rows)
         teacher.backbone.to(device)
         teachers.append(teacher)
     names = [teacher.name for teacher in teachers]

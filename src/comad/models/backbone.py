@@ -32,7 +32,10 @@ class Backbone(nn.Module, ABC):
         patch_size: pixels on the side of a patch.
         grid: rows and columns of patches at the resolution it was built for.
         token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
+        sees_whole: it computes on whole images in any case, so a teacher of this kind hides nothing.
     """
+
+    sees_whole: bool = False
 
     width: int
     patch_size: int

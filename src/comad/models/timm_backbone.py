@@ -85,23 +85,27 @@ def plain_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
             cast(Any, part).fused_attn = False
 
 
+class NotPlainError(ValueError):
+    """The name is that of another kind of network."""
+
+
 def create_vit(name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
     """Build a timm Vision Transformer by name, without a head, for square images of ``image_size`` pixels.
 
     Raises:
-        ValueError: the name is unknown to timm, or names a network that is not a plain Vision Transformer.
+        ValueError: the name is unknown to timm.
+        NotPlainError: it names a network that is not a plain Vision Transformer.
     """
     if name not in timm.list_models():
         near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
         raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+    not_plain = NotPlainError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, **arguments)
     except TypeError as error:
-        raise ValueError(
-            f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224."
-        ) from error
+        raise not_plain from error
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
+        raise not_plain
     return vit
 
 
