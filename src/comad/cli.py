@@ -70,7 +70,8 @@ def pretrain_command(arguments: list[str]) -> None:
     recipe_file = _take(arguments, "--recipe")
     default = _read(PretrainConfig, recipe_file) if recipe_file else recipe(method or "mae")
     folder = pretrain(_parse(PretrainConfig, default, arguments, "comad pretrain", pretrain_command.__doc__))
-    _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
+    if folder is not None:
+        _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
 
 
 def evaluate_command(arguments: list[str]) -> None:

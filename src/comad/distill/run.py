@@ -32,8 +32,10 @@ from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
 
 
-def distill(config: DistillConfig) -> Result:
+def distill(config: DistillConfig) -> Result | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
+
+    Of several processes the first does what comes after training; the others return None.
 
     Raises:
         ValueError: bad data, teachers or recipe, a run folder in use, or a resume that does not fit.
@@ -57,8 +59,11 @@ def distill(config: DistillConfig) -> Result:
     plain_attention_on_cpu(distiller, fabric.device)
     if not config.run.resume:
         calibrate(distiller, teachers, _views(config, splits, student, len(teachers)), config.run.seed)
-        write_recipe(config, out / "config.yaml")
+        if fabric.is_global_zero:
+            write_recipe(config, out / "config.yaml")
     trained = train(_job(config, splits, distiller, teachers, fabric), config.optim, config.run, fabric)
+    if not fabric.is_global_zero:
+        return None
     return finish(config, splits, teachers, (start, trained.student), out, fabric)
 
 

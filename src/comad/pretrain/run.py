@@ -24,8 +24,10 @@ from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig) -> Path | None:
     """Train a teacher and export its backbone; returns the folder of the export.
+
+    Of several processes the first does what comes after training; the others return None.
 
     Raises:
         ValueError: bad data, a run folder in use, or a resume that does not fit.
@@ -38,13 +40,21 @@ def pretrain(config: PretrainConfig) -> Path:
     out = open_run(config.run, fabric)
     backbone = config.vit.build(**config.method.vit_arguments)
     if config.init:
-        backbone.load_state_dict(load_teacher(config.init, config.vit.image_size).backbone.state_dict())
+        _start_from(config.init, backbone)
     model = config.method.build(backbone)
     plain_attention_on_cpu(model, fabric.device)
-    if not config.run.resume:
+    if fabric.is_global_zero and not config.run.resume:
         write_recipe(config, out / "config.yaml")
     scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
-    return export_teacher(config, splits, scored.trained, out)
+    return export_teacher(config, splits, scored.trained, out) if fabric.is_global_zero else None
+
+
+def _start_from(spec: str, backbone: TimmBackbone) -> None:
+    """Copy the weights of a teacher of the same architecture."""
+    start = load_teacher(spec, backbone.grid[0] * backbone.patch_size).backbone.state_dict()
+    if {name: x.shape for name, x in start.items()} != {name: x.shape for name, x in backbone.state_dict().items()}:
+        raise ValueError(f"--init {spec!r} is another architecture; make --vit.* the same, or start from scratch.")
+    backbone.load_state_dict(start)
 
 
 def _check(config: PretrainConfig, splits: Splits) -> None:

@@ -34,7 +34,7 @@ class RunLog:
     """Writes metrics of a run to its folder and shows its progress.
 
     Args:
-        folder: the run's folder.
+        folder: the run's folder; None writes nothing: for all processes but the first.
         total_steps: optimiser steps of the whole run, for the ETA.
         tensorboard, wandb: also write there.
         stream: where the progress line goes; None is silent.
@@ -42,7 +42,7 @@ class RunLog:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         total_steps: int,
         tensorboard: bool = True,
         wandb: bool = False,
@@ -50,9 +50,9 @@ class RunLog:
     ):
         self.total_steps = total_steps
         self.stream = stream
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.writer = _tensorboard_writer(folder) if tensorboard else None
-        self.wandb = _wandb_run(folder) if wandb else None
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8") if folder else None
+        self.writer = _tensorboard_writer(folder) if folder and tensorboard else None
+        self.wandb = _wandb_run(folder) if folder and wandb else None
         self.start = time.monotonic()
         self.last_knn: float | None = None
 
@@ -62,7 +62,8 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.stream and self.stream.isatty():
             print(file=self.stream)
-        self.file.close()
+        if self.file:
+            self.file.close()
         if self.writer:
             self.writer.close()
         if self.wandb:
@@ -70,6 +71,8 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of one step."""
+        if self.file is None:
+            return
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,8 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
     if run.resume and fabric.is_global_zero:
         forget_after(Path(run.out), first)
     stream = _Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
-    with RunLog(Path(run.out), total, run.tensorboard, run.wandb, sys.stderr if fabric.is_global_zero else None) as log:
+    folder, screen = (Path(run.out), sys.stderr) if fabric.is_global_zero else (None, None)
+    with RunLog(folder, total, run.tensorboard, run.wandb, screen) as log:
         report = _Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
         with _threads(run.threads), _signals() as received:
             for step in range(first, total):
@@ -170,15 +171,15 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
                 state.update_average()
 
                 done = step + 1
-                leaving = done == total or bool(received)
-                saving = leaving or done % run.checkpoint_every == 0
+                stopped = _agreed(received, fabric, done % run.log_every == 0)
+                saving = stopped or done == total or done % run.checkpoint_every == 0
                 if saving or done == 1 or done % run.log_every == 0:
                     report.step(done, result, {"lr": lr, "grad_norm": norm})
                 if done == total or (run.probe_every and done % run.probe_every == 0):
                     report.probe(done, state.scored)
                 if saving:
                     state.save(done)
-                if received and done < total:
+                if stopped and done < total:
                     log.say(f"stopped at step {done}, checkpoint written. Go on: the same command with --run.resume.")
                     raise Interrupted(run.out)
     return state.scored
@@ -325,6 +326,13 @@ class _Report:
             names = sorted(self.job.name_image(index) for index in self.stream.unreadable)
             (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n", "utf-8", "surrogateescape")
             self.log.say(f"{len(names)} unreadable images skipped so far, listed in {self.run.out}/unreadable.txt")
+
+
+def _agreed(received: Sequence[int], fabric: Fabric, now: bool) -> bool:
+    """Whether a signal came; several processes ask each other ``now`` and then, so that all leave at the same step."""
+    if fabric.world_size == 1:
+        return bool(received)
+    return now and bool(fabric.all_reduce(torch.tensor(len(received), device=fabric.device), reduce_op="sum"))
 
 
 @contextmanager
