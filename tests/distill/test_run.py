@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from comad.cli import main
 from comad.distill import run as run_module
@@ -164,6 +165,17 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_student(command, plain_folder,
     assert weights(out) == weights(whole)
     assert steps(out)[-1]["loss"] == steps(whole)[-1]["loss"]
     assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_two_processes_learn_what_one_learns_and_write_once(command, plain_folder, tmp_path):
+    same = ["--optim.batch-size=12", "--optim.epochs=2", "--method.masking.policy=none"]
+    assert main(command(tmp_path / "one", *same, data=plain_folder)) == 0
+    two = command(tmp_path / "two", *same, "--run.devices=2", data=plain_folder)
+    subprocess.run([sys.executable, "-m", "comad.cli", *two], check=True, capture_output=True)
+    assert len(steps(tmp_path / "two")) == len(steps(tmp_path / "one")) == 8
+    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=0)
 
 
 def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, monkeypatch):
