@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +80,38 @@ def test_the_momentum_networks_move_as_scheduled(progress):
     for (own, copy), olds in zip(pairs, before, strict=True):
         for parameter, moved, old in zip(own.parameters(), copy.parameters(), olds, strict=True):
             assert torch.allclose(moved, momentum * old + (1 - momentum) * parameter, atol=1e-6)
+
+
+def test_parts_of_one_accumulated_batch_move_the_momentum_networks_once():
+    model = build(momentum=0.5)
+    model(make_batch(), 0.25)
+    model.backbone.vit.norm.weight.data += 1
+    before = model.momentum_backbone.vit.norm.weight.clone()
+    model(make_batch(), 0.25)
+    assert torch.equal(model.momentum_backbone.vit.norm.weight, before)
+    model(make_batch(), 0.5)
+    assert not torch.equal(model.momentum_backbone.vit.norm.weight, before)
+
+
+KEYS_OF_TWO = """
+import sys, torch
+import torch.distributed as dist
+from comad.pretrain.mocov3 import info_nce
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+queries, keys = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+loss = info_nce(queries.chunk(2)[rank], keys.chunk(2)[rank], 0.2)
+dist.all_reduce(loss)
+assert abs(loss.item() / 2 - float(sys.argv[3])) < 1e-6, (loss, sys.argv)
+"""
+
+
+def test_keys_of_all_processes_are_negatives(tmp_path):
+    queries, keys = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    whole = str(float(info_nce(queries, keys, 0.2)))
+    command = [sys.executable, "-c", KEYS_OF_TWO]
+    running = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting"), whole]) for rank in range(2)]
+    assert [process.wait(60) for process in running] == [0, 0]
 
 
 def test_the_momentum_networks_stay_in_eval_mode_of_the_model():

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from lightly.models.modules import DINOProjectionHead
-from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
 from comad.data.loader import Batch, Sample
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.models.timm_backbone import TimmBackbone
+from comad.pretrain.momentum import Momentum
 from comad.runtime.train import Step
 
 
@@ -134,6 +134,7 @@ class IbotModel(nn.Module):
         self.head = DINOProjectionHead(*sizes)
         self.teacher_head = DINOProjectionHead(*sizes).requires_grad_(False)
         self.teacher_head.load_state_dict(self.head.state_dict())
+        self.momentum = Momentum(config.momentum, ((self.backbone, self.teacher), (self.head, self.teacher_head)))
         self.class_loss = DINOLoss(config.prototypes, student_temp=config.student_temperature)
         self.patch_loss = IBOTPatchLoss(config.prototypes, student_temp=config.student_temperature)
         self.head_is_frozen = config.freeze_head > 0
@@ -150,9 +151,7 @@ class IbotModel(nn.Module):
         """One step: L_[CLS] over crops (equation 1) + L_MIM on hidden patches (equation 2)."""
         self.head_is_frozen = progress < self.config.freeze_head
         if self.training:
-            momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
-            update_momentum(self.backbone, self.teacher, momentum)
-            update_momentum(self.head, self.teacher_head, momentum)
+            self.momentum.move(progress)
         start, end = self.config.teacher_temperature
         temperature = start + (end - start) * min(1.0, progress / self.config.temperature_warmup)
         images = [view.float() / 255 for view in batch.views]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from lightly.models.modules import MoCoProjectionHead
-from lightly.models.utils import update_momentum
+from lightly.utils.dist import gather, rank, world_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.data.loader import Batch, Sample
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.models.timm_backbone import TimmBackbone
+from comad.pretrain.momentum import Momentum
 from comad.pretrain.positions import fix_positions
 from comad.runtime.train import Step
 
@@ -83,6 +83,8 @@ class MoCoV3Model(nn.Module):
         self.predictor = MoCoProjectionHead(out, hidden, out, num_layers=2, batch_norm=True)
         self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        pairs = (self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)
+        self.momentum = Momentum(config.momentum, pairs)
 
     @property
     def trained(self) -> TimmBackbone:
@@ -92,9 +94,7 @@ class MoCoV3Model(nn.Module):
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step of the symmetrised loss; the momentum encoder moves first (algorithm 1)."""
         if self.training:
-            momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
-            update_momentum(self.backbone, self.momentum_backbone, momentum)
-            update_momentum(self.projector, self.momentum_projector, momentum)
+            self.momentum.move(progress)
         images = torch.cat([view.float() / 255 for view in batch.views])
         first, second = (self.predictor(self.projector(half)) for half in self.backbone(images).cls.chunk(2))
         with torch.no_grad():
@@ -105,7 +105,13 @@ class MoCoV3Model(nn.Module):
 
 
 def info_nce(queries: Float[Tensor, "B out"], keys: Float[Tensor, "B out"], temperature: float) -> Float[Tensor, ""]:
-    """Cross-entropy of finding one's own key in the batch, times 2τ (arXiv:2104.02057, equation 1 and algorithm 1)."""
+    """Cross-entropy of finding one's own key in the batch, times 2τ (arXiv:2104.02057, equation 1 and algorithm 1).
+
+    The batch is that of all processes.
+    """
+    own = rank() * len(queries) + torch.arange(len(queries), device=queries.device)
+    if world_size() > 1:
+        keys = torch.cat(gather(keys))
     with torch.autocast(queries.device.type, enabled=False):
         logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
-    return 2 * temperature * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    return 2 * temperature * F.cross_entropy(logits, own)

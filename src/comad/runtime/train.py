@@ -209,6 +209,8 @@ class _State:
     @classmethod
     def create(cls, job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> _State:
         average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
+        if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
+            nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
         module, optimizer = fabric.setup(job.module, build_optimizer(job.module, optim))
         if average is not None:
             average.to(fabric.device)
