@@ -171,7 +171,7 @@ def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypat
 
     exported = []
     monkeypatch.setattr(
-        run_module, "export_teacher", lambda config, splits, backbone, out: exported.append(backbone) or out
+        run_module, "export_teacher", lambda config, splits, backbone, out, *rest: exported.append(backbone) or out
     )
     network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
     length = ["--optim.epochs=1", "--optim.batch-size=16", "--loader.workers=0", "--run.no-tensorboard"]

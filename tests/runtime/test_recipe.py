@@ -2,15 +2,16 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tyro
 import yaml
 
 from comad import presets
 from comad.distill.config import DistillConfig
 from comad.models.timm_backbone import VitConfig
-from comad.pretrain.config import METHODS
+from comad.pretrain.config import METHODS, PretrainConfig
 from comad.pretrain.config import recipe as pretrain_recipe
 from comad.runtime.optim import OptimConfig
-from comad.runtime.recipe import read_recipe, write_recipe
+from comad.runtime.recipe import flags, read_recipe, write_recipe
 
 CONFIGS = {
     **{f"{name} demo={demo}": presets.recipe(name, demo) for name in presets.METHODS for demo in (True, False)},
@@ -108,3 +109,15 @@ def test_a_wrong_value_is_refused_in_one_line_that_says_where(tmp_path, text, wh
 def test_a_missing_recipe_says_where_to_find_one(tmp_path):
     with pytest.raises(ValueError, match=r"no recipe .*config\.yaml"):
         read_recipe(DistillConfig, tmp_path / "none.yaml")
+
+
+def test_flags_are_those_that_give_the_config_again():
+    default = pretrain_recipe("mae")
+    vit, loader = replace(default.vit, width=96), replace(default.loader, fixed_views=3)
+    run = replace(default.run, seed=7, tensorboard=False, out="elsewhere")
+    config = replace(default, init="a.pth", vit=vit, loader=loader, run=run)
+    text = flags(config, default)
+    assert "elsewhere" not in text
+    again = tyro.cli(tyro.conf.AvoidSubcommands[PretrainConfig], default=default, args=text.split())
+    assert again == replace(config, run=replace(run, out=default.run.out))
+    assert flags(default, default) == ""

@@ -17,6 +17,8 @@ from comad.export.package import ModelCard, export_backbone, snippet
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone
 from comad.report.figures import run_figure
+from comad.runtime.log import hours_of_training
+from comad.runtime.provenance import code_version, hardware
 
 
 class Result(NamedTuple):
@@ -46,7 +48,7 @@ def finish(
         trained,
         out / "student",
         model_args=config.student.arguments,
-        card=_card(config, splits, teachers, board),
+        card=_card(config, splits, teachers, board, out, fabric),
     )
     fabric.print(f"curves and scores as a picture: {run_figure(out)}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
@@ -73,7 +75,9 @@ def score_all(
     return (*rows, init, score("student", "student", trained, splits, size, dtype))
 
 
-def _card(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard) -> ModelCard:
+def _card(
+    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, out: Path, fabric: Fabric
+) -> ModelCard:
     names = ", ".join(teacher.name for teacher in teachers)
     return ModelCard(
         name=f"{config.preset} student of {names}",
@@ -84,6 +88,9 @@ def _card(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], bo
         preset=config.preset,
         seed=config.run.seed,
         images_seen=round(config.optim.epochs * len(splits.train)),
+        code=code_version(),
+        hardware=hardware(fabric.device, config.run.threads),
+        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,

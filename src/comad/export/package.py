@@ -39,6 +39,8 @@ class ModelCard:
         about: one sentence on where it comes from.
         preset, seed, images_seen: of the run.
         command: what repeats the run.
+        code: version and commit of comad.
+        hardware, hours: what trained it, and for how long.
         curve: lines of the log worth keeping, such as loss and kNN by epoch.
         data, data_licence: the images that were learnt from.
         eval_crop: share of the shorter side that an evaluation view shows.
@@ -58,6 +60,9 @@ class ModelCard:
     data_licence: str
     eval_crop: float = 0.875
     command: str = ""
+    code: str = ""
+    hardware: str = ""
+    hours: float = 0.0
     curve: tuple[dict[str, Any], ...] = ()
     teachers: tuple[TeacherCard, ...] = ()
     scores: tuple[dict[str, Any], ...] = ()
@@ -159,6 +164,8 @@ def model_card(card: ModelCard, folder: Path) -> str:
             f"- preset: `{card.preset}`, seed {card.seed}",
             f"- images seen: {card.images_seen:,}",
             *([f"- command: `{card.command}`"] if card.command else []),
+            *([f"- code: comad {card.code}"] if card.code else []),
+            *([f"- hardware: {card.hardware}, {card.hours:.2f} hours"] if card.hardware else []),
             *(f"- {json.dumps(line)}" for line in card.curve),
             "",
             "## Scores",

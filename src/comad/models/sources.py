@@ -39,6 +39,7 @@ class Source(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     licence: str
+    about: str = ""
 
 
 class Request(NamedTuple):
@@ -118,7 +119,8 @@ def _from_folder(folder: Path, request: Request) -> Source:
     mean, std, name = tuple(facts["mean"]), tuple(facts["std"]), config["architecture"]
     source, licence = f"{folder.absolute().name}/{path.name}", ours.get("licence", _licence(facts))
     backbone = TimmBackbone(_with_norm(vit, str(folder)), mean, std, token_types)
-    return Source(request.name, backbone, source, "export", name, _sha256(path), mean, std, licence)
+    about = str(ours.get("about", ""))
+    return Source(request.name, backbone, source, "export", name, _sha256(path), mean, std, licence, about)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class TeacherCard:
         token_types: tokens that were trained, and so can be trusted.
         licence: of the weights, as far as known.
         params: number of parameters.
+        about: where it comes from, if an export says so.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TeacherCard:
     token_types: tuple[str, ...]
     licence: str
     params: int
+    about: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The card in JSON's types: it equals itself after a round trip through a file."""
@@ -140,5 +142,6 @@ def _card(source: Source) -> TeacherCard:
         token_types=backbone.token_types,
         licence=source.licence,
         params=sum(parameter.numel() for parameter in backbone.parameters()),
+        about=source.about,
         **facts,
     )

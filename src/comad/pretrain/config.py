@@ -18,7 +18,7 @@ Method = Mae | MoCoV3 | Ibot
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Train a teacher from scratch.
+    """Train a teacher.
 
     Args:
         method: the objective and its settings.
@@ -43,16 +43,16 @@ class PretrainConfig:
 
 METHODS: dict[str, Method] = {"mae": Mae(), "mocov3": MoCoV3(), "ibot": Ibot()}
 
-BUNDLED = {
-    "mae": {"image_size": 48, "init": None, "epochs": 100.0, "batch_size": 128, "base_lr": 2e-3},
-    "mocov3": {"image_size": 32, "init": None, "epochs": 60.0, "batch_size": 128, "base_lr": 1e-3},
-    "ibot": {"image_size": 32, "init": "mocov3-stamps", "epochs": 8.0, "batch_size": 64, "base_lr": 1e-3},
+RECIPES = {
+    "mae": {"image_size": 48, "epochs": 100.0, "batch_size": 128, "base_lr": 2e-3},
+    "mocov3": {"image_size": 32, "epochs": 60.0, "batch_size": 128, "base_lr": 1e-3},
+    "ibot": {"image_size": 32, "epochs": 60.0, "batch_size": 64, "base_lr": 1e-3},
 }
-"""How the bundled teachers were trained. Crops of 32 pixels show things as large as whole pictures of 48 do."""
+"""For the bundled pictures. Crops of 32 pixels show things as large as whole pictures of 48 do."""
 
 
 def recipe(method: str) -> PretrainConfig:
-    """The recipe of a bundled teacher.
+    """The recipe of a method, from scratch.
 
     Raises:
         ValueError: no such method.
@@ -61,7 +61,7 @@ def recipe(method: str) -> PretrainConfig:
         near = difflib.get_close_matches(method, list(METHODS), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(METHODS)}."
         raise ValueError(f"no pretraining method {method!r}; {hint}")
-    chosen, plain = dict(BUNDLED[method]), PretrainConfig(method=METHODS[method])
-    vit, init = replace(plain.vit, image_size=chosen.pop("image_size")), chosen.pop("init")
+    chosen, plain = dict(RECIPES[method]), PretrainConfig(method=METHODS[method])
+    vit = replace(plain.vit, image_size=chosen.pop("image_size"))
     optim = replace(plain.optim, **chosen, warmup_epochs=min(2.0, chosen["epochs"] / 10))
-    return replace(plain, init=init, vit=vit, optim=optim, run=replace(plain.run, out=f"runs/{method}"))
+    return replace(plain, vit=vit, optim=optim, run=replace(plain.run, out=f"runs/{method}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
-from comad.models.teachers import load_teacher
+from comad.models.teachers import TeacherCard, load_teacher
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
-from comad.pretrain.config import PretrainConfig
-from comad.runtime.recipe import write_recipe
+from comad.pretrain.config import PretrainConfig, recipe
+from comad.runtime.log import hours_of_training
+from comad.runtime.provenance import code_version, hardware
+from comad.runtime.recipe import flags, write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
 
 
@@ -39,22 +42,25 @@ def pretrain(config: PretrainConfig) -> Path | None:
     _check(config, splits)
     out = open_run(config.run, fabric)
     backbone = config.vit.build(**config.method.vit_arguments)
-    if config.init:
-        _start_from(config.init, backbone)
+    start = _start_from(config.init, backbone) if config.init else None
     model = config.method.build(backbone)
     plain_attention_on_cpu(model, fabric.device)
     if fabric.is_global_zero and not config.run.resume:
         write_recipe(config, out / "config.yaml")
     scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
-    return export_teacher(config, splits, scored.trained, out) if fabric.is_global_zero else None
+    if not fabric.is_global_zero:
+        return None
+    return export_teacher(config, splits, scored.trained, out, fabric, start)
 
 
-def _start_from(spec: str, backbone: TimmBackbone) -> None:
+def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
     """Copy the weights of a teacher of the same architecture."""
-    start = load_teacher(spec, backbone.grid[0] * backbone.patch_size).backbone.state_dict()
+    teacher = load_teacher(spec, backbone.grid[0] * backbone.patch_size)
+    start = teacher.backbone.state_dict()
     if {name: x.shape for name, x in start.items()} != {name: x.shape for name, x in backbone.state_dict().items()}:
         raise ValueError(f"--init {spec!r} is another architecture; make --vit.* the same, or start from scratch.")
     backbone.load_state_dict(start)
+    return teacher.card
 
 
 def _check(config: PretrainConfig, splits: Splits) -> None:
@@ -68,7 +74,14 @@ def _check(config: PretrainConfig, splits: Splits) -> None:
         raise ValueError("iBOT's teacher is a moving average already; leave out --optim.ema.")
 
 
-def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbone, out: Path) -> Path:
+def export_teacher(
+    config: PretrainConfig,
+    splits: Splits,
+    backbone: TimmBackbone,
+    out: Path,
+    fabric: Fabric,
+    start: TeacherCard | None,
+) -> Path:
     """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
@@ -83,25 +96,34 @@ def export_teacher(config: PretrainConfig, splits: Splits, backbone: TimmBackbon
     )
     board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
     board.write(out / "scoreboard.json")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    start = f"from the weights of {Path(config.init).name}" if config.init else "from scratch"
+    origin = f", starting from {start.source} ({start.licence}): {start.about}" if start else " from scratch."
     card = ModelCard(
         name=f"{method} teacher, {splits.train.name}",
         licence="apache-2.0",
-        about=f"Trained {start} by `comad pretrain {method}` on {splits.train.name}.",
+        about=f"Trained by `comad pretrain {method}` on {splits.train.name}{origin}",
         architecture=config.vit.name,
         token_types=config.method.token_types,
         preset=method,
         seed=config.run.seed,
         images_seen=round(config.optim.epochs * len(splits.train)),
-        command=f"comad pretrain {method}",
-        curve=tuple({"step": line["step"], "validation_knn": round(line["knn"], 1)} for line in log if "knn" in line),
+        command=f"comad pretrain {method} {flags(config, recipe(method))}".rstrip(),
+        code=code_version(),
+        hardware=hardware(fabric.device, config.run.threads),
+        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
+        curve=tuple(_curve(out)),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
         scores=tuple(asdict(row) for row in board.shared_rows),
     )
     return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
+
+
+def _curve(out: Path) -> Iterator[dict[str, float]]:
+    """Validation kNN during the run."""
+    for line in map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines()):
+        if "knn" in line:
+            yield {"step": line["step"], "validation_knn": round(line["knn"], 1)}
 
 
 def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> Job:

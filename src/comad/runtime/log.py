@@ -22,6 +22,20 @@ def first_metrics(folder: Path) -> dict[str, Any] | None:
     return json.loads(line) if line else None
 
 
+def hours_of_training(folder: Path, images_per_step: int) -> float:
+    """Hours that the logged steps of a run took, resumed or not, without the scoring between them."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    timed = [line for line in lines if "images_per_s" in line]
+    before = [0, *(line["step"] for line in timed)]
+    return (
+        sum(
+            (line["step"] - start) * images_per_step / line["images_per_s"]
+            for line, start in zip(timed, before, strict=False)
+        )
+        / 3600
+    )
+
+
 def forget_after(folder: Path, step: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again."""
     path = folder / "log.jsonl"

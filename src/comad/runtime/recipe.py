@@ -40,6 +40,30 @@ def write_recipe(config: object, path: Path) -> None:
     path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def flags(config: object, default: object) -> str:
+    """The command-line flags by which a config differs from its default, but for the run's folder and resuming."""
+    ours, theirs = (_leaves(TypeAdapter(type(value)).dump_python(value, mode="json")) for value in (config, default))
+    changed = {key: value for key, value in ours.items() if value != theirs.get(key)}
+    return " ".join(_flag(key, value) for key, value in changed.items() if key not in ("run.out", "run.resume"))
+
+
+def _leaves(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    found = {}
+    for key, value in plain.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _flag(key: str, value: Any) -> str:
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        return f"--{name}" if value else f"--{head}{'.' if head else ''}no-{last}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *map(str, values)])
+
+
 def _refuse_unknown(given: Any, known: Any, where: str) -> None:
     if not isinstance(given, dict) or not isinstance(known, dict):
         return
