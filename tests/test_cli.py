@@ -60,9 +60,20 @@ def test_every_verb_has_help(capsys, verb):
     assert "--data" in capsys.readouterr().out
 
 
+def test_teachers_can_be_looked_at(capsys):
+    assert main(["teachers", "--help"]) == 0
+    assert "comad teachers list [WORD] | inspect TEACHER | compare" in capsys.readouterr().out
+    assert main(["teachers", "list", "stamps"]) == 0
+    assert capsys.readouterr().out.split()[::2] == ["ibot-stamps", "mae-stamps", "mocov3-stamps"]
+    for sub_command in ("inspect", "compare"):
+        with pytest.raises(SystemExit) as end:
+            main(["teachers", sub_command, "--help"])
+        assert end.value.code == 0 and "--image-size" in capsys.readouterr().out
+
+
 def test_a_misspelt_verb(capsys):
     assert "no verb 'destill'; did you mean 'distill'?" in failure(capsys, "destill")
-    assert "distill, pretrain, evaluate" in failure(capsys, "xyz")
+    assert "distill, pretrain, evaluate, teachers" in failure(capsys, "xyz")
 
 
 @pytest.mark.parametrize("given", [["--preset", "comad-litteral"], ["--preset=comad-litteral"]])

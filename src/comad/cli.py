@@ -102,8 +102,8 @@ def teachers_command(arguments: list[str]) -> None:
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
-    "teachers": ("list, inspect and compare teachers before a run", teachers_command),
     "evaluate": ("score any backbone by kNN and a linear probe", evaluate_command),
+    "teachers": ("list, inspect and compare teachers before a run", teachers_command),
 }
 
 

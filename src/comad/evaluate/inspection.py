@@ -80,7 +80,7 @@ def _statistics(found: TokenStatistics, tokens: Tensor) -> list[str]:
     within = "one patch only" if found.within is None else f"{100 * found.within:.1f} % of their size"
     rank = min(tokens.shape[-1], suspicion.RANK_TOKENS, len(tokens) * tokens.shape[1] - 1)
     return [
-        f"  mean                    {found.mean:.3f}",
+        f"  mean                    {round(found.mean, 3) + 0.0:.3f}",
         f"  std of a channel        {found.std:.3f} (from {found.smallest_std:.3f} to {found.largest_std:.3f})",
         f"  differ between images   {100 * found.across:.1f} % of their size",
         f"  differ within an image  {within}",
@@ -132,4 +132,5 @@ def _percent(hits: Bool[Tensor, " n"]) -> float:
 
 
 def _rows(scores: dict[str, float]) -> list[str]:
-    return [f"  {name:23} {score:.1f} %" for name, score in scores.items()]
+    width = max(23, *map(len, scores))
+    return [f"  {name:{width}} {score:.1f} %" for name, score in scores.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -125,8 +125,8 @@ def random_twin(backbone: Backbone, seed: int = 1) -> TimmBackbone | None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for part in twin.vit.modules():
-            if isinstance(reset := getattr(part, "reset_parameters", None), type(twin.forward)):
-                reset()
+            if hasattr(part, "reset_parameters"):
+                cast(Any, part).reset_parameters()
         twin.vit.init_weights()
     return twin
 
