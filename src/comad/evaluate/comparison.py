@@ -21,6 +21,7 @@ from comad.models.backbone import gather_patches
 from comad.models.teachers import Teacher, licence_notice
 
 ADDS_LITTLE = 0.95
+"""Two teachers whose pooled and token CKA are both above this say nearly the same."""
 POSITIONS = 16
 """Patches per image that the agreement of tokens is measured on."""
 
@@ -108,10 +109,10 @@ def _conclusion(pairs: Sequence[Pair]) -> str:
     """Which two are most alike, in words."""
     most = max(pairs, key=lambda pair: pair.pooled_cka)
     alike = f"Most alike: {most.a} and {most.b}, pooled CKA {most.pooled_cka:.2f}."
-    little = [pair for pair in pairs if pair.pooled_cka > ADDS_LITTLE]
+    little = [pair for pair in pairs if min(pair.pooled_cka, pair.token_cka) > ADDS_LITTLE]
     if not little:
-        return f"{alike} No teacher repeats another: no pair is above {ADDS_LITTLE}."
-    return f"{alike} {' '.join(f'{pair.b} adds little to {pair.a} ({pair.pooled_cka:.2f}).' for pair in little)}"
+        return f"{alike} No teacher repeats another: no pair is above {ADDS_LITTLE} in both numbers."
+    return " ".join([alike, *(f"{b} adds little to {a}: both are above {ADDS_LITTLE}." for a, b, _, _ in little)])
 
 
 def _table(pairs: Sequence[Pair]) -> list[str]:

@@ -89,7 +89,9 @@ def readable(splits: Splits) -> Splits:
 
 
 def sample(splits: Splits, count: int) -> tuple[ImageSet, Int[Tensor, " n"]]:
-    """Draw at most ``count`` images, always the same: from val if it has as many, else from train. Never from test.
+    """Draw at most ``count`` images in random order, always the same, from val if it has as many, else from train.
+
+    Never from test.
 
     Raises:
         ValueError: ``count`` is out of range, or there are too few images.
@@ -100,7 +102,7 @@ def sample(splits: Splits, count: int) -> tuple[ImageSet, Int[Tensor, " n"]]:
     if len(images) < MIN_IMAGES:
         raise ValueError(f"{images.name} has {len(images)} images, {MIN_IMAGES} are needed; add images to --data.")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images, order[:count].sort().values
+    return images, order[:count]
 
 
 def token_batches(backbone: Backbone, images: ImageSet, indices: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "b N E"]]:
