@@ -96,7 +96,8 @@ def teachers_command(arguments: list[str]) -> None:
         hint = f"no sub-command {name!r}; did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{hint}say what to do: comad teachers {'|'.join(COMMANDS)}.")
     kind, command = COMMANDS[name]
-    _print(command(_parse(kind, None, rest, f"comad teachers {name}", command.__doc__)))
+    about = (command.__doc__ or "").partition("Raises:")[0].strip()
+    _print(command(_parse(kind, None, rest, f"comad teachers {name}", about)))
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {

@@ -98,13 +98,19 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, limit: 
     pixels, score = _best(probe.hits(None)), _best(own)
     lines = [f"{title}, with {len(probe.bank)} of {splits.train.name}"]
     rows = {"pixels": _percent(pixels), teacher.name: _percent(score)}
+    below = ["  raw pixels do better on these images"] if _percent(pixels) > _percent(score) else []
     if twin is None:
-        return [*lines, *_rows(rows), "  random weights: not available, as it is no plain Vision Transformer"], []
+        return [
+            *lines,
+            *_rows(rows),
+            *below,
+            "  random weights: not available, as it is no plain Vision Transformer",
+        ], []
     untrained = _best(probe.hits(twin))
     rows["random weights"] = _percent(untrained)
     gain = paired_interval(score, untrained, splits.val.groups[probe.queries])
     span = f"{gain.difference:+.1f} points, 95 % interval {gain.low:.1f} to {gain.high:.1f}"
-    lines += [*_rows(rows), f"  above random weights    {span}"]
+    lines += [*_rows(rows), *below, f"  above random weights    {span}"]
     if _percent(untrained) >= suspicion.TOO_EASY:
         lines.append("  these images are too easy to tell a trained network from an untrained one")
     elif gain.low <= 0 < gain.high:
