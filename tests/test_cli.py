@@ -60,9 +60,20 @@ def test_every_verb_has_help(capsys, verb):
     assert "--data" in capsys.readouterr().out
 
 
+def test_teachers_can_be_looked_at(capsys):
+    assert main(["teachers", "--help"]) == 0
+    assert "comad teachers list [WORD] | inspect TEACHER | compare" in capsys.readouterr().out
+    assert main(["teachers", "list", "stamps"]) == 0
+    assert capsys.readouterr().out.split()[::2] == ["ibot-stamps", "mae-stamps", "mocov3-stamps"]
+    for sub_command in ("inspect", "compare"):
+        with pytest.raises(SystemExit) as end:
+            main(["teachers", sub_command, "--help"])
+        assert end.value.code == 0 and "--image-size" in capsys.readouterr().out
+
+
 def test_a_misspelt_verb(capsys):
     assert "no verb 'destill'; did you mean 'distill'?" in failure(capsys, "destill")
-    assert "distill, pretrain, evaluate" in failure(capsys, "xyz")
+    assert "distill, pretrain, evaluate, teachers" in failure(capsys, "xyz")
 
 
 @pytest.mark.parametrize("given", [["--preset", "comad-litteral"], ["--preset=comad-litteral"]])
@@ -150,7 +161,7 @@ def test_pretraining_leaves_a_teacher_and_goes_on_after_a_stop(labelled_folder, 
     network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
     length = ["--optim.epochs=2", "--optim.batch-size=8", "--optim.warmup-epochs=1", "--loader.workers=0"]
     run = ["--run.precision=fp32", "--run.no-tensorboard", "--run.checkpoint-every=5", "--run.probe-every=0"]
-    command = ["pretrain", method, f"--data={labelled_folder}", *network, *length, *run]
+    command = ["pretrain", method, f"--data={labelled_folder}", "--init=None", *network, *length, *run]
     assert main([*command, "--run.out=whole"]) == 0
     teacher = load_teacher("whole/teacher", 16)
     assert teacher.backbone.token_types == (("patch",) if method == "mae" else ("cls", "patch"))

@@ -83,10 +83,28 @@ def evaluate_command(arguments: list[str]) -> None:
     _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
 
 
+def teachers_command(arguments: list[str]) -> None:
+    """Look at teachers before a run: comad teachers list [WORD] | inspect TEACHER | compare TEACHER TEACHER ..."""
+    if {"-h", "--help"} & set(arguments[:1]):
+        _print(f"{teachers_command.__doc__}\n\n`comad teachers inspect --help` lists the options of inspect.")
+        return
+    from comad.evaluate.teachers import COMMANDS
+
+    name, *rest = arguments or [""]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, list(COMMANDS), n=1)
+        hint = f"no sub-command {name!r}; did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{hint}say what to do: comad teachers {'|'.join(COMMANDS)}.")
+    kind, command = COMMANDS[name]
+    about = (command.__doc__ or "").partition("Raises:")[0].strip()
+    _print(command(_parse(kind, None, rest, f"comad teachers {name}", about)))
+
+
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
     "evaluate": ("score any backbone by kNN and a linear probe", evaluate_command),
+    "teachers": ("list, inspect and compare teachers before a run", teachers_command),
 }
 
 

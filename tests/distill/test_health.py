@@ -17,11 +17,10 @@ from comad.distill.health import (
     MAX_IMAGES,
     Evidence,
     Watch,
-    cross_image_cosine,
-    effective_rank,
     health_metrics,
     information,
 )
+from comad.evaluate.similarity import cross_image_cosine, effective_rank
 from comad.presets import METHODS
 
 HEALTHY = {"loss": 1.0, "target_information": 0.5, "student_cosine": 0.3, "target_cosine": 0.1, "epoch": 0.0}

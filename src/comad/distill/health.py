@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from comad.evaluate.similarity import cross_image_cosine, effective_rank
+
 MAX_IMAGES = 128
 COLLAPSED_SHARE = 0.2
 """A target that keeps less than this share of the information it started with has collapsed."""
@@ -68,20 +70,6 @@ def information(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
     log_p = F.log_softmax(tokens, dim=1)
     p = log_p.exp()
     return (p * (log_p - p.mean(dim=0).clamp(min=1e-12).log())).sum(dim=1).mean()
-
-
-def cross_image_cosine(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
-    """Mean cosine over pairs of different images."""
-    unit = F.normalize(tokens, dim=1)
-    count = len(unit)
-    return (unit.sum(dim=0).square().sum() - unit.square().sum()) / max(1, count * (count - 1))
-
-
-def effective_rank(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the normalised singular values of the centred tokens (Roy & Vetterli, 2007)."""
-    values = torch.linalg.svdvals(tokens - tokens.mean(dim=0))
-    share = values / values.sum().clamp(min=1e-12)
-    return torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
 
 
 class Watch:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from comad.distill.masking import Masks
 from comad.models.backbone import Hidden, Tokens
-from comad.models.teachers import Teacher, load_teacher
+from comad.models.teachers import Teacher, load_on_grid
 
 
 class Targets(NamedTuple):
@@ -53,14 +53,7 @@ def load_teachers(
     """
     if not specs:
         raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
-    teachers = []
-    for spec in specs:
-        teacher = load_teacher(spec, rows * patch_size, dtype, rows=rows)
-        if teacher.backbone.grid[0] != rows:  # a Vision Transformer with another patch size
-            teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype, rows=rows)
+    teachers = load_on_grid(specs, rows, patch_size, dtype)
+    for teacher in teachers:
         teacher.backbone.to(device)
-        teachers.append(teacher)
-    names = [teacher.name for teacher in teachers]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two teachers have the same name: {', '.join(names)}; give them names with NAME=FILE.")
     return teachers

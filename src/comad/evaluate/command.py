@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comad.data.images import load_images
 from comad.evaluate.scoreboard import Scoreboard, score
-from comad.models.teachers import load_teacher
+from comad.evaluate.views import load_one, view_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,13 @@ class EvaluateConfig:
     Args:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
         data: a folder of images with sub-folders as labels, or the name of a bundled set.
-        image_size: pixels on the side of the view.
+        image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         out: a JSON file for the scores; none is written if left out.
     """
 
     backbone: str
     data: str = "stamps"
-    image_size: int = 224
+    image_size: int | None = None
     out: str | None = None
 
 
@@ -34,9 +34,10 @@ def evaluate(config: EvaluateConfig) -> str:
         ValueError: the backbone or the data cannot be loaded, or there are no labels to score by.
     """
     splits = load_images(config.data)
-    teacher = load_teacher(config.backbone, config.image_size)
-    pixels = score("pixels", "pixels", None, splits, config.image_size).row
-    row = score(teacher.name, "teacher", teacher.backbone, splits, config.image_size).row
+    teacher = load_one(config.backbone, config.data, config.image_size)
+    image_size = view_size(teacher.backbone)
+    pixels = score("pixels", "pixels", None, splits, image_size).row
+    row = score(teacher.name, "teacher", teacher.backbone, splits, image_size).row
     if row.reason:
         raise ValueError(f"{config.data!r} cannot be scored: {row.reason}; put images into one sub-folder per label.")
     board = Scoreboard((pixels, row))

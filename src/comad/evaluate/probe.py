@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from comad.data.images import ImageSet, Splits
-from comad.evaluate.features import extract_features
+from comad.evaluate.features import extract_features, pixel_features
 from comad.evaluate.knn import NearestNeighbours
 from comad.models.backbone import Backbone
+
+MIN_BANK = 20
 
 
 class KnnProbe:
@@ -28,17 +31,22 @@ class KnnProbe:
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """``knn``: percent of fine labels found, by class token or mean patch, the better; ``{}`` without labels."""
-        if len(self.bank) < 20 or not len(self.queries):
+        top1 = {f"knn_{pool}": 100 * float(hits.float().mean()) for pool, hits in self.hits(backbone).items()}
+        return {"knn": max(top1.values()), **top1} if top1 else {}
+
+    def hits(self, backbone: Backbone | None) -> dict[str, Bool[Tensor, " n"]]:
+        """Pool → whether each query's label was found; by pixels if there is no backbone, ``{}`` without labels."""
+        if len(self.bank) < MIN_BANK or not len(self.queries):
             return {}
-        bank = extract_features(backbone, self.splits.train, self.image_size, indices=self.bank)
-        queries = extract_features(backbone, self.splits.val, self.image_size, indices=self.queries)
+
+        def extract(images: ImageSet, indices: Tensor) -> dict[str, Tensor]:
+            if backbone is None:
+                return pixel_features(images, indices=indices)
+            return extract_features(backbone, images, self.image_size, indices=indices)
+
+        bank, queries = extract(self.splits.train, self.bank), extract(self.splits.val, self.queries)
         labels, truth = self.splits.train.labels["fine"][self.bank], self.splits.val.labels["fine"][self.queries]
-        hits = {
-            f"knn_{pool}": 100
-            * float((self.knn.classify(bank[pool], labels, queries[pool])[0] == truth).float().mean())
-            for pool in bank
-        }
-        return {"knn": max(hits.values()), **hits}
+        return {pool: self.knn.classify(bank[pool], labels, queries[pool])[0] == truth for pool in bank}
 
 
 def _labelled(images: ImageSet, limit: int) -> Tensor:

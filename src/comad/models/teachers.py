@@ -108,6 +108,29 @@ def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32,
     return Teacher(source.name, backbone.requires_grad_(False).eval(), _card(source))
 
 
+def load_on_grid(specs: Sequence[str], rows: int, patch_size: int, dtype: torch.dtype = torch.float32) -> list[Teacher]:
+    """Load teachers, each at the image size that gives it a grid of ``rows`` × ``rows`` patches.
+
+    Args:
+        specs, dtype: see `load_teacher`.
+        rows: rows and columns of the grid.
+        patch_size: pixels on the side of a patch, where a network has none of its own.
+
+    Raises:
+        ValueError: two have the same name, or one cannot be loaded.
+    """
+    teachers = []
+    for spec in specs:
+        teacher = load_teacher(spec, rows * patch_size, dtype, rows=rows)
+        if teacher.backbone.grid[0] != rows:  # a Vision Transformer with another patch size
+            teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype, rows=rows)
+        teachers.append(teacher)
+    names = [teacher.name for teacher in teachers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two teachers have the same name: {', '.join(names)}; give them names with NAME=FILE.")
+    return teachers
+
+
 def licence_notice(teachers: Sequence[Teacher]) -> str:
     """One line that names the teachers under non-commercial licences; empty if there are none."""
     bound = re.compile(r"\bnc\b|non-?commercial", re.IGNORECASE)
