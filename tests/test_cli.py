@@ -161,7 +161,7 @@ def test_pretraining_leaves_a_teacher_and_goes_on_after_a_stop(labelled_folder, 
     network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
     length = ["--optim.epochs=2", "--optim.batch-size=8", "--optim.warmup-epochs=1", "--loader.workers=0"]
     run = ["--run.precision=fp32", "--run.no-tensorboard", "--run.checkpoint-every=5", "--run.probe-every=0"]
-    command = ["pretrain", method, f"--data={labelled_folder}", "--init=None", *network, *length, *run]
+    command = ["pretrain", method, f"--data={labelled_folder}", *network, *length, *run]
     assert main([*command, "--run.out=whole"]) == 0
     teacher = load_teacher("whole/teacher", 16)
     assert teacher.backbone.token_types == (("patch",) if method == "mae" else ("cls", "patch"))
