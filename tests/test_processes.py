@@ -11,7 +11,17 @@ import pytest
 
 from comad.runtime.checkpoint import checkpoints, load_checkpoint
 
-RUN = "--optim.epochs 0.1 --run.probe-every 0 --run.precision fp32 --run.no-tensorboard --run.log-every 1".split()
+RUN = [
+    "--optim.epochs",
+    "0.1",
+    "--run.probe-every",
+    "0",
+    "--run.precision",
+    "fp32",
+    "--run.no-tensorboard",
+    "--run.log-every",
+    "1",
+]
 
 
 @pytest.mark.slow
