@@ -58,7 +58,7 @@ def _shapes(kind: Kind, weights: Weights) -> dict[str, Any]:
     inner = weights["blocks.0.mlp.fc2.weight"].shape[1]
     depth = len({key.split(".")[1] for key in weights if re.match(r"blocks\.\d+\.", key)})
     shapes: dict[str, Any] = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "mlp_ratio": inner / width}
-    if "reg_token" in weights:
+    if "reg_token" in weights and weights["reg_token"].ndim == 3:
         shapes["reg_tokens" if kind == "vit" else "num_reg_tokens"] = weights["reg_token"].shape[1]
     if "blocks.0.mlp.fc1_g.weight" in weights:
         shapes |= {"swiglu_mlp": True, "swiglu_align_to": 1}  # any hidden width
