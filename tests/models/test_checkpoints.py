@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -371,23 +370,6 @@ def test_flat_file_with_a_classifier_asks_for_its_timm_name(tmp_path: Path):
 
 
 # --- files that do not read
-
-
-class Payload:
-    """Pickles to a call that leaves a trace."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.trace),)
-
-
-def test_code_in_a_pickle_never_runs(tmp_path: Path):
-    trace = tmp_path / "trace"
-    spec = save(tmp_path / "weights.pth", {"model": vit_state(mae_positions), "args": Payload(trace)})
-    refusal(spec, "pickled", "weights_only=False")
-    assert not trace.exists()
 
 
 def test_pickled_arguments_are_refused_until_converted(tmp_path: Path, images: Tensor):

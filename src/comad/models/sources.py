@@ -132,6 +132,7 @@ def _from_folder(folder: Path, request: Request, file: str = "model.safetensors"
         whole = {"tag": None, "classifier": "head", **facts, "architecture": name}
         loaded = _timm(request, whole, stored, str(path))
         return loaded._replace(source=source, format="export", sha256=sha256(path), licence=licence)
+    _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
     token_types = tuple(ours.get("token_types", _token_types(facts.get("tag"))))
     if not token_types or not set(token_types) <= {"cls", "patch"}:
@@ -200,11 +201,11 @@ def _timm(
     pretrained: bool = False,
 ) -> Source:
     """Build the model of timm's facts: with the given weights, with timm's own, or with random ones."""
-    name, cfg = config["architecture"], {"pretrained_cfg": config["tag"] or None, "pretrained": pretrained}
+    name, tag = config["architecture"], None if weights is not None else config["tag"] or None
+    cfg = {"pretrained_cfg": tag, "pretrained": pretrained}
     mean, std, licence = tuple(config["mean"]), tuple(config["std"]), _licence(config)
-    if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
-        better = name.replace("_clip_", "_clip_quickgelu_")
-        raise ValueError(f"{name}.{config['tag']}: was trained with QuickGELU; name {better}.{config['tag']} instead.")
+    if weights is not None or pretrained:
+        _refuse_other_activation(name, config)
     network = _create(name, request.image_size, cfg)
     if weights is not None:
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{config['classifier']}.")}
@@ -238,6 +239,13 @@ def _backbone(
     if isinstance(network, VisionTransformer):
         return TimmBackbone(network, mean, std, token_types)
     return WholeBackbone(network, mean, std, request.image_size, request.rows, token_types)
+
+
+def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights whose facts say that the named network has another activation than they were trained with."""
+    if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
+        better = f"{name.replace('_clip_', '_clip_quickgelu_')}.{config.get('tag')}"
+        raise ValueError(f"{name}.{config.get('tag')}: was trained with QuickGELU; pass {better}=FILE instead.")
 
 
 def _with_norm(network: nn.Module, what: str) -> Any:

@@ -68,7 +68,7 @@ class WholeBackbone(Backbone):
 
     def _features(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
         pixels = (images - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(next(self.network.parameters()).dtype, memory_format=torch.channels_last)
+        pixels = pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=torch.channels_last)
         features = cast(Any, self.network).forward_features(pixels)
         prefix = getattr(self.network, "num_prefix_tokens", None)
         if isinstance(features, Tensor) and features.ndim == 3 and prefix is not None:
@@ -80,7 +80,8 @@ class WholeBackbone(Backbone):
             has_cls = getattr(self.network, "cls_token", None) is not None
             return features[:, 0] if has_cls else None, patches.unflatten(2, (side, side))
         if not isinstance(features, Tensor) or features.ndim != 4:
-            raise ValueError(f"{type(self.network).__name__} gives no map of features, and no sequence with a prefix.")
+            name = type(getattr(self.network, "module", self.network)).__name__
+            raise ValueError(f"{name!r} gives no map of features, nor tokens; its output is to be (B, E, h, w).")
         patches = features.permute(0, 3, 1, 2) if self.gives_channels_last else features
         return patches.mean(dim=(2, 3)), patches
 
