@@ -178,6 +178,7 @@ def test_pickled_weights_and_the_path_of_the_file_do_as_well(make: Any, tmp_path
     assert by_file.name == "mine"
     torch.testing.assert_close(by_file.backbone(images).patches, expected)
     torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    assert load_teacher(str(folder / "pytorch_model.bin"), SIZE).card.source == "theirs/pytorch_model.bin"
     (folder / "model.safetensors").unlink()
     for spec in (folder, folder / "pytorch_model.bin"):
         teacher = load_teacher(str(spec), SIZE)

@@ -169,8 +169,8 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return "model_type" in config and "architecture" not in config
 
 
-def load_folder(folder: Path, config: Mapping[str, Any], image_size: int) -> Loaded:
-    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights in safetensors or ``.bin``.
+def load_folder(folder: Path, config: Mapping[str, Any], image_size: int, file: str | None = None) -> Loaded:
+    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights, in ``file`` or the first of `FILES`.
 
     Raises:
         ValueError: the kind of network is unknown, a file is missing or damaged, or the weights do not fit.
@@ -181,7 +181,7 @@ def load_folder(folder: Path, config: Mapping[str, Any], image_size: int) -> Loa
     family, config = FAMILIES[name], config.get("vision_config", config)
     if not isinstance(config, dict):
         raise ValueError(f"{folder}: vision_config in config.json is no object; {REMEDY}.")
-    path = next((folder / file for file in FILES if (folder / file).exists()), folder / FILES[0])
+    path = folder / (file or next((name for name in FILES if (folder / name).exists()), FILES[0]))
     if not path.exists() and any(folder.glob("*.index.json")):
         raise ValueError(f"{folder}: its weights are in several files; {REMEDY}(FOLDER, max_shard_size='100GB').")
     weights = _named(read_file(path), family, bool(config.get("use_gated_mlp")), str(path))

@@ -84,11 +84,12 @@ def find(spec: str, image_size: int, rows: int | None = None) -> Source:
 
 def _from_file(path: Path, request: Request) -> Source:
     """Load a checkpoint file: by its format, or as the timm model it is named after if it is flat."""
-    if path.name in huggingface.FILES and (path.parent / "config.json").is_file():
+    is_named = "." in request.name and timm.is_model(request.name)
+    if not is_named and not request.heads and _has_config(path):
         return _from_folder(path.parent, request, path.name)
     content, digest = read_file(path), sha256(path)
     flat = all(isinstance(value, Tensor) for value in content.values())
-    if "." in request.name and timm.is_model(request.name) and flat and not _is_original(content):
+    if is_named and flat and not _is_original(content):
         config = _timm_config(request.name)
         return _timm(request, config, content, str(path))._replace(source=path.name, sha256=digest)
     checkpoint = recognise(content, str(path))
@@ -104,6 +105,14 @@ def _from_file(path: Path, request: Request) -> Source:
     )
 
 
+def _has_config(path: Path) -> bool:
+    """Whether a file lies where it was saved with the facts about it."""
+    if path.name not in huggingface.FILES or not (path.parent / "config.json").is_file():
+        return False
+    config = read_json(path.parent / "config.json", "move the file to a folder of its own, or save it again")
+    return huggingface.is_ours(config) or "architecture" in config
+
+
 def _is_original(content: Mapping[str, Any]) -> bool:
     """Whether a flat file has its authors' names, which timm renames: then the format tells more than the name."""
     try:
@@ -112,13 +121,18 @@ def _is_original(content: Mapping[str, Any]) -> bool:
         return False
 
 
-def _from_folder(folder: Path, request: Request, file: str = "model.safetensors") -> Source:
+def _from_folder(folder: Path, request: Request, file: str | None = None) -> Source:
     """Load a folder of transformers, or one as `timm.models.save_for_hf` writes it: ``config.json`` and weights."""
     config = read_json(folder / "config.json", "name a file, or an exported folder")
     if huggingface.is_ours(config):
-        return _from_transformers(folder, config, request)
+        return _from_transformers(folder, config, request, file)
     _check_config(config, folder)
-    path, facts, ours, name = folder / file, config["pretrained_cfg"], config.get("comad", {}), config["architecture"]
+    path, facts, ours, name = (
+        folder / (file or "model.safetensors"),
+        config["pretrained_cfg"],
+        config.get("comad", {}),
+        config["architecture"],
+    )
     arguments = {"in_chans": 3, **config.get("model_args", {})}
     unknown = arguments.keys() - inspect.signature(VisionTransformer).parameters.keys()
     if unknown or arguments["in_chans"] != 3:
@@ -142,9 +156,11 @@ def _from_folder(folder: Path, request: Request, file: str = "model.safetensors"
     return Source(request.name, backbone, source, "export", name, sha256(path), mean, std, licence)
 
 
-def _from_transformers(folder: Path, config: Mapping[str, Any], request: Request) -> Source:
+def _from_transformers(folder: Path, config: Mapping[str, Any], request: Request, file: str | None) -> Source:
     """Load a folder that ``save_pretrained`` of transformers wrote."""
-    network, path, family, mean, std, token_types, licence = huggingface.load_folder(folder, config, request.image_size)
+    network, path, family, mean, std, token_types, licence = huggingface.load_folder(
+        folder, config, request.image_size, file
+    )
     backbone = _backbone(network, mean, std, token_types, request)
     source = f"{folder.absolute().name}/{path.name}"
     licence = _licence({"license": licence})

@@ -84,10 +84,10 @@ def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32,
     """Load a teacher, frozen and in eval mode. The random state of the caller is left alone.
 
     Args:
-        spec: one of ``NAME=FILE_OR_FOLDER``, a bare path, a name of `bundled_teachers`, a timm model (its pretrained
-            weights), a timm model and ``:random`` (seeded, for benchmarks), ``efficientnet-lite0`` to ``2`` (from the
-            extra of that name). ``TIMM_NAME.TAG=FILE`` reads a flat file as that model; ``NAME=FILE:heads=N`` gives
-            the heads of a width without a rule.
+        spec: one of ``NAME=FILE_OR_FOLDER`` (a folder of comad, timm's hub or transformers), a bare path, a name of
+            `bundled_teachers`, a timm model (its pretrained weights), a timm model and ``:random`` (seeded, for
+            benchmarks), ``efficientnet-lite0`` to ``2`` (from the extra of that name). ``TIMM_NAME.TAG=FILE`` reads a
+            flat file as that model; ``NAME=FILE:heads=N`` gives the heads of a width without a rule.
         image_size: pixels on the side of the square images to come; positions are resampled to it.
         dtype: of the weights; pixels are normalised in float32 in any case.
         rows: the grid of patches that a network with a map of its own is resampled to, at the image size that suits
