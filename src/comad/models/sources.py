@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from comad.models import efficientnet_lite
+from comad.models import efficientnet_lite, huggingface
 from comad.models.backbone import Backbone
-from comad.models.checkpoints import FORMATS, build_vit, load_strictly, load_weights, read_checkpoint, read_file
+from comad.models.checkpoints import build, recognise
+from comad.models.files import read_file, read_json, sha256, sha256_of
+from comad.models.formats import FORMATS
+from comad.models.networks import gives_tokens, has_token_norm, load_weights
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
 from comad.models.whole_backbone import WholeBackbone, create_whole
 
@@ -61,12 +62,12 @@ def find(spec: str, image_size: int, rows: int | None = None) -> Source:
     found = HEADS.fullmatch(spec)
     text = found[1] if found else spec
     name, separator, where = text.partition("=")
-    if text and Path(text).exists():
+    if text and os.path.exists(text):
         path = Path(text)
         name = path.absolute().name if path.is_dir() else path.name.split(".")[0]
     elif separator:
         path = Path(where)
-        if not name or not where or not path.exists():
+        if not name or not where or not os.path.exists(where):
             raise ValueError(f"{spec!r}: no file or folder {where!r}; write NAME=FILE_OR_FOLDER, with a path to it.")
     elif text in bundled_teachers():
         path = BUNDLED / text
@@ -84,59 +85,100 @@ def find(spec: str, image_size: int, rows: int | None = None) -> Source:
 
 def _from_file(path: Path, request: Request) -> Source:
     """Load a checkpoint file: by its format, or as the timm model it is named after if it is flat."""
-    if "." in request.name and timm.is_model(request.name):
-        flat = read_file(path)
-        if all(isinstance(value, Tensor) for value in flat.values()):
-            config = _timm_config(request.name)
-            return _timm(request, config, flat, str(path))._replace(source=path.name, sha256=_sha256(path))
-    checkpoint, digest = read_checkpoint(path), _sha256(path)
-    layout, name = FORMATS[checkpoint.format], request.name
+    is_named = "." in request.name and timm.is_model(request.name)
+    if not is_named and not request.heads and _has_config(path):
+        return _from_folder(path.parent, request, path.name)
+    content, digest = read_file(path), sha256(path)
+    flat = all(isinstance(value, Tensor) for value in content.values())
+    if is_named and flat and not _is_original(content):
+        config = _timm_config(request.name)
+        return _timm(request, config, content, str(path))._replace(source=path.name, sha256=digest)
+    checkpoint = recognise(content, str(path))
+    layout = FORMATS[checkpoint.format]
     if checkpoint.format == "efficientnet-lite":
         architecture, weights = efficientnet_lite.renamed(checkpoint)
         loaded = _timm(request, _timm_config(architecture), weights, str(path))
         return loaded._replace(source=path.name, format=checkpoint.format, sha256=digest, licence=layout.licence)
-    vit = build_vit(checkpoint, request.image_size, request.heads)
-    mean, std = layout.pixel_mean, layout.pixel_std
-    backbone = TimmBackbone(vit, mean, std, layout.token_types)
-    return Source(name, backbone, path.name, checkpoint.format, "vit", digest, mean, std, layout.licence)
+    network, mean, std = build(checkpoint, request.image_size, request.heads), layout.pixel_mean, layout.pixel_std
+    backbone = _backbone(network, mean, std, layout.token_types, request)
+    return Source(
+        request.name, backbone, path.name, checkpoint.format, layout.network, digest, mean, std, layout.licence
+    )
 
 
-def _from_folder(folder: Path, request: Request) -> Source:
-    """Load a folder as `timm.models.save_for_hf` writes it: ``config.json`` and ``model.safetensors``."""
-    config, path = _read_config(folder), folder / "model.safetensors"
+def _has_config(path: Path) -> bool:
+    """Whether a file lies where it was saved with the facts about it."""
+    if path.name not in huggingface.FILES or not (path.parent / "config.json").is_file():
+        return False
+    config = read_json(path.parent / "config.json", "move the file to a folder of its own, or save it again")
+    return huggingface.is_ours(config) or "architecture" in config
+
+
+def _is_original(content: Mapping[str, Any]) -> bool:
+    """Whether a flat file has its authors' names, which timm renames: then the format tells more than the name."""
+    try:
+        return FORMATS[recognise(content, "").format].convert is not None
+    except ValueError:
+        return False
+
+
+def _from_folder(folder: Path, request: Request, file: str | None = None) -> Source:
+    """Load a folder of transformers, or one as `timm.models.save_for_hf` writes it: ``config.json`` and weights."""
+    config = read_json(folder / "config.json", "name a file, or an exported folder")
+    if huggingface.is_ours(config):
+        return _from_transformers(folder, config, request, file)
+    _check_config(config, folder)
+    path, facts, ours, name = (
+        folder / (file or "model.safetensors"),
+        config["pretrained_cfg"],
+        config.get("comad", {}),
+        config["architecture"],
+    )
     arguments = {"in_chans": 3, **config.get("model_args", {})}
     unknown = arguments.keys() - inspect.signature(VisionTransformer).parameters.keys()
     if unknown or arguments["in_chans"] != 3:
         raise ValueError(f"{folder}: its model_args are not those of an RGB Vision Transformer: {sorted(arguments)}.")
     arguments = {key: value for key, value in arguments.items() if key not in ("img_size", "num_classes", "in_chans")}
-    vit = create_vit(config["architecture"], request.image_size, **arguments)
     stored = {key: tensor for key, tensor in read_file(path).items() if not key.startswith("head.")}
+    source, licence = f"{folder.absolute().name}/{path.name}", ours.get("licence", _licence(facts))
+    try:
+        vit = create_vit(name, request.image_size, **arguments)
+    except NotPlainError:
+        whole = {"tag": None, "classifier": "head", **facts, "architecture": name}
+        loaded = _timm(request, whole, stored, str(path))
+        return loaded._replace(source=source, format="export", sha256=sha256(path), licence=licence)
+    _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
-    facts, ours = config["pretrained_cfg"], config.get("comad", {})
     token_types = tuple(ours.get("token_types", _token_types(facts.get("tag"))))
     if not token_types or not set(token_types) <= {"cls", "patch"}:
         raise ValueError(f"{folder}: token_types in config.json are {token_types}; they may be 'cls' and 'patch'.")
-    mean, std, name = tuple(facts["mean"]), tuple(facts["std"]), config["architecture"]
-    source, licence = f"{folder.absolute().name}/{path.name}", ours.get("licence", _licence(facts))
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
     backbone = TimmBackbone(_with_norm(vit, str(folder)), mean, std, token_types)
     about = str(ours.get("about", ""))
-    return Source(request.name, backbone, source, "export", name, _sha256(path), mean, std, licence, about)
+    return Source(request.name, backbone, source, "export", name, sha256(path), mean, std, licence, about)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read and check the ``config.json`` of an exported folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no config.json in this folder; name a file, or an exported folder.") from error
-    except ValueError as error:
-        raise ValueError(f"{folder}: config.json is not JSON; export the folder again.") from error
-    config = config if isinstance(config, dict) else {}
+def _from_transformers(folder: Path, config: Mapping[str, Any], request: Request, file: str | None) -> Source:
+    """Load a folder that ``save_pretrained`` of transformers wrote."""
+    network, path, family, mean, std, token_types, licence = huggingface.load_folder(
+        folder, config, request.image_size, file
+    )
+    backbone = _backbone(network, mean, std, token_types, request)
+    source = f"{folder.absolute().name}/{path.name}"
+    licence = _licence({"license": licence})
+    return Source(request.name, backbone, source, "transformers", family, sha256(path), mean, std, licence)
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a ``config.json`` that is not timm's."""
     parts = [config.get(key, {}) for key in ("pretrained_cfg", "model_args", "comad")]
     sound = all(isinstance(part, dict) for part in parts) and isinstance(config.get("architecture"), str)
-    if not sound or any(len(parts[0].get(key, ())) != 3 for key in ("mean", "std")):
+    if not sound or any(not _is_triple(parts[0].get(key)) for key in ("mean", "std")):
         raise ValueError(f"{folder}: config.json is not timm's: it needs architecture and pretrained_cfg mean and std.")
-    return config
+
+
+def _is_triple(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
 
 
 def _from_timm(request: Request) -> Source:
@@ -177,54 +219,66 @@ def _timm(
     pretrained: bool = False,
 ) -> Source:
     """Build the model of timm's facts: with the given weights, with timm's own, or with random ones."""
-    name, cfg = config["architecture"], {"pretrained_cfg": config["tag"] or None, "pretrained": pretrained}
+    name, tag = config["architecture"], None if weights is not None else config["tag"] or None
+    cfg = {"pretrained_cfg": tag, "pretrained": pretrained}
     mean, std, licence = tuple(config["mean"]), tuple(config["std"]), _licence(config)
+    if weights is not None or pretrained:
+        _refuse_other_activation(name, config)
+    network = _create(name, request.image_size, cfg)
     if weights is not None:
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{config['classifier']}.")}
-    try:
-        vit = create_vit(name, request.image_size, **cfg)
-        if weights is not None:
-            load_weights(vit, weights, where)
-        backbone: Backbone = TimmBackbone(_with_norm(vit, name), mean, std, _token_types(config["tag"]))
-    except NotPlainError:
-        network = create_whole(name, **cfg)
-        if weights is not None:
-            load_strictly(network, weights, where)
-        backbone = WholeBackbone(network, mean, std, request.image_size, request.rows)
+        if gives_tokens(network) and not has_token_norm(network) and "norm.weight" in weights:
+            network = _create(name, request.image_size, {**cfg, "global_pool": ""})  # a file from before fine-tuning
+        load_weights(network, weights, where)
+    if gives_tokens(network):
+        _with_norm(network, name)
+    digest = sha256_of(network.state_dict())
+    backbone = _backbone(network, mean, std, _token_types(config["tag"]), request)
     full = ".".join(filter(None, (name, config["tag"])))
-    network = next(backbone.children())
-    digest = _sha256_of(network.state_dict())
     return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence)
 
 
-def _with_norm(vit: VisionTransformer, what: str) -> VisionTransformer:
+def _create(name: str, image_size: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a timm model: at its image size if it is a plain Vision Transformer, else as timm has it."""
+    try:
+        return create_vit(name, image_size, **arguments)
+    except NotPlainError:
+        return create_whole(name, **arguments)
+
+
+def _backbone(
+    network: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    token_types: tuple[str, ...],
+    request: Request,
+) -> Backbone:
+    """The kind of backbone that suits a network."""
+    if isinstance(network, VisionTransformer):
+        return TimmBackbone(network, mean, std, token_types)
+    return WholeBackbone(network, mean, std, request.image_size, request.rows, token_types)
+
+
+def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse weights whose facts say that the named network has another activation than they were trained with."""
+    if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
+        better = f"{name.replace('_clip_', '_clip_quickgelu_')}.{config.get('tag')}"
+        raise ValueError(f"{name}.{config.get('tag')}: was trained with QuickGELU; pass {better}=FILE instead.")
+
+
+def _with_norm(network: nn.Module, what: str) -> Any:
     """Refuse a network whose tokens are not normalised."""
-    if not hasattr(vit.norm, "eps"):
+    if not has_token_norm(network):
         raise ValueError(f"{what}: its norm comes after pooling, so its tokens have none; use another model.")
-    return vit
+    return network
 
 
 def _token_types(tag: str | None) -> tuple[str, ...]:
-    """The trained tokens of timm's weights of that tag; MAE never trained its class token."""
-    return ("patch",) if tag and tag.startswith("mae") else ("cls", "patch")
+    """The trained tokens of timm's weights of that tag; masked images alone train no class token."""
+    return ("patch",) if tag and tag.startswith(("mae", "mim")) else ("cls", "patch")
 
 
 def _licence(config: Mapping[str, Any]) -> str:
     """The licence in timm's facts about weights, in the spelling of `FORMATS`."""
     licence = str(config.get("license") or "unknown")
     return {"cc-by-nc-4.0": "CC-BY-NC 4.0", "apache-2.0": "Apache-2.0"}.get(licence, licence)
-
-
-def _sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(state: Mapping[str, Tensor]) -> str:
-    """Hash names and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from comad.models.backbone import Backbone
+from comad.models.files import sha256_of
+from comad.models.networks import gives_tokens
 from comad.models.sources import Source, find
-from comad.models.timm_backbone import TimmBackbone
+from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,11 @@ class TeacherCard:
     Attributes:
         name: what the run calls it.
         source: name of the file, or of the folder and its file; no absolute path.
-        format: a key of `comad.models.checkpoints.FORMATS`, or ``export`` for a folder.
-        architecture: a timm name, or ``vit`` if the shapes in the file say it all.
+        format: a key of `comad.models.formats.FORMATS`, ``export`` or ``transformers`` for a folder, or ``module``.
+        architecture: a timm name, the kind of network if the shapes in the file say it all, or a class.
         sha256: of the weights file; of the names and bytes of the tensors if timm fetched or drew them.
         depth, width, heads, patch_size, num_prefix_tokens: the network; patch size in pixels. Depth and heads are 0
-            where the network is no plain Vision Transformer.
+            where the network is no Vision Transformer.
         norm_eps: epsilon of the final norm; 0 if there is none.
         pixel_mean, pixel_std: pixel normalisation, in units of [0, 1] pixels.
         token_types: tokens that were trained, and so can be trusted.
@@ -83,10 +86,10 @@ def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32,
     """Load a teacher, frozen and in eval mode. The random state of the caller is left alone.
 
     Args:
-        spec: one of ``NAME=FILE_OR_FOLDER``, a bare path, a name of `bundled_teachers`, a timm model (its pretrained
-            weights), a timm model and ``:random`` (seeded, for benchmarks), ``efficientnet-lite0`` to ``2`` (from the
-            extra of that name). ``TIMM_NAME.TAG=FILE`` reads a flat file as that model; ``NAME=FILE:heads=N`` gives
-            the heads of a width without a rule.
+        spec: one of ``NAME=FILE_OR_FOLDER`` (a folder of comad, timm's hub or transformers), a bare path, a name of
+            `bundled_teachers`, a timm model (its pretrained weights), a timm model and ``:random`` (seeded, for
+            benchmarks), ``efficientnet-lite0`` to ``2`` (from the extra of that name). ``TIMM_NAME.TAG=FILE`` reads a
+            flat file as that model; ``NAME=FILE:heads=N`` gives the heads of a width without a rule.
         image_size: pixels on the side of the square images to come; positions are resampled to it.
         dtype: of the weights; pixels are normalised in float32 in any case.
         rows: the grid of patches that a network with a map of its own is resampled to, at the image size that suits
@@ -131,6 +134,59 @@ def load_on_grid(specs: Sequence[str], rows: int, patch_size: int, dtype: torch.
     return teachers
 
 
+def teacher_from_module(  # noqa: PLR0913 - one keyword per fact that a module does not tell
+    name: str,
+    module: nn.Module,
+    image_size: int,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    num_prefix_tokens: int = 0,
+    has_cls: bool = False,
+    rows: int | None = None,
+    licence: str = "unknown",
+) -> Teacher:
+    """Make a teacher of your own module, which is frozen and put in eval mode. It sees whole images.
+
+    Args:
+        name: what the run calls it.
+        module: its forward takes normalised pixels (B, 3, image_size, image_size), and gives a map (B, E, h, w), or
+            tokens (B, num_prefix_tokens + N, E) whose N patches form a square.
+        image_size: pixels on the side of its images.
+        mean, std: pixel normalisation, in units of [0, 1] pixels.
+        num_prefix_tokens: tokens before the patches; they are dropped, but for a class token.
+        has_cls: the first of them is a class token that was trained. The mean over a map stands for one in any case.
+        rows: the grid that patches are resampled to; None keeps the module's own.
+        licence: of the weights.
+
+    Raises:
+        ValueError: the module gives something else, or ``image_size`` is no multiple of the grid.
+    """
+    features = ModuleFeatures(module.eval(), num_prefix_tokens, has_cls, image_size)
+    if has_cls and not num_prefix_tokens:
+        raise ValueError(f"{name}: has_cls needs num_prefix_tokens of at least 1; count the class token.")
+    backbone = WholeBackbone(features, mean, std, image_size)
+    rows = rows or backbone.grid[0]
+    if image_size % rows:
+        raise ValueError(
+            f"{name}: {image_size} pixels are no multiple of {rows} rows; give rows or another image_size."
+        )
+    backbone = WholeBackbone(features, mean, std, image_size, rows)
+    source = Source(
+        name=name,
+        backbone=backbone.requires_grad_(False).eval(),
+        source="module",
+        format="module",
+        architecture=type(module).__name__,
+        sha256=sha256_of(module.state_dict()),
+        mean=tuple(mean),
+        std=tuple(std),
+        licence=licence,
+    )
+    card = dataclasses.replace(_card(source), num_prefix_tokens=num_prefix_tokens)
+    return Teacher(name, source.backbone, card)
+
+
 def licence_notice(teachers: Sequence[Teacher]) -> str:
     """One line that names the teachers under non-commercial licences; empty if there are none."""
     bound = re.compile(r"\bnc\b|non-?commercial", re.IGNORECASE)
@@ -142,15 +198,14 @@ def licence_notice(teachers: Sequence[Teacher]) -> str:
 
 def _card(source: Source) -> TeacherCard:
     """Write down what was loaded."""
-    backbone = source.backbone
+    backbone, network = source.backbone, cast(Any, next(source.backbone.children()))
     facts: dict[str, Any] = {"depth": 0, "heads": 0, "num_prefix_tokens": 0, "norm_eps": 0.0}
-    if isinstance(backbone, TimmBackbone):
-        vit = backbone.vit
+    if gives_tokens(network):
         facts = {
-            "depth": len(vit.blocks),
-            "heads": cast(Any, vit.blocks[0]).attn.num_heads,
-            "num_prefix_tokens": vit.num_prefix_tokens,
-            "norm_eps": cast(nn.LayerNorm, vit.norm).eps,
+            "depth": len(network.blocks),
+            "heads": network.blocks[0].attn.num_heads,
+            "num_prefix_tokens": network.num_prefix_tokens,
+            "norm_eps": network.norm.eps,
         }
     return TeacherCard(
         name=source.name,

@@ -42,6 +42,7 @@ class Ibot:
     kind: Literal["ibot"] = "ibot"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     vit_arguments: ClassVar[dict[str, Any]] = {"dynamic_img_size": True}  # local crops have fewer patches
+    fixed_positions: ClassVar[bool] = False
     local_crops: int = 4
     local_size: float = 0.5
     global_scale: tuple[float, float] = (0.32, 1.0)

@@ -14,7 +14,6 @@ from comad.data.transforms import Crop
 from comad.models.backbone import draw_visible, seen
 from comad.models.decoder import MaskedDecoder
 from comad.models.timm_backbone import TimmBackbone
-from comad.pretrain.positions import fix_positions
 from comad.runtime.train import Step
 
 
@@ -29,6 +28,7 @@ class Mae:
     """
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
+    fixed_positions: ClassVar[bool] = True
     kind: Literal["mae"] = "mae"
     token_types: ClassVar[tuple[str, ...]] = ("patch",)
     mask_ratio: float = 0.75
@@ -67,7 +67,6 @@ class MaeModel(nn.Module):
         self.num_visible = max(1, round(backbone.num_patches * (1 - config.mask_ratio)))
         size = config.decoder_width, config.decoder_depth, config.decoder_heads
         self.decoder = MaskedDecoder(backbone.width, backbone.grid, 3 * backbone.patch_size**2, *size)
-        fix_positions(backbone.vit)
 
     @property
     def trained(self) -> TimmBackbone:

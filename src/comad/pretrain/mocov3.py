@@ -17,7 +17,6 @@ from comad.data.loader import Batch, Sample
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.models.timm_backbone import TimmBackbone
 from comad.pretrain.momentum import Momentum
-from comad.pretrain.positions import fix_positions
 from comad.runtime.train import Step
 
 
@@ -34,6 +33,7 @@ class MoCoV3:
     """
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
+    fixed_positions: ClassVar[bool] = True
     kind: Literal["mocov3"] = "mocov3"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     temperature: float = 0.2
@@ -73,7 +73,6 @@ class MoCoV3Model(nn.Module):
 
     def __init__(self, backbone: TimmBackbone, config: MoCoV3):
         super().__init__()
-        fix_positions(backbone.vit)
         if config.freeze_patches:
             backbone.vit.patch_embed.requires_grad_(False)
         self.config = config

@@ -21,6 +21,7 @@ from comad.export.package import ModelCard, export_backbone
 from comad.models.teachers import TeacherCard, load_teacher
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
+from comad.pretrain.positions import fix_positions
 from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.recipe import flags, write_recipe
@@ -43,6 +44,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
     out = open_run(config.run, fabric)
     backbone = config.vit.build(**config.method.vit_arguments)
     start = _start_from(config.init, backbone) if config.init else None
+    if start is None and config.method.fixed_positions:
+        fix_positions(backbone.vit)
     model = config.method.build(backbone)
     plain_attention_on_cpu(model, fabric.device)
     if fabric.is_global_zero and not config.run.resume:

