@@ -31,7 +31,8 @@ IMAGE_SIZE = 48
 START = "runs/start/student"
 STEPS = {
     "start": "distill --preset comad-mse --teachers efficientnet-lite0 --student.width 192 "
-    "--method.masking.policy none --loader.fixed-views 4 --optim.epochs 60 --optim.base-lr 1.5e-3 --run.probe-every 295 --run.out runs/start",
+    "--method.masking.policy none --loader.fixed-views 4 "
+    "--optim.epochs 60 --optim.base-lr 1.5e-3 --run.probe-every 295 --run.out runs/start",
     "mae": f"pretrain mae --init {START} --optim.epochs 20 --optim.base-lr 5e-4",
     "mocov3": f"pretrain mocov3 --init {START} --vit.image-size 48 --optim.epochs 8 --optim.base-lr 3e-4",
     "ibot": f"pretrain ibot --init {START} --vit.image-size 48 --optim.epochs 5 --optim.base-lr 3e-4",
