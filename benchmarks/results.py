@@ -77,21 +77,64 @@ def run_section(title: str, command: str, report: dict[str, Any] | None) -> str:
 
 
 def teacher_section(report: dict[str, Any]) -> str:
-    """The bundled teachers against their untrained network, and how alike they are."""
+    """The bundled teachers in two lines; they have a page of their own."""
+    best = max(report["rows"], key=lambda row: row["knn"])
+    return (
+        "## The bundled teachers\n\n`python benchmarks/teachers.py --score`: see [teachers.md](teachers.md). "
+        f"The best row there is {best['name']} with {best['knn']:.1f} % kNN.\n"
+    )
+
+
+def teacher_page(report: dict[str, Any]) -> str:
+    """The bundled teachers against their untrained network and pixels, how alike they are, what each sees alone."""
     rows = []
     for row in report["rows"]:
-        gain = [interval(row["gain"][method]) for method in ("knn", "linear")] if "gain" in row else ["", ""]
-        rows.append([row["name"], f"{row['knn']:.1f}", f"{row['linear']:.1f}", *gain])
-    cka = ", ".join(f"{pair} {value:.2f}" for pair, value in report["cka"].items())
+        keys = (("over_untrained", "knn"), ("over_untrained", "linear"), ("over_pixel_knn", "knn"))
+        keys = (*keys, ("over_pixel_knn", "linear"))
+        gains = [interval(row[key][method]) if key in row else "" for key, method in keys]
+        rows.append([row["name"], f"{row['knn']:.1f}", f"{row['linear']:.1f}", *gains])
+    names = [row["name"] for row in report["rows"] if "over_untrained" in row]
+    together = [
+        [row["name"], *(interval(row["together_over"][method]) for method in ("knn", "linear"))]
+        for row in report["rows"]
+        if "together_over" in row
+    ]
+    alone = [
+        [name, f"{part['pictures']} ({part['share']:.1f} %)", ", ".join(f"{k} {v}" for k, v in part["labels"].items())]
+        for name, part in report["alone"].items()
+    ]
+    classes = [[label, *(f"{part[name]:.0f}" for name in names)] for label, part in report["classes"].items()]
     return "\n".join(
         [
-            "## The bundled teachers",
+            f"`python benchmarks/teachers.py --score`, {report['image_size']} px, fine top-1 percent on the test",
+            "concepts; differences in points with 95 % intervals, paired, over concepts.",
             "",
-            f"`python benchmarks/teachers.py --score`, {report['image_size']} px, test concepts, fine top-1 percent.",
+            table(["features", "kNN", "linear", *over], rows),
             "",
-            table(["teacher", "kNN", "linear", "kNN over untrained", "linear over untrained"], rows),
+            "`together`: the tokens of the three side by side, each of length 1. Its gain over each teacher:",
             "",
-            f"Linear CKA of their mean patches on the test pictures: {cka}.",
+            table(["over", "kNN", "linear"], together),
+            "",
+            "![Features as colours](teachers.png)",
+            "",
+            "The first three principal components of each teacher's patches as red, green and blue, on eight test",
+            "pictures at 192 px.",
+            "",
+            "## How alike they are",
+            "",
+            "Linear CKA of their mean patches on the test pictures: "
+            + ", ".join(f"{pair} {value:.2f}" for pair, value in report["cka"].items())
+            + ".",
+            "",
+            "Test pictures that only one of them names rightly (linear probe), and the labels where that is frequent:",
+            "",
+            table(["teacher", "pictures", "labels"], alone),
+            "",
+            "## By label",
+            "",
+            "Linear probe, percent.",
+            "",
+            table(["label", *names], classes),
             "",
         ]
     )
@@ -130,6 +173,9 @@ def main() -> None:
     parts.append(run_section("A longer run of the same command", long, read("long")))
     parts += [teacher_section(teachers)] if teachers else []
     parts += [throughput_section(throughput)] if throughput else []
+    if teachers:
+        intro = (RESULTS / "teachers.md").read_text()
+        (ROOT / "docs" / "teachers.md").write_text(f"{intro}\n{teacher_page(teachers).rstrip()}\n")
     notes = RESULTS / "notes.md"
     parts += [notes.read_text()] if notes.is_file() else []
     (ROOT / "docs" / "results.md").write_text("\n".join(parts).rstrip() + "\n")

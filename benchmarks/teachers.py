@@ -1,7 +1,8 @@
-"""Train the three bundled teachers (`comad pretrain`), or score the bundled ones: `--score`.
+"""Train the three bundled teachers, or score the bundled ones: `--score`.
 
-Scores are on the test concepts: kNN and linear probe, each against the same network untrained, with a paired interval
-over concepts, and the pairwise CKA of the three. Prints one JSON object and writes it to `benchmarks/results`.
+Scores are on the test concepts: kNN and linear probe, against the same network untrained and against pixels, with
+paired intervals over concepts; how alike the three are (CKA), what each alone gets right, and all three together.
+Prints one JSON object, writes it to `benchmarks/results`, and draws `docs/teachers.png`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
+from torch.nn import functional as F
 
-from comad.data.images import load_images
+from comad.data.images import Splits, load_images
+from comad.data.loader import evaluation_batches
 from comad.evaluate.features import extract_features
-from comad.evaluate.scoreboard import paired_interval, score
+from comad.evaluate.scoreboard import Score, paired_interval, score
 from comad.evaluate.similarity import linear_cka
+from comad.models.backbone import Backbone, Tokens
 from comad.models.sources import BUNDLED
 from comad.models.teachers import load_teacher
 from comad.pretrain.config import METHODS, PretrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE_SIZE = 48
+PICTURE_SIZE = 192
 
 
 START = "runs/start/student"
@@ -51,24 +58,126 @@ def train() -> None:
             shutil.copytree(done, BUNDLED / f"{name}-stamps", dirs_exist_ok=True)
 
 
+class Together(Backbone):
+    """The tokens of several networks side by side, each of length 1: what they know together."""
+
+    def __init__(self, backbones: Sequence[Backbone]):
+        super().__init__()
+        self.backbones = torch.nn.ModuleList(backbones)
+        first = backbones[0]
+        self.grid, self.patch_size, self.token_types = first.grid, first.patch_size, ("cls", "patch")
+        self.width = sum(backbone.width for backbone in backbones)
+
+    def forward(self, images, visible=None, hidden="drop", mask_token=None) -> Tokens:
+        """A mean over patches stands for a class token that was not trained."""
+        tokens = [backbone(images) for backbone in self.backbones]
+        pooled = [
+            t.cls if "cls" in b.token_types else t.patches.mean(1) for b, t in zip(self.backbones, tokens, strict=True)
+        ]
+        unit = [torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) for parts in (pooled, patches(tokens))]
+        return Tokens(*unit)
+
+
+def patches(tokens: Sequence[Tokens]) -> list[torch.Tensor]:
+    """The patch tokens of each network."""
+    return [part.patches for part in tokens]
+
+
+def gain(result: Score, other: Score, method: str, other_method: str = "") -> dict[str, float]:
+    """A paired difference over concepts."""
+    base = other.correct[other_method or method]
+    return paired_interval(result.correct[method], base, result.groups[method])._asdict()
+
+
 def evaluate() -> dict[str, object]:
-    """Score the bundled teachers and one untrained network of their architecture."""
+    """Score the bundled teachers, one untrained network of their architecture, pixels, and the three together."""
     splits = load_images("stamps")
     torch.manual_seed(0)
-    vit = PretrainConfig().vit
-    untrained = score("untrained", "untrained", vit.build(), splits, IMAGE_SIZE)
-    rows, pooled = [{"name": "untrained", "knn": untrained.row.knn, "linear": untrained.row.linear}], {}
-    for name in METHODS:
-        teacher = load_teacher(f"{name}-stamps", IMAGE_SIZE)
-        result = score(teacher.name, "teacher", teacher.backbone, splits, IMAGE_SIZE)
-        gains = {
-            method: paired_interval(result.correct[method], untrained.correct[method], result.groups[method])._asdict()
-            for method in ("knn", "linear")
+    backbones = {name: load_teacher(f"{name}-stamps", IMAGE_SIZE).backbone for name in METHODS}
+    pixels = score("pixels", "pixels", None, splits, IMAGE_SIZE)
+    untrained = score("untrained", "untrained", PretrainConfig().vit.build(), splits, IMAGE_SIZE)
+    scores = {name: score(name, "teacher", backbone, splits, IMAGE_SIZE) for name, backbone in backbones.items()}
+    together = score("together", "teacher", Together(list(backbones.values())), splits, IMAGE_SIZE)
+    rows = [{"name": part.row.name, "knn": part.row.knn, "linear": part.row.linear} for part in (pixels, untrained)]
+    for name, result in scores.items():
+        rows.append(
+            {
+                "name": name,
+                "knn": result.row.knn,
+                "linear": result.row.linear,
+                "over_untrained": {method: gain(result, untrained, method) for method in ("knn", "linear")},
+                "over_pixel_knn": {method: gain(result, pixels, method, "knn") for method in ("knn", "linear")},
+                "together_over": {method: gain(together, result, method) for method in ("knn", "linear")},
+            }
+        )
+    rows.append({"name": "together", "knn": together.row.knn, "linear": together.row.linear})
+    pooled = {name: extract_features(b, splits.test, IMAGE_SIZE)["patch"] for name, b in backbones.items()}
+    return {
+        "rows": rows,
+        "cka": {f"{a}-{b}": linear_cka(pooled[a], pooled[b]) for a, b in itertools.combinations(pooled, 2)},
+        "classes": by_class(scores, splits),
+        "alone": alone(scores, splits),
+        "image_size": IMAGE_SIZE,
+        "hashes": {name: load_teacher(f"{name}-stamps", IMAGE_SIZE).card.sha256 for name in METHODS},
+    }
+
+
+def by_class(scores: dict[str, Score], splits: Splits) -> dict[str, dict[str, float]]:
+    """Linear-probe accuracy of each teacher on each fine label of the test pictures, percent."""
+    labels = splits.test.labels["fine"]
+    labels = labels[labels >= 0]
+    return {
+        splits.class_names["fine"][label]: {
+            name: 100 * float(result.correct["linear"][labels == label].float().mean())
+            for name, result in scores.items()
         }
-        rows.append({"name": name, "knn": result.row.knn, "linear": result.row.linear, "gain": gains})
-        pooled[name] = extract_features(teacher.backbone, splits.test, IMAGE_SIZE)["patch"]
-    cka = {f"{a}-{b}": linear_cka(pooled[a], pooled[b]) for a, b in itertools.combinations(pooled, 2)}
-    return {"rows": rows, "cka": cka, "image_size": IMAGE_SIZE}
+        for label in labels.unique().tolist()
+    }
+
+
+def alone(scores: dict[str, Score], splits: Splits) -> dict[str, dict[str, object]]:
+    """Test pictures that only one teacher's linear probe names rightly, and the labels where this is most frequent."""
+    labels = splits.test.labels["fine"]
+    labels = labels[labels >= 0]
+    right = torch.stack([result.correct["linear"] for result in scores.values()])
+    found = {}
+    for m, name in enumerate(scores):
+        only = right[m] & (right.sum(dim=0) == 1)
+        counts = torch.bincount(labels[only], minlength=len(splits.class_names["fine"]))
+        most = counts.argsort(descending=True)[:5].tolist()
+        found[name] = {
+            "pictures": int(only.sum()),
+            "share": 100 * float(only.float().mean()),
+            "labels": {splits.class_names["fine"][label]: int(counts[label]) for label in most},
+        }
+    return found
+
+
+def draw(path: Path) -> None:
+    """Features as colours: the first three principal components of each teacher's patches, on eight pictures."""
+    splits = load_images("stamps")
+    chosen = torch.linspace(0, len(splits.test) - 1, 10).long()[1:-1]
+    images = next(iter(evaluation_batches(splits.test, PICTURE_SIZE, 8, chosen)))
+    figure, axes = plt.subplots(1 + len(METHODS), 8, figsize=(12, 6.2), layout="constrained")
+    for axis, image in zip(axes[0], images, strict=True):
+        axis.imshow(image.permute(1, 2, 0))
+    for row, name in zip(axes[1:], METHODS, strict=True):
+        backbone = load_teacher(f"{name}-stamps", PICTURE_SIZE).backbone
+        with torch.no_grad():
+            tokens = backbone(images).patches.flatten(0, 1)
+        components = tokens - tokens.mean(0)
+        components = components @ torch.linalg.svd(components, full_matrices=False).Vh[:3].T
+        low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
+        colours = ((components - low) / (high - low)).clamp(0, 1).view(8, *backbone.grid, 3)
+        for axis, picture in zip(row, colours, strict=True):
+            axis.imshow(picture)
+    for row, name in zip(axes, ("picture", *METHODS), strict=True):
+        row[0].set_ylabel(name)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -79,6 +188,7 @@ def main() -> None:
         train()
     report = evaluate()
     RESULTS.mkdir(exist_ok=True)
+    draw(RESULTS.parents[1] / "docs" / "teachers.png")
     (RESULTS / "teachers.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

@@ -38,6 +38,10 @@ def blurred_noise(count: int, seed: int, size: int = 32) -> Tensor:
     return F.interpolate(coarse, (size, size), mode="bilinear")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden anew")
+
+
 class SmallDistillation:
     """Frozen random teachers, calibrated aligners, a student 32 channels wide, images of 4 × 4 patches."""
 

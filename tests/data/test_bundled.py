@@ -1,11 +1,11 @@
 import csv
-import multiprocessing
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from comad.data.bundled import SIDE, STAMPS, _premultiplied, load_stamps
 from comad.data.images import load_images
@@ -91,15 +91,16 @@ def test_a_picture_is_decoded_once_and_pickling_leaves_pixels_behind(stamps, mon
     assert torch.equal(stamps.val.load(3), first)
 
 
-def test_a_forked_process_decodes_into_shared_memory():
+def test_a_forked_worker_decodes_into_shared_memory():
     val = load_stamps().val
     val.load(0)  # the archive is open in the parent too
-    process = multiprocessing.get_context("fork").Process(target=val.load, args=(7,))
-    process.start()
-    process.join(30)
-    assert process.exitcode == 0
+    worker = DataLoader(
+        [7], num_workers=1, batch_size=1, collate_fn=lambda indices: val.load(indices[0]).sum(), timeout=60
+    )
+    sums = list(worker)
     assert bool(val._decoded[7])
     assert torch.equal(val._pixels[7], load_stamps().val.load(7))
+    assert sums == [val._pixels[7].sum()]
 
 
 def test_notice_and_licence(stamps):
