@@ -94,10 +94,11 @@ def test_a_picture_is_decoded_once_and_pickling_leaves_pixels_behind(stamps, mon
 def test_a_forked_worker_decodes_into_shared_memory():
     val = load_stamps().val
     val.load(0)  # the archive is open in the parent too
-    worker = DataLoader(
-        [7], num_workers=1, batch_size=1, collate_fn=lambda indices: val.load(indices[0]).sum(), timeout=60
-    )
-    sums = list(worker)
+
+    def decoded_sum(indices: list[int]) -> torch.Tensor:
+        return val.load(indices[0]).sum()
+
+    sums = list(DataLoader([7], batch_size=1, num_workers=1, collate_fn=decoded_sum, timeout=60))
     assert bool(val._decoded[7])
     assert torch.equal(val._pixels[7], load_stamps().val.load(7))
     assert sums == [val._pixels[7].sum()]
