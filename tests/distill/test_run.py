@@ -141,7 +141,7 @@ def test_the_config_runs_again_as_it_is(finished, tmp_path):
 
 VARIANTS = {
     "in a step": ["--run.checkpoint-every=3", "--loader.workers=1", "--optim.ema=0.9"],
-    "while it writes a checkpoint": ["--run.checkpoint-every=4", *CACHED],
+    "while it writes a checkpoint": ["--run.checkpoint-every=4", "--loader.fixed-views=2"],
 }
 
 
@@ -186,7 +186,9 @@ def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, monkeyp
     cached = len(calls)
     main(command(tmp_path / "b", "--loader.fixed-views=2", "--optim.epochs=4", data=plain_folder))
     assert len(calls) - cached == 20 and cached < 20
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    cached_student, student = (load_file(tmp_path / name / "student" / "model.safetensors") for name in "ab")
+    for name, tensor in student.items():  # not bitwise: the rows of a matrix product depend on the batch they are in
+        torch.testing.assert_close(cached_student[name], tensor, atol=1e-4, rtol=0)
 
 
 def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, monkeypatch, capfd):

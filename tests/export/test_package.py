@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from comad.export.package import ModelCard, export_backbone, model_card, snippet, verify_export
+from comad.models.files import sha256
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
@@ -124,7 +126,8 @@ def test_config_describes_our_weights_and_not_timms(tmp_path):
     assert pretrained["input_size"] == [3, 16, 16] and pretrained["num_classes"] == 0
     assert pretrained["license"] == "apache-2.0" and pretrained["crop_pct"] == 0.875
     assert not {"tag", "hf_hub_id", "url", "paper_ids", "origin_url"} & set(pretrained)
-    assert config["comad"] == json.loads(json.dumps(asdict(CARD)))
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert config["comad"] == json.loads(json.dumps(asdict(replace(CARD, sha256=weights))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -170,7 +173,7 @@ def test_refusals_name_the_remedy(tmp_path):
 def test_card_and_its_snippet(tmp_path, monkeypatch):
     folder = export_backbone(build(), tmp_path / "export", model_args=ARGS, card=CARD)
     text = (folder / "README.md").read_text()
-    assert text == model_card(CARD, folder)
+    assert text == model_card(replace(CARD, sha256=sha256(folder / "model.safetensors")), folder)
     for words in ("library_name", "CC-BY-NC-4.0", "ab12", "1,000,000", "seed 3", "| 61.2 | – | 70.0 | – |", NAME):
         assert words in text
     code = text.split("```python\n")[1].split("```")[0]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from comad.models import sources
-from comad.models.sources import bundled_teachers
+from comad.models.files import sha256
+from comad.models.sources import BUNDLED, bundled_teachers
 from comad.models.teachers import Teacher, TeacherCard, licence_notice, load_teacher
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -242,6 +243,28 @@ def test_bundled_teachers_are_listed_loaded_and_suggested(tmp_path: Path, monkey
     assert bundled_teachers() == ("another-stamps", "one-stamps")
     assert load_teacher("one-stamps", SIZE).name == "one-stamps"
     refusal("one-stamp", "near: one-stamps")
+
+
+@pytest.mark.parametrize("name", bundled_teachers())
+def test_the_card_of_a_bundled_teacher_describes_the_weights_beside_it(name: str):
+    folder = BUNDLED / name
+    card = json.loads((folder / "config.json").read_text())["comad"]
+    assert card["sha256"] == sha256(folder / "model.safetensors")
+    assert card["sha256"] in (folder / "README.md").read_text()
+    assert card["command"].startswith(f"comad pretrain {card['preset']}")
+    for key in ("code", "hardware", "hours", "curve", "data_licence", "images_seen", "licence"):
+        assert card[key], key
+    assert "efficientnet-lite0" in card["about"]  # where its initial weights come from
+    assert {row["role"] for row in card["scores"]} == {"pixels", "untrained", "teacher"}
+
+
+def test_the_bundled_teachers_are_small_and_of_one_architecture():
+    folders = [BUNDLED / name for name in bundled_teachers()]
+    assert len(folders) >= 3
+    assert sum((folder / "model.safetensors").stat().st_size for folder in folders) <= 30e6
+    arguments = [json.loads((folder / "config.json").read_text())["model_args"] for folder in folders]
+    shapes = [{key: part[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")} for part in arguments]
+    assert shapes == shapes[:1] * len(shapes)
 
 
 @pytest.mark.parametrize("name", bundled_teachers())

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from comad.models.files import sha256
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone
 
@@ -46,6 +47,7 @@ class ModelCard:
         eval_crop: share of the shorter side that an evaluation view shows.
         teachers: each teacher's origin.
         scores: rows of the scoreboard, as in its JSON file; percent.
+        sha256: of ``model.safetensors``; `export_backbone` fills it in.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ModelCard:
     curve: tuple[dict[str, Any], ...] = ()
     teachers: tuple[TeacherCard, ...] = ()
     scores: tuple[dict[str, Any], ...] = ()
+    sha256: str = ""
 
 
 def export_backbone(
@@ -99,6 +102,7 @@ def export_backbone(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         vit = _save(backbone, partial, model_args, dtype)
+        card = replace(card, sha256=sha256(partial / "model.safetensors"))
         _complete_config(partial / "config.json", _preprocessing(backbone, vit, card), card)
         (partial / "README.md").write_text(model_card(card, folder), encoding="utf-8")
         verify_export(backbone, partial, dtype)
@@ -163,6 +167,7 @@ def model_card(card: ModelCard, folder: Path) -> str:
             f"- data: {card.data} (licence: {card.data_licence})",
             f"- preset: `{card.preset}`, seed {card.seed}",
             f"- images seen: {card.images_seen:,}",
+            *([f"- weights: sha256 `{card.sha256}`"] if card.sha256 else []),
             *([f"- command: `{card.command}`"] if card.command else []),
             *([f"- code: comad {card.code}"] if card.code else []),
             *([f"- hardware: {card.hardware}, {card.hours:.2f} hours"] if card.hardware else []),

@@ -122,8 +122,8 @@ class ModuleFeatures(nn.Module):
         self.default_cfg = {"input_size": (3, image_size, image_size)}
         self.feature_info = [{"reduction": image_size}]  # any stride: the images are always of that size
 
-    def forward_features(self, pixels: Float[Tensor, "B 3 H W"]) -> Tensor:
-        """What the module gives."""
+    def forward_features(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
+        """What the module gives; `WholeBackbone` says what it may be."""
         return self.module(pixels)
 
 
