@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,9 +32,10 @@ def test_help_is_quick_and_does_without_torch():
     )
     seconds = []
     for _ in range(5):
-        start = time.monotonic()
+        before = os.times()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.monotonic() - start)
+        after = os.times()  # of the processor, for a busy machine makes any process wait
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert result.returncode == 0, result.stderr
     assert all(verb in result.stdout for verb in VERBS)
     assert min(seconds) <= 0.5
