@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
 
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
-    optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=1e-3, warmup_epochs=1.0),
+    optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=3e-3, warmup_epochs=1.0),
     loader=LoaderConfig(workers=1, fixed_views=2),
     cache_teachers=True,
     run=RunConfig(threads=1, probe_every=236, checkpoint_every=118),
