@@ -17,8 +17,10 @@ from comad.distill.config import Method
 from comad.distill.distiller import Distiller
 from comad.distill.health import Watch
 from comad.distill.masking import Masks
+from comad.distill.matching import widths_and_cls
 from comad.distill.teaching import Targets, teacher_step
 from comad.export.package import ModelCard, export_backbone
+from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher, TeacherCard
 from comad.models.timm_backbone import TimmBackbone, VitConfig
 
@@ -43,30 +45,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class SmallDistillation:
-    """Frozen random teachers, calibrated aligners, a student 32 channels wide, images of 4 × 4 patches."""
+    """Frozen random teachers, calibrated aligners, a student 32 channels wide, images of 4 × 4 patches.
+
+    One teacher if the method is made for one, else three; with a decoder each if the method reads it.
+    """
+
+    vit = staticmethod(small_vit)
 
     def __init__(
         self,
         method: Method,
-        teacher_widths: Sequence[int] = (48, 48, 48),
+        teacher_widths: Sequence[int] | None = None,
         with_cls: Sequence[bool] = (False, True, True, True),
         num_images: int = 64,
         seed: int = 0,
         teacher_patch_size: int = 8,
     ):
+        teacher_widths = teacher_widths or (48,) * (1 if method.single else 3)
         self.teachers = [
             Teacher(f"teacher-{m}", small_vit(100 + m, width, teacher_patch_size).eval().requires_grad_(False), CARD)
             for m, width in enumerate(teacher_widths)
         ]
+        for teacher in self.teachers if method.tap.decoder else ():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(50)
+                teacher.backbone.decoder = MaskedDecoder(teacher.backbone.width, (4, 4), 192, 24, 1, 2)
         self.images = blurred_noise(num_images, seed)
         self.generator = torch.Generator().manual_seed(seed)
+        with_cls = [has and not method.tap.decoder for has in with_cls[: len(teacher_widths)]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.distiller = Distiller(
-                small_vit(seed, 32), method, list(teacher_widths), list(with_cls[: len(teacher_widths)])
-            )
-        whole = teacher_step(self.teachers, self.images, Masks(None, (None,) * len(self.teachers)))
-        self.distiller.aligners.calibrate([tokens.patches.flatten(0, 1) for tokens in whole.tokens])
+            self.distiller = Distiller(small_vit(seed, 32), method, widths_and_cls(method, self.teachers)[0], with_cls)
+        self.reads = method.reads
+        whole = teacher_step(self.teachers, self.images, Masks(None, (None,) * len(self.teachers)), reads=self.reads)
+        self.distiller.calibrate(whole.tokens)
 
     def batch(self, size: int) -> tuple[Tensor, Targets]:
         """Some images, and what the teachers say about them under fresh masks."""
@@ -74,7 +86,7 @@ class SmallDistillation:
         chosen = torch.randperm(len(self.images), generator=self.generator)[:size]
         noise = torch.rand(size, 1 + len(self.teachers), 16, generator=self.generator)
         images = self.images[chosen]
-        return images, teacher_step(self.teachers, images, masking(noise), masking.teachers_hidden)
+        return images, teacher_step(self.teachers, images, masking(noise), masking.teachers_hidden, self.reads)
 
     def losses_on_one_batch(self, steps: int, learning_rate: float = 2e-3) -> list[float]:
         """The loss of every step of a training on the same images and masks."""

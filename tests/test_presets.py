@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
 
+from comad.distill.fusion import LossGate
+from comad.distill.heads import Student
 from comad.presets import DEMO, IMAGES, METHODS, recipe
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -18,6 +22,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "comad-uniform": {"fusion.affinity": False, "fusion.consensus": False},
     "comad-affinity-only": {"fusion.consensus": False},
     "comad-consensus-only": {"fusion.affinity": False},
+    "comad-anchor": {"aligner": {"kind": "anchor", "calibration_images": 512}},
+    "comad-student-side": {
+        "normalize.function": "layer-norm",
+        "aligner": asdict(Student()),
+        "fusion": asdict(LossGate()),
+    },
     "comad-literal": {
         "masking.policy": "independent",
         "masking.hidden": "zero",
@@ -51,6 +61,74 @@ def test_a_preset_changes_exactly_what_it_says(name):
     assert differences(asdict(METHODS["comad"]), asdict(METHODS[name])) == CHANGES[name]
 
 
+FIELD = [name for name in METHODS if name not in CHANGES]
+
+
+def test_the_field_is_complete():
+    wanted = "tinymim m-tinymim tinymim-feat dmae g2sd dmjd hybrid dmt-like unic dune radio phi-s eupe gram"
+    assert wanted.split() == FIELD
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "changed"),
+    [
+        ("tinymim", "m-tinymim", {"single"}),
+        ("unic", "dune", {"normalize.over", "aligner.form", "aligner.apart"}),
+        ("radio", "eupe", {"normalize"}),
+    ],
+)
+def test_relatives_differ_in_one_slot_or_two(first, second, changed):
+    assert set(differences(asdict(METHODS[first]), asdict(METHODS[second]))) == changed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_reach_all_that_is_trained_and_nothing_frozen(small_distillation, name):
+    setting = small_distillation(METHODS[name], with_cls=(True,) * 3)
+    images, targets = setting.batch(8)
+    setting.distiller(images, targets).loss.backward()
+    trained = {name for name, p in setting.distiller.named_parameters() if p.requires_grad}
+    reached = {name for name, p in setting.distiller.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == trained
+    assert all(p.grad is None and not p.requires_grad for t in setting.teachers for p in t.backbone.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_goes_on_from_its_state(small_distillation, name):
+    def steps(setting, optimizer, batches) -> list[float]:
+        losses = []
+        for images, targets in batches:
+            loss = setting.distiller(images, targets).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    first, other = (small_distillation(METHODS[name], seed=seed) for seed in (0, 1))
+    batches = [first.batch(4) for _ in range(4)]
+    one, two = (torch.optim.AdamW(setting.distiller.parameters(), lr=1e-3) for setting in (first, other))
+    steps(first, one, batches[:2])
+    other.distiller.load_state_dict(first.distiller.state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert steps(other, two, batches[2:]) == steps(first, one, batches[2:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_autocast_gives_nearly_the_same_loss_and_finite_health(small_distillation, name):
+    setting = small_distillation(METHODS[name])
+    setting.distiller.eval()  # statistics that follow the batch stand still
+    images, targets = setting.batch(8)
+    exact = float(setting.distiller(images, targets).loss.detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = setting.distiller(images, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(exact, rel=0.1, abs=1e-4)
+    numbers = {key: float(value) for key, value in metrics().items()}
+    assert all(value == value and abs(value) < 1e6 for value in numbers.values())
+    assert sum(value for key, value in numbers.items() if key.startswith("share_")) == pytest.approx(1.0, abs=1e-4)
+    assert numbers["target_rank"] > 1.5 and numbers["target_std"] > 0
+
+
 def test_comad_is_the_papers_setting_with_repairs():
     method = METHODS["comad"]
     assert (method.masking.student, method.masking.teachers) == (0.75, (0.5, 0.4, 0.3))
@@ -74,6 +152,7 @@ def test_a_recipe_is_a_preset_in_its_setting(demo):
     for name in METHODS:
         config = recipe(name, demo)
         assert config.method == METHODS[name] and config.preset == name
+        assert len(config.teachers) == (0 if not demo else 1 if METHODS[name].single else 3)
         assert (config.student, config.optim, config.loader) == (setting.student, setting.optim, setting.loader)
 
 

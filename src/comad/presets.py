@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from comad.data.loader import LoaderConfig
-from comad.distill.aligners import Trained
+from comad.distill.aligners import Anchor, Trained
 from comad.distill.config import DistillConfig, Method
-from comad.distill.fusion import Gate, Mean
+from comad.distill.fusion import DropEasiest, Gate, LossGate, Mean, Sum
+from comad.distill.heads import Student
 from comad.distill.masking import Masking
+from comad.distill.normalize import PhiS, Plain, Standardise
 from comad.distill.objectives import Term
+from comad.distill.taps import Tap
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import RunConfig
@@ -31,6 +34,165 @@ LITERAL = Method(
 """CoMAD as printed: everything trained on the target's side. It collapses, and its run says so."""
 
 
+WHOLE = Masking(policy="none")
+
+TINYMIM = Method(
+    masking=WHOLE,
+    aligner=Student(form="identity"),
+    fusion=Sum(),
+    single=True,
+    terms={
+        "queries-keys": Term(over="queries-keys", where="all"),
+        "values-values": Term(over="values-values", where="all"),
+    },
+)
+"""TinyMIM (arXiv:2301.01296): attention of the last block, KL(teacher ‖ student), both relations with weight 1.
+
+All blocks take the teacher's number of heads, for timm's config has one number; the paper asks it of the last.
+"""
+
+TINYMIM_FEAT = Method(
+    masking=WHOLE,
+    normalize=Plain(function="layer-norm"),
+    aligner=Student(),
+    fusion=Sum(),
+    single=True,
+    terms={"feature": Term(where="all", distance="smooth-l1", temperature=2.0)},
+)
+"""TinyMIM's baseline on features: smooth L1 with β 2 to the normalised tokens of the last block."""
+
+DMAE = Method(
+    masking=Masking(policy="shared", student=0.75),
+    tap=Tap(teacher=2 / 3, student=2 / 3),
+    normalize=Plain(function="l2"),
+    aligner=Student(),
+    fusion=Sum(),
+    single=True,
+    terms={
+        "feature": Term(where="visible", cls=False, distance="l1"),
+        "pixels": Term(over="pixels", where="hidden", cls=False, distance="mse"),
+    },
+)
+"""DMAE (arXiv:2208.12256): MAE, and a middle block's tokens of the same visible patches. Both terms have weight 1."""
+
+G2SD = Method(
+    masking=Masking(policy="shared", student=0.75),
+    tap=Tap(decoder=True),
+    normalize=Plain(function="layer-norm"),
+    aligner=Student(form="mlp"),
+    fusion=Sum(),
+    single=True,
+    terms={"feature": Term(where="all", cls=False, distance="smooth-l1", temperature=2.0)},
+    decoder_fills="all",
+)
+"""G2SD (CVPR 2023), its generic stage: the student's decoder follows the decoder of a MAE teacher at every patch.
+
+Its teacher's decoder is read after its last block and norm; the student's MLP is ours. The specific stage is left out.
+"""
+
+DMJD = Method(
+    masking=Masking(policy="disjoint", student=0.6),
+    normalize=Plain(function="layer-norm"),
+    aligner=Student(form="mlp"),
+    fusion=Sum(),
+    single=True,
+    terms={
+        "visible": Term(where="visible", cls=False, distance="smooth-l1"),
+        "hidden": Term(where="hidden", cls=False, distance="mse"),
+    },
+)
+"""Disjoint masking with joint distillation: two masks per image without a common patch; the teacher sees all.
+
+Thinner than published: its decoder and its visible branch share one MLP, and all terms have weight 1.
+"""
+
+HYBRID = Method(
+    masking=WHOLE,
+    tap=Tap(qkv=2 / 3),
+    normalize=Plain(function="layer-norm"),
+    aligner=Student(),
+    fusion=Sum(),
+    terms={
+        "queries-keys": Term(over="queries-keys", teachers="first", where="all"),
+        "values-values": Term(over="values-values", teachers="first", where="all"),
+        "feature": Term(teachers="rest", where="all", distance="smooth-l1", temperature=2.0),
+    },
+)
+"""After Hybrid Distillation: attention of a middle block of the first teacher (masked images), tokens of the others.
+
+Published detail is thin here: the depth, the weights of the terms and the distance are our choice.
+"""
+
+DMT_LIKE = Method(
+    masking=WHOLE,
+    normalize=Plain(function="layer-norm"),
+    aligner=Student(),
+    fusion=Mean(),
+    terms={"token": Term(where="all"), "spatial": Term(where="all", cls=False, distance="mse")},
+)
+"""A guess at DMT, whose text was not available: token KL and spatial MSE to the mean of the teachers."""
+
+
+def _cosine_and_smooth_l1(share: float, cls_share: float) -> dict[str, Term]:
+    """``share`` times 1 - cosine, the rest smooth L1 with β 1, for patches and for the class token apart."""
+    terms = {
+        "cls-cosine": Term(where="cls", distance="cosine", weight=cls_share),
+        "cls-smooth-l1": Term(where="cls", distance="smooth-l1", weight=1 - cls_share),
+        "patch-cosine": Term(where="all", cls=False, distance="cosine", weight=share),
+        "patch-smooth-l1": Term(where="all", cls=False, distance="smooth-l1", weight=1 - share),
+    }
+    return {name: term for name, term in terms.items() if term.weight}
+
+
+UNIC = Method(
+    masking=WHOLE,
+    normalize=Standardise(over="running"),
+    aligner=Student(form="ladder", apart=True),
+    fusion=DropEasiest(),
+    terms=_cosine_and_smooth_l1(0.5, 0.5),
+)
+"""UNIC (arXiv:2408.05088). Which teachers are dropped is decided for each term by itself; three rungs, our choice."""
+
+DUNE = replace(UNIC, normalize=Standardise(over="batch"), aligner=Student(form="transformer"))
+"""DUNE (arXiv:2503.14405): a transformer block per teacher as projector."""
+
+RADIO = Method(
+    masking=WHOLE,
+    aligner=Student(form="mlp", apart=True),
+    fusion=Sum(),
+    terms=_cosine_and_smooth_l1(0.9, 1.0),
+)
+"""AM-RADIO (arXiv:2312.06709): an MLP per teacher, teachers' tokens as they are, losses added up."""
+
+PHI_S = replace(
+    RADIO,
+    normalize=PhiS(),
+    terms={"cls": Term(where="cls", distance="cosine"), "patch": Term(where="all", cls=False, distance="mse")},
+)
+"""RADIO with PHI-S standardisation and MSE on patches (arXiv:2410.01680)."""
+
+EUPE = replace(RADIO, normalize=Standardise(over="calibration"))
+"""The last stage of EUPE, straight from the teachers: its large proxy teacher is a distillation of its own."""
+
+GRAM = Method(
+    masking=WHOLE,
+    tap=Tap(pooled=True),
+    normalize=Plain(function="l2"),
+    aligner=Student(apart=True),
+    fusion=Sum(),
+    single=True,
+    terms={
+        "queue": Term(over="queue", where="cls", temperature=0.07),
+        "gram": Term(over="tokens", where="all", cls=False, temperature=0.07),
+    },
+)
+"""Like LightlyTrain's distillation: mean of the patches against a queue of the teacher's, and cosines between tokens.
+
+Without its mixup, which would mix images of a batch and so forbid cached teachers. A token's cosine to itself is left
+out of its row.
+"""
+
+
 def _terms(method: Method, **changes: Mapping[str, object]) -> Method:
     """Change fields of named terms."""
     return replace(method, terms={name: replace(term, **changes.get(name, {})) for name, term in method.terms.items()})
@@ -48,6 +210,24 @@ METHODS: dict[str, Method] = {
     "comad-uniform": replace(COMAD, fusion=Gate(affinity=False, consensus=False)),
     "comad-affinity-only": replace(COMAD, fusion=Gate(consensus=False)),
     "comad-consensus-only": replace(COMAD, fusion=Gate(affinity=False)),
+    # other repairs of the paper's trained adapters
+    "comad-anchor": replace(COMAD, aligner=Anchor()),
+    "comad-student-side": replace(COMAD, normalize=Plain(function="layer-norm"), aligner=Student(), fusion=LossGate()),
+    # the field
+    "tinymim": TINYMIM,
+    "m-tinymim": replace(TINYMIM, single=False),
+    "tinymim-feat": TINYMIM_FEAT,
+    "dmae": DMAE,
+    "g2sd": G2SD,
+    "dmjd": DMJD,
+    "hybrid": HYBRID,
+    "dmt-like": DMT_LIKE,
+    "unic": UNIC,
+    "dune": DUNE,
+    "radio": RADIO,
+    "phi-s": PHI_S,
+    "eupe": EUPE,
+    "gram": GRAM,
 }
 
 DEMO = DistillConfig(
@@ -78,4 +258,8 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
         near = difflib.get_close_matches(preset, list(METHODS), n=1)
         hint = f"did you mean {near[0]!r}? There are" if near else "choose one of"
         raise ValueError(f"no preset {preset!r}; {hint}: {', '.join(METHODS)}.")
-    return replace(DEMO if demo else IMAGES, method=METHODS[preset], preset=preset)
+    method = METHODS[preset]
+    config = replace(DEMO if demo else IMAGES, method=method, preset=preset)
+    if method.single and demo:  # a teacher as the method was published with: MAE, but for `gram`
+        return replace(config, teachers=("ibot-stamps" if preset == "gram" else "mae-stamps",))
+    return config

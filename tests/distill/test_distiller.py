@@ -14,6 +14,7 @@ from comad.distill.config import Method
 from comad.distill.fusion import Gate, Mean
 from comad.distill.masking import Masking, Masks
 from comad.distill.objectives import Term
+from comad.distill.teaching import Targets
 from comad.presets import METHODS
 
 COMAD = METHODS["comad"]
@@ -43,7 +44,7 @@ def naive_loss(setting, images: Tensor, masks: Masks) -> float:
     distiller, losses = setting.distiller, {"visible": [], "all": []}
     for b, image in enumerate(images):
         own = Masks(masks.student[b : b + 1], tuple(visible[b : b + 1] for visible in masks.teachers))
-        cls, patches = distiller.encode(image.unsqueeze(0), own)
+        cls, patches = rows(distiller, image.unsqueeze(0), own)
         aligned = naive_teachers(setting, image.unsqueeze(0), own)
         for n in range(-1, 16):
             student, teachers = cls[0] if n < 0 else patches[0, n], [tokens[n] for tokens in aligned if n in tokens]
@@ -52,6 +53,12 @@ def naive_loss(setting, images: Tensor, masks: Masks) -> float:
                 losses["visible"] += [float((p * (p / q).log()).sum())] * (n in (-1, *own.student[0].tolist()))
                 losses["all"] += [float((p * (p / q).log()).sum())] * (n >= 0)
     return sum(sum(part) / len(part) for part in losses.values())
+
+
+def rows(distiller, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Class token and patches of the student."""
+    tapped = distiller.encode(images, masks).tapped
+    return tapped[:, 0], tapped[:, 1:]
 
 
 def naive_teachers(setting, image: Tensor, masks: Masks) -> list[dict[int, Tensor]]:
@@ -145,11 +152,11 @@ def test_student_never_sees_hidden_pixels(small_distillation, hidden):
     pixels = hide.view(3, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     changed = torch.where(pixels, torch.rand(images.shape, generator=torch.Generator().manual_seed(1)), images)
     for ours, theirs in zip(
-        setting.distiller.encode(images, masks), setting.distiller.encode(changed, masks), strict=True
+        rows(setting.distiller, images, masks), rows(setting.distiller, changed, masks), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-    cls, patches = setting.distiller.encode(torch.where(pixels, images, 1 - images), masks)
-    assert not torch.allclose(cls, setting.distiller.encode(images, masks)[0])
+    cls, patches = rows(setting.distiller, torch.where(pixels, images, 1 - images), masks)
+    assert not torch.allclose(cls, rows(setting.distiller, images, masks)[0])
     assert patches.shape == (3, 16, 32)
 
 
@@ -159,7 +166,7 @@ def test_hiding_nothing_is_the_plain_student(small_distillation, hidden):
     setting = small_distillation(replace(COMAD, masking=Masking(student=0.0, teachers=(0.0,), hidden=hidden)))
     images = setting.images[:3]
     masks = masks_of(images, setting.distiller.method.masking, 3)
-    cls, patches = setting.distiller.encode(images, masks)
+    cls, patches = rows(setting.distiller, images, masks)
     whole = setting.distiller.student(images)
     torch.testing.assert_close(cls, whole.cls)
     torch.testing.assert_close(patches, whole.patches)
@@ -169,14 +176,14 @@ def test_hiding_nothing_is_the_plain_student(small_distillation, hidden):
 def test_dropped_patches_come_from_the_decoder_and_visible_ones_from_the_encoder(comad):
     images = comad.images[:3]
     masks = masks_of(images, COMAD.masking, 3)
-    cls, patches = comad.distiller.encode(images, masks)
+    cls, patches = rows(comad.distiller, images, masks)
     encoded = comad.distiller.student(images, masks.student)
     filled = comad.distiller.decoder(encoded.cls, encoded.patches, masks.student)
     torch.testing.assert_close(cls, encoded.cls)
     for b in range(3):
-        rows = masks.student[b].tolist()
-        torch.testing.assert_close(patches[b, rows], encoded.patches[b])
-        hidden = [n for n in range(16) if n not in rows]
+        seen = masks.student[b].tolist()
+        torch.testing.assert_close(patches[b, seen], encoded.patches[b])
+        hidden = [n for n in range(16) if n not in seen]
         torch.testing.assert_close(patches[b, hidden], filled[b, hidden])
 
 
@@ -221,12 +228,17 @@ def test_a_single_teacher_gives_its_own_tokens_as_target(small_distillation):
     torch.testing.assert_close(gate, mean)
 
 
+def aligned_and_valid(setting, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    pairs, _ = setting.distiller.align(setting.distiller.encode(images, targets.masks), targets)
+    return tuple(torch.stack(parts) for parts in zip(*[(p.target, p.weight) for p in pairs.values()], strict=True))
+
+
 @pytest.mark.parametrize("teachers_hidden", ["drop", "zero"])
 @torch.no_grad()
 def test_aligned_tokens_stand_at_their_positions(small_distillation, teachers_hidden):
     setting = small_distillation(replace(COMAD, masking=Masking(teachers_hidden=teachers_hidden)))
-    _, targets = setting.batch(3)
-    aligned, valid = setting.distiller.align(targets)
+    images, targets = setting.batch(3)
+    aligned, valid = aligned_and_valid(setting, images, targets)
     assert aligned.shape == (3, 3, 17, 32) and valid.shape == (3, 3, 17)
     assert valid[:, :, 0].tolist() == [[False] * 3, [True] * 3, [True] * 3]
     for m, (cls, patches) in enumerate(targets.tokens):
@@ -245,7 +257,7 @@ def test_positions_that_no_teacher_saw_carry_no_weight(small_distillation):
     masking = Masking(policy="independent", teachers=(0.8,))
     setting = small_distillation(replace(COMAD, masking=masking), teacher_widths=(48, 48))
     images, targets = setting.batch(6)
-    _, valid = setting.distiller.align(targets)
+    _, valid = aligned_and_valid(setting, images, targets)
     assert not valid.any(dim=0)[:, 1:].all()
     loss = setting.distiller(images, targets).loss
     assert float(loss) == pytest.approx(naive_loss(setting, images, targets.masks), rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comad.distill.masking import POLICIES, Masking, Masks
+from comad.distill.masking import POLICIES, Masking
 
 CPU = torch.device("cpu")
 RATIOS = st.floats(0.0, 0.95)
@@ -66,7 +66,7 @@ def test_the_last_ratio_repeats_for_further_teachers():
 
 def test_none_hides_nothing():
     masks = Masking(policy="none")(noise(2, 3, 16))
-    assert masks == Masks(None, (None, None, None))
+    assert masks[:2] == (None, (None, None, None))
     assert masks.student_sees(2, 16, CPU).all() and masks.teachers_see(2, 16, CPU).all()
 
 
@@ -87,7 +87,8 @@ def test_masks_are_functions_of_the_noise(policy):
     assert first.student is again.student is None or torch.equal(first.student, again.student)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first.teachers, again.teachers, strict=True))
     alone = masking(rows[2:3])  # the masks of an image do not depend on its neighbours in the batch
-    assert alone.student is None or torch.equal(alone.student, first.student[2:3])
+    assert alone.student is None or torch.equal(alone.student, first.student[2::4])
+    assert torch.equal(alone.chance, first.chance[2:3])
 
 
 @pytest.mark.parametrize("policy", ["superset", "independent"])
@@ -136,3 +137,40 @@ def test_superset_refuses_a_student_that_sees_more_than_a_teacher():
     with pytest.raises(ValueError, match="superset"):
         Masking(student=0.4, teachers=(0.3, 0.5))
     Masking(policy="independent", student=0.4, teachers=(0.3, 0.5))
+
+
+def test_disjoint_masks_have_no_patch_in_common_and_teachers_see_all():
+    masks = Masking(policy="disjoint", student=0.6)(noise(3, 2, 16))
+    assert masks.student.shape == (6, 6) and masks.teachers == (None, None)
+    for first, second in zip(as_sets(masks.student[:3]), as_sets(masks.student[3:]), strict=True):
+        assert not first & second
+    with pytest.raises(ValueError, match=r"at least 0\.5"):
+        Masking(policy="disjoint", student=0.4)
+
+
+def test_a_share_of_the_steps_shows_the_student_everything_and_keeps_the_teachers_masks():
+    plain, some = Masking(), Masking(unmasked_share=0.3)
+    unmasked = 0
+    for seed in range(300):
+        rows = noise(2, 3, 16, seed)
+        masks = some(rows)
+        assert all(torch.equal(a, b) for a, b in zip(masks.teachers, plain(rows).teachers, strict=True))
+        whole = masks.student.shape[1] == 16
+        assert whole or torch.equal(masks.student, plain(rows).student)
+        unmasked += whole
+    assert unmasked / 300 == pytest.approx(0.3, abs=0.08)
+
+
+def test_the_hidden_share_moves_linearly_over_the_run():
+    masking, rows = Masking(student=0.75, student_end=0.5), noise(2, 3, 16)
+    assert [masking(rows, progress).student.shape[1] for progress in (0.0, 0.5, 1.0)] == [4, 6, 8]
+    assert torch.equal(masking(rows).student, Masking()(rows).student)
+    assert Masking(student=0.5, teachers=(0.5,), student_end=0.9)(rows, 1.0).student.shape[1] == 2
+    with pytest.raises(ValueError, match="superset"):
+        Masking(student_end=0.2)
+
+
+def test_chance_is_uniform_and_belongs_to_the_sample():
+    masks = Masking(policy="none")(noise(4000, 2, 16))
+    assert masks.chance.shape == (4000, 2) and masks.chance.min() >= 0 and masks.chance.max() < 1
+    assert torch.histc(masks.chance, 4, 0, 1).tolist() == pytest.approx([2000] * 4, rel=0.1)

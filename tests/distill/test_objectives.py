@@ -44,6 +44,7 @@ def naive_distance(name: str, x: list[float], y: list[float], temperature: float
         "kl-teacher-student": naive_kl(teacher, student),
         "mse": sum(d * d for d in differences) / len(x),
         "smooth-l1": sum(naive_smooth_l1(d, temperature) for d in differences) / len(x),
+        "l1": sum(abs(d) for d in differences) / len(x),
         "cosine": 1 - dot / lengths,
     }[name]
 
@@ -115,7 +116,7 @@ def test_mean_of_losses_is_mean_of_probabilities_in_gradient_for_forward_kl():
 
 
 @settings(max_examples=30, deadline=None)
-@given(where=st.sampled_from(["visible", "hidden", "all"]), cls=st.booleans(), seed=st.integers(0, 1000))
+@given(where=st.sampled_from(["visible", "hidden", "all", "cls"]), cls=st.booleans(), seed=st.integers(0, 1000))
 def test_positions(where, cls, seed):
     generator = torch.Generator().manual_seed(seed)
     visible, valid = (torch.rand(3, 7, generator=generator) < 0.5 for _ in range(2))
@@ -125,7 +126,7 @@ def test_positions(where, cls, seed):
     for b in range(3):
         assert bool(found[b, 0]) == (cls and bool(cls_valid[b, 0]))
         for n in range(7):
-            wanted = {"visible": bool(visible[b, n]), "hidden": not visible[b, n], "all": True}[where]
+            wanted = {"visible": bool(visible[b, n]), "hidden": not visible[b, n], "all": True, "cls": False}[where]
             assert bool(found[b, 1 + n]) == (wanted and bool(valid[b, n]))
 
 

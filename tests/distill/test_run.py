@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from comad.cli import main
 from comad.distill import run as run_module
+from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
 
 STUDENT = [f"--student.{key}={value}" for key, value in
@@ -137,6 +139,40 @@ def test_the_config_runs_again_as_it_is(finished, tmp_path):
     assert weights(again) == weights(finished)
     first, second = (yaml.safe_load((out / "config.yaml").read_text()) for out in (finished, again))
     assert first["run"].pop("out") != second["run"].pop("out") and first == second
+
+
+ONE_TEACHER = [name for name, method in METHODS.items() if method.single or name == "dmt-like"]
+FIELD = [name for name in METHODS if name == "comad-student-side" or not name.startswith(("comad", "mean", "g2sd"))]
+
+
+@pytest.mark.parametrize("preset", FIELD)
+def test_every_preset_runs_goes_on_and_gives_a_scoreboard(command, teacher_specs, tmp_path, preset):
+    def run(name, *more):
+        teachers = ["--teachers", *(teacher_specs[:1] if preset in ONE_TEACHER else teacher_specs)]
+        arguments = [*command(tmp_path / name), *teachers, "--preset", preset, "--optim.epochs=1", "--cache-teachers"]
+        return main([*arguments, "--loader.fixed-views=1", "--run.checkpoint-every=2", *more])
+
+    assert run("whole") == 0
+    numbers = steps(tmp_path / "whole")[-1]
+    assert all(math.isfinite(value) for value in numbers.values() if isinstance(value, float))
+    rows = json.loads((tmp_path / "whole" / "scoreboard.json").read_text())["rows"]
+    assert {row["role"] for row in rows} >= {"teacher", "init_only", "student"} and rows[-1]["knn"] is not None
+    student = timm.create_model(f"local-dir:{tmp_path / 'whole' / 'student'}", pretrained=True)
+    assert student.num_features == 12
+    before = weights(tmp_path / "whole")
+    checkpoints(tmp_path / "whole" / "checkpoints")[-1].unlink()
+    assert run("whole", "--run.resume") == 0
+    assert weights(tmp_path / "whole") == before
+
+
+def test_a_method_of_a_decoder_says_where_to_get_one(command, teacher_specs, tmp_path, capfd):
+    line = failure(capfd, [*command(tmp_path / "run"), "--teachers", teacher_specs[0], "--preset", "g2sd"])
+    assert "no MAE decoder" in line and "comad pretrain mae" in line
+
+
+def test_cached_teachers_need_masks_that_repeat(command, tmp_path, capfd):
+    line = failure(capfd, command(tmp_path / "run", *CACHED, "--method.masking.student-end=0.7"))
+    assert "--method.masking.student-end" in line
 
 
 VARIANTS = {

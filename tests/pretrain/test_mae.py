@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comad.data.loader import Batch
-from comad.models.backbone import draw_visible
+from comad.models.backbone import draw_visible, patchify
 from comad.models.timm_backbone import VitConfig
-from comad.pretrain.mae import Mae, mae_loss, patchify
+from comad.pretrain.mae import Mae, mae_loss
 
 VIT = VitConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2)
 

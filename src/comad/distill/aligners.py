@@ -1,4 +1,4 @@
-"""How teacher tokens come to the student's width. Add one: a frozen config with `build`, its name in `Aligner`."""
+"""How teacher and student tokens come to one width. Add one: a frozen config with `build`, its name in `Aligner`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,44 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comad.distill.heads import Student
+from comad.distill.taps import Encoded
 
-class FrozenAligners(nn.Module):
+
+class TeacherSide(nn.Module):
+    """Maps from each teacher to the student's width; the student is compared as it is.
+
+    Attributes:
+        widths: channels of what is compared, one entry per teacher.
+    """
+
+    num_rungs = 1
+
+    def __init__(self, teacher_widths: Sequence[int], width: int):
+        super().__init__()
+        self.width = width
+        self.widths = (width,) * len(teacher_widths)
+
+    def predict(self, student: Encoded, teacher: int) -> Float[Tensor, "B N1 D"]:
+        """The student's own tokens."""
+        return student.tapped
+
+    def own_loss(self, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, ""] | None:
+        """A loss of the map's own, beside the terms; None: it has none."""
+        return None
+
+    def calibrate(self, tokens: Sequence[Float[Tensor, "n _"]]) -> None:
+        """Fit to tokens of the same positions, one tensor per teacher; here nothing to fit."""
+
+
+class FrozenAligners(TeacherSide):
     """One fixed affine map per teacher, E → D, then LayerNorm without affine: fitted once, never trained.
 
     Training such a map on the target's side lets a constant target win; a map of fixed numbers cannot collapse.
     """
 
     def __init__(self, teacher_widths: Sequence[int], width: int):
-        super().__init__()
-        self.width = width
+        super().__init__(teacher_widths, width)
         for m, teacher_width in enumerate(teacher_widths):
             self.register_buffer(f"weight_{m}", torch.zeros(width, teacher_width))
             self.register_buffer(f"bias_{m}", torch.zeros(width))
@@ -50,20 +78,53 @@ class FrozenAligners(nn.Module):
             getattr(self, f"bias_{m}").copy_(-weight @ mean)
 
 
-class TrainedAligners(nn.Module):
+class AnchoredAligners(TeacherSide):
+    """LN0(W z + b), W trained by its own linear auto-encoding loss alone: the targets follow the data, not the student.
+
+    Started from the maps that `FrozenAligners.calibrate` fits, if calibrated.
+    """
+
+    def __init__(self, teacher_widths: Sequence[int], width: int):
+        super().__init__(teacher_widths, width)
+        self.encode = nn.ModuleList([nn.Linear(teacher_width, width) for teacher_width in teacher_widths])
+        self.decode = nn.ModuleList([nn.Linear(width, teacher_width) for teacher_width in teacher_widths])
+
+    def forward(self, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, "B n D"]:
+        """Map the tokens of one teacher; no gradient comes back through them."""
+        mapped = self.encode[teacher](tokens.float()).float()
+        return F.layer_norm(mapped, mapped.shape[-1:]).detach()
+
+    def own_loss(self, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, ""]:
+        """Squared error of decode(encode(z)), as a share of the variance of z."""
+        x = tokens.detach().float()
+        error = (self.decode[teacher](self.encode[teacher](x)).float() - x).square().mean()
+        return error / x.flatten(0, -2).var(dim=0, unbiased=False).mean().clamp(min=1e-12)
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Sequence[Float[Tensor, "n _"]]) -> None:
+        """Start from the calibrated maps and their pseudo-inverses."""
+        fitted = FrozenAligners([part.shape[1] for part in tokens], self.width)
+        fitted.calibrate([part.cpu() for part in tokens])
+        for m, (encode, decode) in enumerate(zip(self.encode, self.decode, strict=True)):
+            assert isinstance(encode, nn.Linear) and isinstance(decode, nn.Linear)
+            weight, bias = getattr(fitted, f"weight_{m}"), getattr(fitted, f"bias_{m}")
+            back = torch.linalg.pinv(weight.double()).float()
+            for value, fit in ((encode.weight, weight), (encode.bias, bias), (decode.weight, back)):
+                value.copy_(fit)
+            decode.bias.copy_(-back @ bias)
+
+
+class TrainedAligners(TeacherSide):
     """ẑ = LN(W z + b), W, b and the norm trained with the student (arXiv:2508.04816, "Adapter Projection")."""
 
     def __init__(self, teacher_widths: Sequence[int], width: int):
-        super().__init__()
+        super().__init__(teacher_widths, width)
         self.linear = nn.ModuleList([nn.Linear(teacher_width, width) for teacher_width in teacher_widths])
         self.norm = nn.ModuleList([nn.LayerNorm(width) for _ in teacher_widths])
 
     def forward(self, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, "B n D"]:
         """Map the tokens of one teacher."""
         return self.norm[teacher](self.linear[teacher](tokens.float()))
-
-    def calibrate(self, tokens: Sequence[Float[Tensor, "n _"]]) -> None:
-        """Trained maps need no calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +138,29 @@ class Frozen:
     kind: Literal["frozen"] = "frozen"
     calibration_images: int = 512
 
-    def build(self, teacher_widths: Sequence[int], width: int) -> FrozenAligners:
+    def build(
+        self, teacher_widths: Sequence[int], width: int, with_cls: Sequence[bool] = (), shared: bool = True
+    ) -> FrozenAligners:
         """Uncalibrated maps; call ``calibrate`` before training."""
         return FrozenAligners(teacher_widths, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchor:
+    """Trained on the teachers' side by an auto-encoding loss of its own; the terms cannot move it.
+
+    Args:
+        calibration_images: images that the maps are fitted on before; 0 starts them at random.
+    """
+
+    kind: Literal["anchor"] = "anchor"
+    calibration_images: int = 512
+
+    def build(
+        self, teacher_widths: Sequence[int], width: int, with_cls: Sequence[bool] = (), shared: bool = True
+    ) -> AnchoredAligners:
+        """Randomly initialised maps; ``calibrate`` gives them a start."""
+        return AnchoredAligners(teacher_widths, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +170,14 @@ class Trained:
     kind: Literal["trained"] = "trained"
     calibration_images: int = 0
 
-    def build(self, teacher_widths: Sequence[int], width: int) -> TrainedAligners:
+    def build(
+        self, teacher_widths: Sequence[int], width: int, with_cls: Sequence[bool] = (), shared: bool = True
+    ) -> TrainedAligners:
         """Randomly initialised maps."""
         return TrainedAligners(teacher_widths, width)
 
 
-Aligner = Frozen | Trained
+Aligner = Frozen | Anchor | Trained | Student
 
 
 def _principal(tokens: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,9 @@ from comad.data.images import ImageSet
 from comad.data.loader import ViewDataset, evaluation_batches
 from comad.distill.distiller import Distiller
 from comad.distill.masking import Masks
+from comad.distill.relations import other_cosines
 from comad.distill.teaching import teacher_step
-from comad.models.backbone import gather_patches
+from comad.models.backbone import Tokens, gather_patches
 from comad.models.teachers import Teacher
 
 CALIBRATION_TOKENS = 16
@@ -23,7 +24,7 @@ HELD_OUT_IMAGES = 256
 
 def calibrate(distiller: Distiller, teachers: Sequence[Teacher], views: ViewDataset, seed: int) -> None:
     """Fit the aligners on the teachers' tokens of whole training views, the same patches for every teacher."""
-    count = min(distiller.method.aligner.calibration_images, len(views.images))
+    count = min(distiller.method.calibration_images, len(views.images))
     if not count:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -32,19 +33,32 @@ def calibrate(distiller: Distiller, teachers: Sequence[Teacher], views: ViewData
         :, :CALIBRATION_TOKENS
     ]
     loader = DataLoader(views, batch_sampler=[[(0, i) for i in chosen[s : s + 64]] for s in range(0, count, 64)])
-    tokens: list[list[torch.Tensor]] = [[] for _ in teachers]
+    found: list[list[Tokens]] = [[] for _ in teachers]
     for number, batch in enumerate(loader):
         images = batch.views[0].to(distiller.device).float() / 255
-        targets = teacher_step(teachers, images, Masks(None, (None,) * len(teachers)))
+        targets = teacher_step(teachers, images, _whole(teachers), reads=distiller.method.reads)
         rows = position[number * 64 : number * 64 + len(images)].to(distiller.device)
-        for kept, (_, patches) in zip(tokens, targets.tokens, strict=True):
-            kept.append(gather_patches(patches, rows).flatten(0, 1).float())
-    distiller.aligners.calibrate([torch.cat(kept) for kept in tokens])
+        for kept, (cls, patches) in zip(found, targets.tokens, strict=True):
+            kept.append(Tokens(None if cls is None else cls.float(), gather_patches(patches, rows).float()))
+    distiller.calibrate([_joined(kept) for kept in found])
+
+
+def _whole(teachers: Sequence[Teacher]) -> Masks:
+    return Masks(None, (None,) * len(teachers))
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    cls = [part.cls for part in parts if part.cls is not None]
+    return Tokens(torch.cat(cls) if cls else None, torch.cat([part.patches for part in parts]))
 
 
 @torch.no_grad()
 def held_out_agreement(distiller: Distiller, teachers: Sequence[Teacher], images: ImageSet) -> dict[str, float]:
-    """Mean cosine between the student's patches and each teacher's aligned ones, on whole images nobody trained on."""
+    """How well the student agrees with each teacher on whole images that nobody trained on.
+
+    Mean cosine between its patches and the teacher's where the method brings them to one width; else between their
+    rows of cosines to the other patches of the image.
+    """
     if not len(images):
         return {}
     student, sums = distiller.student, [0.0] * len(teachers)
@@ -53,10 +67,14 @@ def held_out_agreement(distiller: Distiller, teachers: Sequence[Teacher], images
     distiller.eval()
     for batch in evaluation_batches(images, side, indices=indices):
         view = batch.to(distiller.device)
-        patches = student(view).patches
-        targets = teacher_step(teachers, view, Masks(None, (None,) * len(teachers)))
+        targets = teacher_step(teachers, view, _whole(teachers), reads=distiller.method.reads)
+        encoded = distiller.encode(view, targets.masks)
+        pairs, _ = distiller.align(encoded, targets)
         for m, (_, tokens) in enumerate(targets.tokens):
-            cosines = F.cosine_similarity(patches.float(), distiller.aligners(tokens, m).float(), dim=-1)
-            sums[m] += float(cosines.mean(dim=1).sum())
+            if m in pairs and pairs[m].prediction.shape == pairs[m].target.shape:
+                ours, theirs = pairs[m].prediction[:, 1:], pairs[m].target[:, 1:]
+            else:
+                ours, theirs = other_cosines(encoded.last[:, 1:]), other_cosines(tokens)
+            sums[m] += float(F.cosine_similarity(ours, theirs, dim=-1).mean(dim=1).sum())
     distiller.train(training)
     return {f"held_out_cosine_{t.name}": total / len(indices) for t, total in zip(teachers, sums, strict=True)}

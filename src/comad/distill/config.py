@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
 from comad.data.loader import LoaderConfig
 from comad.distill.aligners import Aligner, Frozen
 from comad.distill.fusion import Fusion, Gate
+from comad.distill.heads import Student
 from comad.distill.masking import Masking
-from comad.distill.objectives import Term
+from comad.distill.normalize import Normalize, Plain
+from comad.distill.objectives import Term, Which
+from comad.distill.taps import Reads, Tap
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import RunConfig
@@ -19,25 +23,69 @@ from comad.runtime.train import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of distillation: what is seen, how teachers are aligned and fused, what is compared.
+    """A method of distillation: what is seen and read, how teachers are aligned and fused, what is compared.
 
     Args:
         masking: which patches student and teachers see.
-        aligner: how teacher tokens come to the student's width.
-        fusion: how they become one target.
+        tap: where teachers and student are read.
+        normalize: what is done to the teachers' tokens first.
+        aligner: how teacher tokens and student tokens come to one width.
+        fusion: how teachers become one target, or their losses one loss.
         terms: name → distance between student and target.
-        decoder_width, decoder_depth, decoder_heads: of the decoder that fills in patches dropped by the student.
+        single: it is made for one teacher.
+        decoder_width, decoder_depth, decoder_heads: of the decoder that fills in patches dropped by the student, and
+            of the one that paints pixels.
+        decoder_fills: ``hidden``: visible patches come from the encoder; ``all``: the decoder gives every patch.
+        queue: targets that a term over the queue keeps.
     """
 
     masking: Masking = field(default_factory=Masking)
+    tap: Tap = field(default_factory=Tap)
+    normalize: Normalize = field(default_factory=Plain)
     aligner: Aligner = field(default_factory=Frozen)
     fusion: Fusion = field(default_factory=Gate)
     terms: Mapping[str, Term] = field(
         default_factory=lambda: {"token": Term(where="visible"), "spatial": Term(where="all", cls=False)}
     )
+    single: bool = False
     decoder_width: int = 128
     decoder_depth: int = 1
     decoder_heads: int = 4
+    decoder_fills: Literal["hidden", "all"] = "hidden"
+    queue: int = 4096
+
+    def __post_init__(self) -> None:
+        terms, whole = self.active.values(), self.masking.policy == "none"
+        if any(term.over_attention for term in terms) and not whole:
+            raise ValueError("attention is compared on whole images; set --method.masking.policy none.")
+        if any(term.over == "pixels" for term in terms) and whole:
+            raise ValueError("pixels are painted where patches are hidden; set --method.masking.policy shared.")
+
+    @property
+    def active(self) -> dict[str, Term]:
+        """The terms that have weight."""
+        return {name: term for name, term in self.terms.items() if term.weight}
+
+    @property
+    def reads(self) -> Reads:
+        """What the teachers have to give."""
+        whose = {term.teachers for term in self.active.values() if term.over_attention}
+        return Reads(self.tap, 0 if not whose else 1 if whose == {"first"} else -1)
+
+    def chosen(self, which: Which, num_teachers: int) -> range:
+        """Numbers of the teachers that a term listens to."""
+        first, last = {"all": (0, num_teachers), "first": (0, 1), "rest": (1, num_teachers)}[which]
+        return range(first, last)
+
+    @property
+    def num_rungs(self) -> int:
+        """Places that the heads of a ladder stand on; 1 without a ladder."""
+        return self.aligner.rungs if isinstance(self.aligner, Student) and self.aligner.form == "ladder" else 1
+
+    @property
+    def calibration_images(self) -> int:
+        """Images that something is fitted on before the run."""
+        return max(self.normalize.calibration_images, self.aligner.calibration_images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,101 +2,209 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from comad.distill.config import Method
+from comad.distill.encoding import StudentSide
+from comad.distill.fusion import DropEasiest, Joined, Pair, fuses_targets, join
 from comad.distill.health import Evidence, health_metrics
 from comad.distill.masking import Masks
-from comad.distill.teaching import Targets
-from comad.models.backbone import scatter_patches
-from comad.models.decoder import MaskedDecoder
+from comad.distill.objectives import Term, Which, mean_distance
+from comad.distill.relations import Queue, attention_logits, mean_of_maps, token_logits, with_class_token
+from comad.distill.taps import Encoded
+from comad.distill.teaching import Targets, one_row_per_mask
+from comad.models.backbone import Tokens, scatter_patches
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime.train import Step
 
 
-class Distiller(nn.Module):
-    """Student, decoder and aligners: exactly what training changes. Teachers stay outside.
+class Distiller(StudentSide):
+    """Student, decoders, aligners, statistics: exactly what training changes. Teachers stay outside.
 
     Args:
         student: the network to train.
         method: the five slots.
-        teacher_widths: E of each teacher.
+        teacher_widths: E of each teacher, where it is read.
         teachers_with_cls: whether each teacher's class token carries meaning.
     """
 
     def __init__(
         self, student: TimmBackbone, method: Method, teacher_widths: Sequence[int], teachers_with_cls: Sequence[bool]
     ):
-        super().__init__()
-        self.method = method
-        self.student = student
-        self.aligners = method.aligner.build(teacher_widths, student.width)
-        masked = method.masking.policy != "none"
-        decoder = method.decoder_width, method.decoder_depth, method.decoder_heads
-        active = {name: term for name, term in method.terms.items() if term.weight}
-        fills = masked and method.masking.hidden == "drop" and any(t.where != "visible" for t in active.values())
-        self.decoder = MaskedDecoder(student.width, student.grid, student.width, *decoder) if fills else None
-        self.mask_token = (
-            nn.Parameter(torch.zeros(student.width)) if masked and method.masking.hidden == "token" else None
-        )
+        super().__init__(student, method)
+        self.num_teachers, one_target = len(teacher_widths), fuses_targets(method.fusion)
+        self.teachers_with_cls = tuple(has or method.tap.pooled for has in teachers_with_cls)
+        tokens = [term for term in method.active.values() if term.over_tokens]
+        self.listened: dict[Which, range] = {
+            term.teachers: method.chosen(term.teachers, self.num_teachers) for term in tokens
+        }
+        self.used = sorted({m for numbers in self.listened.values() for m in numbers})
+        widths = [teacher_widths[m] for m in self.used]
+        with_cls = [self.teachers_with_cls[m] and any(term.cls for term in tokens) for m in self.used]
+        self.normalizers = method.normalize.build(widths)
+        self.aligners = method.aligner.build(widths, student.width, with_cls, one_target)
         self.projections = nn.ModuleDict(
-            {name: _projection(student.width) for name, term in active.items() if term.projection}
+            {name: _projection(student.width) for name, term in method.active.items() if term.projection}
         )
-        self.teachers_with_cls = tuple(teachers_with_cls)
+        self.queues = nn.ModuleDict(
+            {name: self._queues(term, one_target) for name, term in method.active.items() if term.over == "queue"}
+        )
+
+    def _queues(self, term: Term, one_target: bool) -> nn.ModuleList:
+        widths = [self.aligners.widths[self.used.index(m)] for m in self.listened[term.teachers]]
+        return nn.ModuleList([Queue(self.method.queue, width) for width in (widths[:1] if one_target else widths)])
 
     def forward(self, images: Float[Tensor, "B 3 H W"], targets: Targets) -> Step:
         """One step of arXiv:2508.04816: encode the student's view, align and fuse the teachers, compare."""
-        cls, patches = self.encode(images, targets.masks)
-        student = torch.cat([cls.unsqueeze(1), patches], dim=1).float()  # (B, 1 + N, D)
-        aligned, valid = self.align(targets)  # (M, B, 1 + N, D), (M, B, 1 + N)
-        fused = self.method.fusion(student, aligned, valid)
-        visible = targets.masks.student_sees(len(patches), patches.shape[1], patches.device)
-        anywhere = valid.any(dim=0)
-        loss, parts, compared = student.new_zeros(()), {}, fused.target
-        for name, term in self.method.terms.items():
-            if term.weight:
-                project = self.projections[name] if term.projection else nn.Identity()
-                compared = project(fused.target)
-                value = term(project(student), compared, term.positions(visible, anywhere[:, 1:], anywhere[:, :1]))
-                parts[name] = value.detach()
-                loss = loss + term.weight * value
-        evidence = Evidence.take(student[:, 1:], compared[:, 1:], fused.weights, anywhere[:, 1:])
+        images, targets = one_row_per_mask(images, targets)
+        student = self.encode(images, targets.masks)
+        pairs, own = self.align(student, targets)
+        joined: dict[Which, Joined] = {
+            which: join(self.method.fusion, [pairs[m] for m in ms]) for which, ms in self.listened.items()
+        }
+        visible = targets.masks.student_sees(len(images), self.student.num_patches, images.device)
+        loss, parts, shown = sum(own.values(), student.last.new_zeros(())), dict(own), ()
+        for name, term in self.method.active.items():
+            said = self.said(term, student, targets, joined)
+            anywhere = torch.stack([pair.weight > 0 for pair in said]).any(dim=0)
+            counts = term.positions(visible, anywhere[:, 1:], anywhere[:, :1])
+            said = self.related(name, said, counts)
+            parts[name] = self.distance(term, said, counts, targets.masks)
+            loss = loss + term.weight * parts[name]
+            shown = said if term.over == "channels" else shown
+        evidence = self.evidence(student, shown, targets, joined)
+        parts = {name: part.detach() for name, part in parts.items()}
         return Step(loss, lambda: parts | health_metrics(evidence))
 
-    def encode(
-        self, images: Float[Tensor, "B 3 H W"], masks: Masks
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B N D"]]:
-        """Class token and the whole map: where patches were dropped the decoder fills them in."""
-        masking = self.method.masking
-        cls, patches = self.student(images, masks.student, masking.hidden, self.mask_token)
-        if masking.hidden != "drop" or masks.student is None:
-            return cls, patches
-        whole = scatter_patches(patches, masks.student, self.student.num_patches)
-        if self.decoder is None:  # no term looks at hidden patches
-            return cls, whole
-        filled = self.decoder(cls, patches, masks.student)
-        seen = masks.student_sees(len(images), filled.shape[1], images.device).unsqueeze(-1)
-        return cls, torch.where(seen, whole.to(filled.dtype), filled)
+    def align(self, student: Encoded, targets: Targets) -> tuple[dict[int, Pair], dict[str, Tensor]]:
+        """Student and teacher tokens at one width and at their positions, by teacher; and what aligners learn from.
 
-    def align(self, targets: Targets) -> tuple[Float[Tensor, "M B N1 D"], Bool[Tensor, "M B N1"]]:
-        """Teacher tokens at the student's width and at their positions, and which of them are to be believed."""
-        aligned, valid = [], []
-        seen = targets.masks.teachers_see(len(targets.tokens[0].patches), self.student.num_patches, self.device)
-        for m, (cls, patches) in enumerate(targets.tokens):
-            visible, with_cls = targets.masks.teachers[m], self.teachers_with_cls[m]
-            tokens = self.aligners(patches, m)
-            if visible is not None and tokens.shape[1] < self.student.num_patches:
-                tokens = scatter_patches(tokens, visible, self.student.num_patches)
-            first = torch.zeros_like(tokens[:, :1])
-            if with_cls and cls is not None:
-                first = self.aligners(cls.unsqueeze(1), m)
-            aligned.append(torch.cat([first, tokens], dim=1))
-            valid.append(torch.cat([torch.full_like(seen[m][:, :1], with_cls), seen[m]], dim=1))
-        return torch.stack(aligned).float(), torch.stack(valid)
+        The weight of a pair says which tokens are to be believed.
+        """
+        pairs, own = {}, []
+        seen = targets.masks.teachers_see(len(student.last), self.student.num_patches, self.device)
+        seen = seen | self.method.tap.decoder  # a decoder speaks of every position
+        for position, m in enumerate(self.used):
+            cls, patches = targets.tokens[m]
+            with_cls = self.teachers_with_cls[m]
+            tokens = Tokens(
+                patches.float().mean(dim=1) if self.method.tap.pooled else cls if with_cls else None, patches
+            )
+            tokens = self.normalizers(tokens, position)
+            own.append(self.aligners.own_loss(tokens.patches, position))
+            target = self._placed(tokens, targets.masks.teachers[m], position)
+            valid = torch.cat([torch.full_like(seen[m][:, :1], tokens.cls is not None), seen[m]], dim=1)
+            pairs[m] = Pair(self.aligners.predict(student, position), target.float(), valid)
+        learnt = [loss for loss in own if loss is not None]
+        return pairs, {"anchor": torch.stack(learnt).mean()} if learnt else {}
+
+    def _placed(self, tokens: Tokens, visible: Tensor | None, position: int) -> Float[Tensor, "B N1 K"]:
+        """Aligned tokens of one teacher at their positions, the class token first; 0 where there is none."""
+        patches = self.aligners(tokens.patches, position)
+        if visible is not None and patches.shape[1] < self.student.num_patches:
+            patches = scatter_patches(patches, visible, self.student.num_patches)
+        first = torch.zeros_like(patches[:, :1])
+        if tokens.cls is not None:
+            first = self.aligners(tokens.cls.unsqueeze(1), position)
+        return torch.cat([first, patches], dim=1)
+
+    def said(self, term: Term, student: Encoded, targets: Targets, joined: Mapping[Which, Joined]) -> tuple[Pair, ...]:
+        """What a term compares: tokens at the tap, rows of attention or pixels."""
+        everywhere = student.last.new_ones(student.last.shape[:2])
+        if term.over_tokens:
+            return joined[term.teachers].pairs
+        if term.over == "pixels":
+            assert student.pixels is not None, "pixels are painted where the student has a mask"
+            return (Pair(*student.pixels, everywhere),)
+        assert student.qkv is not None
+        theirs = [targets.qkv[m] for m in self.method.chosen(term.teachers, self.num_teachers)]
+        with_cls = student.qkv.cls is not None and all(part.cls is not None for part in theirs)
+        sides = [part if with_cls else part._replace(cls=None) for part in (student.qkv, *theirs)]
+        ours, *maps = (attention_logits(with_class_token(part), self.num_heads, term.over) for part in sides)
+        target = mean_of_maps(maps)
+        if not with_cls:  # a row for the class token that does not count
+            ours, target = (F.pad(rows, (0, 0, 0, 0, 1, 0)) for rows in (ours, target))
+            everywhere[:, 0] = 0
+        return (Pair(ours, target, everywhere),)
+
+    def related(self, name: str, said: Sequence[Pair], counts: Bool[Tensor, "B N1"]) -> tuple[Pair, ...]:
+        """What a term compares at last: tokens through a projection, or their relations in place of them."""
+        over, found = self.method.terms[name].over, []
+        for position, (prediction, target, weight) in enumerate(said):
+            if name in self.projections:
+                project = self.projections[name]
+                prediction, target = project(prediction), project(target)
+            if over == "tokens":
+                prediction, target = token_logits(prediction, counts), token_logits(target, counts)
+            elif over == "queue":
+                queue = cast(Queue, cast(nn.ModuleList, self.queues[name])[position])
+                newest = target[:, 0]
+                prediction, target = queue(prediction), queue(target)
+                if self.training:
+                    queue.push(newest)
+            found.append(Pair(prediction, target, weight))
+        return tuple(found)
+
+    def distance(
+        self, term: Term, said: Sequence[Pair], counts: Bool[Tensor, "B N1"], masks: Masks
+    ) -> Float[Tensor, ""]:
+        """Mean distance over positions; of several teachers as the fusion weighs them."""
+        fusion, distances = self.method.fusion, torch.stack([term.distances(pair) for pair in said])
+        weights = torch.stack([pair.weight for pair in said])
+        if isinstance(fusion, DropEasiest) and len(said) > 1:
+            counted = weights * counts
+            losses = (distances.detach() * counted).sum(dim=2) / counted.sum(dim=2).clamp(min=1)
+            assert masks.chance is not None
+            chance = masks.chance.T[list(self.method.chosen(term.teachers, self.num_teachers))]
+            weights = weights * fusion.keep(losses, counted.any(dim=2), chance).unsqueeze(2)
+        return mean_distance(distances, weights, counts)
+
+    @torch.no_grad()
+    def evidence(
+        self, student: Encoded, shown: Sequence[Pair], targets: Targets, joined: Mapping[Which, Joined]
+    ) -> Evidence:
+        """Tokens for the health numbers: of the student's last layer, and of all that it is compared with.
+
+        Where only attention or pixels are compared, of the teachers as they are.
+        """
+        pairs = [*shown] or [pair for part in joined.values() for pair in part.pairs]
+        if pairs:
+            target = torch.cat([pair.target for pair in pairs], dim=-1)
+            valid = torch.stack([pair.weight > 0 for pair in pairs]).all(dim=0)[:, 1:]
+        else:
+            target = torch.cat([F.layer_norm(p.float(), p.shape[-1:]) for _, p in targets.tokens], dim=-1)
+            target = F.pad(target, (0, 0, 1, 0))
+            valid = torch.ones_like(target[:, 1:, 0], dtype=torch.bool)
+        if self.decoder is None and self.method.masking.hidden == "drop":
+            valid = valid & targets.masks.student_sees(len(valid), valid.shape[1], valid.device)
+        shares = student.last.new_full((self.num_teachers, *student.last.shape[:2]), 0.0 if joined else 1.0)
+        for which, part in joined.items():
+            shares[list(self.method.chosen(which, self.num_teachers))] += part.shares.detach().float()
+        shares = shares / shares.sum(dim=0).clamp(min=1)
+        return Evidence.take(student.last[:, 1:], target[:, 1:], shares, valid)
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Sequence[Tokens]) -> None:
+        """Fit normalisers and aligners on tokens of the same positions: (n, E) and (n, k, E), one entry per teacher."""
+        chosen = [tokens[m] for m in self.used]
+        if self.method.tap.pooled:
+            chosen = [part._replace(cls=part.patches.mean(dim=1)) for part in chosen]
+        self.normalizers.calibrate(chosen)
+        training = self.training
+        self.eval()
+        self.aligners.calibrate([self.normalizers(part, m).patches.flatten(0, 1) for m, part in enumerate(chosen)])
+        self.train(training)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the student's blocks; the same as its teachers' where attention is compared."""
+        return cast(Any, self.student.vit.blocks[0]).attn.num_heads
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,8 @@
-"""How the teachers' tokens become one target. Add a fusion: a frozen dataclass, its name in `Fusion` at the foot."""
+"""How teachers become one target, or their losses one loss. Add one: a frozen dataclass, its name in `Fusion`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from comad.distill.relations import cosine_rows
+
+
+class Pair(NamedTuple):
+    """What the student says and what it is to say. ``weight`` is 0 where the pair must not be compared."""
+
+    prediction: Float[Tensor, "B n K"]
+    target: Float[Tensor, "B n K"]
+    weight: Float[Tensor, "B n"] | Bool[Tensor, "B n"]
+
+
+class Joined(NamedTuple):
+    """Pairs to compare: one whose target is fused, or one per teacher; and each teacher's share of a position."""
+
+    pairs: tuple[Pair, ...]
+    shares: Float[Tensor, "M B n"]
 
 
 class Fused(NamedTuple):
@@ -80,4 +98,108 @@ class Mean:
         return Fused(F.layer_norm(target, target.shape[-1:]) if self.renormalise else target, weights)
 
 
-Fusion = Gate | Mean
+@dataclass(frozen=True, kw_only=True)
+class LossGate:
+    """The consensus gate as weights of the losses: each teacher is met in its own space, which needs no common basis.
+
+    A teacher's score is the cosine of the student's prediction to its token, plus its agreement with the others: the
+    mean cosine between its and their row of cosines from this token to the tokens that both saw.
+
+    Args:
+        affinity, consensus, temperature: see `Gate`. No gradient passes through the weights.
+    """
+
+    kind: Literal["loss-gate"] = "loss-gate"
+    affinity: bool = True
+    consensus: bool = True
+    temperature: float = 0.1
+
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+        """Weights of the losses, 0 where a teacher did not see the token, else with sum 1 over the teachers."""
+        scores = torch.zeros(valid.shape, dtype=pairs[0].target.dtype, device=valid.device)
+        if self.affinity:
+            scores = scores + torch.stack([F.cosine_similarity(pair.prediction, pair.target, dim=-1) for pair in pairs])
+        if self.consensus:
+            scores = scores + agreement([pair.target for pair in pairs], valid)
+        scores = (scores / self.temperature).masked_fill(~valid, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=0) * valid
+
+
+def agreement(targets: Sequence[Tensor], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+    """Mean cosine of a teacher's token-token row to those of the other teachers that saw the token; 0 if none did."""
+    rows = [cosine_rows(target) for target in targets]  # (B, n, n) each
+    itself = torch.eye(valid.shape[2], dtype=torch.bool, device=valid.device)
+    total, count = torch.zeros_like(valid, dtype=rows[0].dtype), torch.zeros_like(valid, dtype=rows[0].dtype)
+    for m in range(len(rows)):
+        for k in range(m):
+            both = valid[m] & valid[k]
+            columns = both.unsqueeze(1) & ~itself
+            cosine = F.cosine_similarity(rows[m] * columns, rows[k] * columns, dim=-1)
+            for teacher in (m, k):
+                total[teacher] += cosine * both
+                count[teacher] += both
+    return total / count.clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """The sum of the teachers' losses, each where it saw the token."""
+
+    kind: Literal["sum"] = "sum"
+
+    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+        """Weight 1 where a teacher saw the token."""
+        return valid.to(pairs[0].target.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropEasiest:
+    """Teacher dropping (arXiv:2408.05088): of each image the teacher with the largest loss stays, others by chance.
+
+    The loss is the mean over those that stay, so that its size does not depend on the chance.
+
+    Args:
+        probability: of leaving out a teacher that is not the hardest.
+    """
+
+    kind: Literal["drop-easiest"] = "drop-easiest"
+    probability: float = 0.5
+
+    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+        """Weight 1 where a teacher saw the token."""
+        return valid.to(pairs[0].target.dtype)
+
+    def keep(
+        self, losses: Float[Tensor, "M B"], speaks: Bool[Tensor, "M B"], chance: Float[Tensor, "M B"]
+    ) -> Float[Tensor, "M B"]:
+        """Factors of the losses of each image, with sum 1 over the teachers that stay.
+
+        Args:
+            losses: of each teacher on each image.
+            speaks: whether the teacher has a token there at all.
+            chance: uniform in [0, 1).
+        """
+        hardest = losses.masked_fill(~speaks, -1.0).argmax(dim=0)
+        stays = (chance >= self.probability).scatter(0, hardest.unsqueeze(0), True) & speaks
+        return stays / stays.sum(dim=0).clamp(min=1)
+
+
+Fusion = Gate | Mean | LossGate | Sum | DropEasiest
+
+
+def fuses_targets(fusion: Fusion) -> bool:
+    """Whether teachers are fused before the comparison, so that there is one target."""
+    return isinstance(fusion, Gate | Mean)
+
+
+def join(fusion: Fusion, pairs: Sequence[Pair]) -> Joined:
+    """Fuse the targets of pairs with the same prediction into one pair, or weigh the pairs."""
+    valid = torch.stack([pair.weight for pair in pairs]).bool()
+    if isinstance(fusion, Gate | Mean):
+        student = pairs[0].prediction
+        target, weights = fusion(student, torch.stack([pair.target for pair in pairs]).float(), valid)
+        return Joined((Pair(student, target, valid.any(dim=0)),), weights)
+    weights = fusion(pairs, valid)
+    weighed = tuple(pair._replace(weight=weight) for pair, weight in zip(pairs, weights, strict=True))
+    return Joined(weighed, weights / weights.sum(dim=0).clamp(min=1e-12))

@@ -23,14 +23,14 @@ class Evidence(NamedTuple):
     """Detached tokens of a few images, one position of each; what the health numbers are computed from."""
 
     student: Float[Tensor, "b D"]
-    target: Float[Tensor, "b D"]
+    target: Float[Tensor, "b K"]
     weights: Float[Tensor, "M B n"]
 
     @classmethod
     def take(
         cls,
         student: Float[Tensor, "B N D"],
-        target: Float[Tensor, "B N D"],
+        target: Float[Tensor, "B N K"],
         weights: Float[Tensor, "M B N1"],
         valid: Bool[Tensor, "B N"],
     ) -> Evidence:

@@ -16,10 +16,17 @@ Visible = Int[Tensor, "B V"] | None
 
 
 class Masks(NamedTuple):
-    """Visible positions in ascending order; None: all of them."""
+    """Visible positions in ascending order; None: all of them.
+
+    Attributes:
+        student: one row per image, or several: all images under the first mask, then all under the next.
+        teachers: one entry per teacher.
+        chance: uniform in [0, 1), for what a step leaves to chance about an image and a teacher.
+    """
 
     student: Visible
     teachers: tuple[Visible, ...]
+    chance: Float[Tensor, "B M"] | None = None
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
@@ -36,39 +43,60 @@ class Masking:
 
     Args:
         policy: ``superset``: a teacher sees what the student sees and its own part of the rest; ``independent``: masks
-            drawn apart, as the paper has it; ``shared``: teachers see what the student sees; ``none``: all see all.
+            drawn apart, as the paper has it; ``shared``: teachers see what the student sees; ``disjoint``: the student
+            sees each image twice, with no patch in common, the teachers see all; ``none``: all see all.
         student: share of patches hidden from the student.
+        student_end: share hidden from it at the end of the run, if not the same; linear in between.
+        unmasked_share: share of the steps in which the student sees whole images; the teachers' masks stay.
         teachers: share hidden from each teacher, in their order; the last one repeats for further teachers.
         hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
             decoder fills them in, ``token`` puts a learnt token in their place, ``zero`` multiplies them by 0.
         teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
     """
 
-    policy: Literal["superset", "independent", "shared", "none"] = "superset"
+    policy: Literal["superset", "independent", "shared", "disjoint", "none"] = "superset"
     student: float = 0.75
+    student_end: float | None = None
+    unmasked_share: float = 0.0
     teachers: tuple[float, ...] = (0.5, 0.4, 0.3)
     hidden: Hidden = "drop"
     teachers_hidden: Literal["drop", "zero"] = "drop"
 
     def __post_init__(self) -> None:
-        for ratio in (self.student, *self.teachers):
+        students = [self.student, *([] if self.student_end is None else [self.student_end])]
+        for ratio in (*students, *self.teachers):
             if not 0 <= ratio < 1:
                 raise ValueError(f"a mask ratio is the hidden share, at least 0 and below 1; got {ratio}.")
-        if self.policy == "superset" and self.student < max(self.teachers):
+        if not 0 <= self.unmasked_share <= 1:
+            raise ValueError(f"the share of unmasked steps is between 0 and 1; got {self.unmasked_share}.")
+        if self.policy == "superset" and min(students) < max(self.teachers):
             raise ValueError(
-                f"superset masks need a student ratio ({self.student}) of at least each teacher's {self.teachers}."
+                f"superset masks need a student ratio ({min(students)}) of at least each teacher's {self.teachers}."
             )
+        if self.policy == "disjoint" and min(students) < 0.5:
+            raise ValueError(f"two disjoint masks need a student ratio of at least 0.5; got {min(students)}.")
 
-    def num_visible(self, num_patches: int, num_teachers: int) -> tuple[int, tuple[int, ...]]:
+    def num_visible(self, num_patches: int, num_teachers: int, progress: float = 0.0) -> tuple[int, tuple[int, ...]]:
         """Visible patches of the student and of each teacher; at least one."""
+        end = self.student if self.student_end is None else self.student_end
+        own = self.student + (end - self.student) * progress
         ratios = [self.teachers[min(m, len(self.teachers) - 1)] for m in range(num_teachers)]
-        student, *teachers = (max(1, round(num_patches * (1 - ratio))) for ratio in (self.student, *ratios))
+        student, *teachers = (max(1, round(num_patches * (1 - ratio))) for ratio in (own, *ratios))
         return student, tuple(teachers)
 
-    def __call__(self, noise: Float[Tensor, "B M1 N"]) -> Masks:
-        """Draw masks from uniform noise: row 0 is the student's, row m + 1 teacher m's."""
-        student, teachers = self.num_visible(noise.shape[2], noise.shape[1] - 1)
-        return POLICIES[self.policy](noise, student, teachers)
+    def __call__(self, noise: Float[Tensor, "B M1 N"], progress: float = 0.0) -> Masks:
+        """Draw masks from uniform noise: row 0 is the student's, row m + 1 teacher m's.
+
+        Args:
+            noise: belongs to the samples.
+            progress: share of the run that is done.
+        """
+        student, teachers = self.num_visible(noise.shape[2], noise.shape[1] - 1, progress)
+        masks = POLICIES[self.policy](noise, student, teachers)
+        if self.unmasked_share and masks.student is not None and float(noise[0].sum() % 1) < self.unmasked_share:
+            everything = torch.arange(noise.shape[2], device=noise.device)
+            masks = masks._replace(student=everything.expand(len(masks.student), -1))
+        return masks._replace(chance=noise[:, 1:].sum(dim=2) % 1)  # uniform, and tells next to nothing of the masks
 
 
 def _none(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
@@ -91,9 +119,17 @@ def _superset(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
     return Masks(visible, tuple(draw_visible(rest, count) for rest, count in zip(own, teachers, strict=True)))
 
 
+def _disjoint(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
+    order = noise[:, 0].argsort(dim=1, stable=True)
+    student = min(student, noise.shape[2] // 2)
+    halves = torch.cat([order[:, :student], order[:, student : 2 * student]])
+    return Masks(halves.sort(dim=1).values, (None,) * len(teachers))
+
+
 POLICIES: dict[str, Callable[[Tensor, int, tuple[int, ...]], Masks]] = {
     "superset": _superset,
     "independent": _independent,
     "shared": _shared,
+    "disjoint": _disjoint,
     "none": _none,
 }

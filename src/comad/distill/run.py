@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
+from comad.distill.matching import give_decoders, match, widths_and_cls
 from comad.distill.teacher_cache import TeacherCache
 from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
@@ -49,12 +50,14 @@ def distill(config: DistillConfig) -> Result | None:
     student = config.student.build()
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     teachers = load_teachers(config.teachers, student.grid[0], student.patch_size, precision, fabric.device)
+    if config.method.tap.decoder:
+        give_decoders(config.teachers, teachers, precision, fabric.device)
+    config = replace(config, student=match(config.method, config.student, student, teachers))
     out = open_run(config.run, fabric)
     start = copy.deepcopy(student)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
-    widths = [teacher.backbone.width for teacher in teachers]
-    distiller = Distiller(student, config.method, widths, ["cls" in t.backbone.token_types for t in teachers])
+    distiller = Distiller(student, config.method, *widths_and_cls(config.method, teachers))
     distiller.to(fabric.device)
     plain_attention_on_cpu(distiller, fabric.device)
     if not config.run.resume:
@@ -76,6 +79,11 @@ def _check(config: DistillConfig, splits: Splits) -> None:
             f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
             f"--optim.batch-size {max(1, count // config.optim.accumulate)}."
         )
+    if config.cache_teachers and config.method.masking.student_end is not None:
+        raise ValueError(
+            "--cache-teachers needs masks that repeat; add --no-cache-teachers, or leave out "
+            "--method.masking.student-end."
+        )
 
 
 def _views(config: DistillConfig, splits: Splits, student: TimmBackbone, num_teachers: int) -> ViewDataset:
@@ -90,7 +98,7 @@ def _job(
 ) -> Job:
     views = _views(config, splits, distiller.student, len(teachers))
     optim, fixed = config.optim, config.loader.fixed_views
-    hidden = config.method.masking.teachers_hidden
+    hidden, reads = config.method.masking.teachers_hidden, config.method.reads
     cache = TeacherCache(len(views.images), fixed) if config.cache_teachers else None
     knn = KnnProbe(splits, config.student.image_size)
 
@@ -101,11 +109,11 @@ def _job(
 
     def step(module: nn.Module, batch: Batch, progress: float) -> Step:
         shared, own = (view.float() / 255 for view in batch.views)
-        masks = hide_nothing_in_vain(config.method.masking(batch.noise), teachers)
+        masks = hide_nothing_in_vain(config.method.masking(batch.noise, progress), teachers)
         targets = (
-            cache(batch, masks, lambda: teacher_step(teachers, shared, masks, hidden))
+            cache(batch, masks, lambda: teacher_step(teachers, shared, masks, hidden, reads))
             if cache
-            else teacher_step(teachers, shared, masks, hidden)
+            else teacher_step(teachers, shared, masks, hidden, reads)
         )
         loss, metrics = module(own, targets)
         return Step(loss, lambda: _named_shares(metrics(), teachers))

@@ -35,16 +35,18 @@ class TeacherCache:
             targets = compute()
             self._keep(rows, targets)
             return targets
-        return Targets(tuple(_read(store, rows, device) for store in self.stores), masks)
+        found = tuple(_read(store, rows, device) for store in self.stores)
+        num_teachers = len(masks.teachers)
+        return Targets(found[:num_teachers], masks, found[num_teachers:])
 
     def _keep(self, rows: Int[Tensor, " B"], targets: Targets) -> None:
         if not self.stores:
             rows_kept = len(self.known)
             self.stores = [
                 (None if t.cls is None else _empty(t.cls, rows_kept), _empty(t.patches, rows_kept))
-                for t in targets.tokens
+                for t in (*targets.tokens, *targets.qkv)
             ]
-        for (cls, patches), tokens in zip(self.stores, targets.tokens, strict=True):
+        for (cls, patches), tokens in zip(self.stores, (*targets.tokens, *targets.qkv), strict=True):
             patches[rows] = tokens.patches.cpu()
             if cls is not None and tokens.cls is not None:
                 cls[rows] = tokens.cls.cpu()

@@ -11,15 +11,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.distill.masking import Masks
-from comad.models.backbone import Hidden, Tokens
+from comad.distill.taps import LAST, Reads, block_at
+from comad.models.backbone import Hidden, Tokens, each_row
+from comad.models.listening import listening
 from comad.models.teachers import Teacher, load_on_grid
+from comad.models.timm_backbone import TimmBackbone
 
 
 class Targets(NamedTuple):
-    """What the frozen teachers say about one batch: one entry per teacher, tokens of the patches it saw."""
+    """What the frozen teachers say about one batch.
+
+    Attributes:
+        tokens: one entry per teacher, of the patches it saw, where the method taps it.
+        masks: who saw what.
+        qkv: queries, keys and values (width 3E) of the first teachers, of as many as the method asks for.
+    """
 
     tokens: tuple[Tokens, ...]
     masks: Masks
+    qkv: tuple[Tokens, ...] = ()
 
 
 def hide_nothing_in_vain(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
@@ -30,17 +40,61 @@ def hide_nothing_in_vain(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
 
 @torch.no_grad()
 def teacher_step(
-    teachers: Sequence[Teacher], images: Float[Tensor, "B 3 H W"], masks: Masks, hidden: Hidden = "drop"
+    teachers: Sequence[Teacher],
+    images: Float[Tensor, "B 3 H W"],
+    masks: Masks,
+    hidden: Hidden = "drop",
+    reads: Reads = LAST,
 ) -> Targets:
     """Run every teacher on the patches it may see; images are resized for a teacher with another patch size."""
-    tokens = []
-    for teacher, visible in zip(teachers, masks.teachers, strict=True):
+    tokens, relations = [], []
+    for number, (teacher, visible) in enumerate(zip(teachers, masks.teachers, strict=True)):
         side = teacher.backbone.grid[0] * teacher.backbone.patch_size
         view = (
             images if side == images.shape[-1] else F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         )
-        tokens.append(teacher.backbone(view, visible, hidden))
-    return Targets(tuple(tokens), masks)
+        block, qkv = blocks_read(teacher, reads, number)
+        with listening(teacher.backbone, [block] if block else [], qkv) as heard:
+            last = teacher.backbone(view, visible, hidden)
+        tokens.append(heard.blocks[block] if block else _decoded(teacher, last, visible) if reads.tap.decoder else last)
+        if heard.qkv is not None:
+            relations.append(heard.qkv)
+    return Targets(tuple(tokens), masks, tuple(relations))
+
+
+def _decoded(teacher: Teacher, tokens: Tokens, visible: Tensor | None) -> Tokens:
+    """What the decoder of a masked autoencoder makes of its encoder's tokens, at every position."""
+    backbone = teacher.backbone
+    assert isinstance(backbone, TimmBackbone) and backbone.decoder is not None
+    if visible is None:
+        visible = torch.arange(backbone.num_patches, device=tokens.patches.device).expand(len(tokens.patches), -1)
+    return Tokens(None, backbone.decoder.decode(tokens.cls, tokens.patches, visible)[:, -backbone.num_patches :])
+
+
+def blocks_read(teacher: Teacher, reads: Reads, number: int) -> tuple[int, int]:
+    """Numbers of the block whose tokens, and of the one whose queries, keys and values are read; 0: of none."""
+    blocks = len(getattr(getattr(teacher.backbone, "vit", None), "blocks", ()))
+    wanted = reads.qkv < 0 or number < reads.qkv
+    return (
+        block_at(reads.tap.teacher, blocks) if reads.tap.teacher < 1 else 0,
+        block_at(reads.tap.qkv, blocks) if wanted else 0,
+    )
+
+
+def one_row_per_mask(images: Float[Tensor, "B 3 H W"], targets: Targets) -> tuple[Float[Tensor, "B2 3 H W"], Targets]:
+    """Repeat images and targets where the student sees each image under several masks."""
+    masks = targets.masks
+    if masks.student is None or len(masks.student) == len(images):
+        return images, targets
+    times = len(masks.student) // len(images)
+
+    def again(part: Tensor) -> Tensor:
+        return part.repeat(times, *(1,) * (part.ndim - 1))
+
+    tokens, qkv = (tuple(each_row(again, part) for part in parts) for parts in (targets.tokens, targets.qkv))
+    visible = tuple(None if part is None else again(part) for part in masks.teachers)
+    chance = None if masks.chance is None else again(masks.chance)
+    return again(images), Targets(tokens, Masks(masks.student, visible, chance), qkv)
 
 
 def load_teachers(

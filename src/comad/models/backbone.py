@@ -7,6 +7,7 @@ E teacher width, M teachers, H and W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -65,6 +66,11 @@ class Backbone(nn.Module, ABC):
         """
 
 
+def each_row(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+    """Apply a function to class token and patches, each by itself."""
+    return Tokens(None if tokens.cls is None else function(tokens.cls), function(tokens.patches))
+
+
 def gather_patches(patches: Float[Tensor, "B N E"], index: Int[Tensor, "B V"]) -> Float[Tensor, "B V E"]:
     """Pick the patches named by ``index``, in its order."""
     return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
@@ -92,3 +98,18 @@ def seen(
 def draw_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor, "B V"]:
     """Choose the ``num_visible`` positions with the smallest noise, in ascending order: a uniform random subset."""
     return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
+
+
+def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
+    """Cut images into patches, rows first; pixels of a patch in the order row, column, colour."""
+    b, c, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = images.reshape(b, c, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return cut.reshape(b, rows * columns, patch_size * patch_size * c)
+
+
+def normalised_patches(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
+    """Pixels of the patches, each patch normalised by its own mean and variance (arXiv:2111.06377, section 3)."""
+    patches = patchify(images, patch_size)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()

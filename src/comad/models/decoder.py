@@ -29,6 +29,7 @@ class MaskedDecoder(nn.Module):
         self, in_width: int, grid: tuple[int, int], out_width: int, width: int = 128, depth: int = 2, heads: int = 4
     ):
         super().__init__()
+        self.num_heads = heads
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("positions", build_sincos2d_pos_embed(list(grid), width), persistent=False)
@@ -44,11 +45,16 @@ class MaskedDecoder(nn.Module):
         self, cls: Float[Tensor, "B E"] | None, patches: Float[Tensor, "B V E"], visible: Int[Tensor, "B V"]
     ) -> Float[Tensor, "B N out"]:
         """Predict all N positions from the visible ones."""
+        return self.predict(self.decode(cls, patches, visible))[:, -len(self.positions) :]
+
+    def decode(
+        self, cls: Float[Tensor, "B E"] | None, patches: Float[Tensor, "B V E"], visible: Int[Tensor, "B V"]
+    ) -> Float[Tensor, "B n width"]:
+        """Tokens after the last block and the norm; the last N are the patches."""
         num_patches = len(self.positions)
         filled = scatter_patches(self.embed(patches), visible, num_patches)
         known = seen(visible, len(patches), num_patches, patches.device).unsqueeze(-1)
         x = torch.where(known, filled, self.mask_token.to(filled.dtype)) + self.positions
         if cls is not None:
             x = torch.cat([self.embed(cls).unsqueeze(1), x], dim=1)
-        x = self.predict(self.norm(self.blocks(x)))
-        return x[:, -num_patches:]
+        return self.norm(self.blocks(x))

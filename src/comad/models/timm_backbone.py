@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
+from comad.models.decoder import MaskedDecoder
 
 
 class TimmBackbone(Backbone):
@@ -23,7 +24,12 @@ class TimmBackbone(Backbone):
         vit: the network; its head is ignored.
         mean, std: pixel normalisation, in units of [0, 1] pixels.
         token_types: the tokens that carry meaning; ``cls`` needs a class token in ``vit``.
+
+    Attributes:
+        decoder: the decoder it was trained with, where a method learns from one.
     """
+
+    decoder: MaskedDecoder | None
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -39,6 +45,7 @@ class TimmBackbone(Backbone):
         if "cls" in token_types and vit.cls_token is None:
             token_types = tuple(name for name in token_types if name != "cls")
         self.vit = vit
+        self.decoder = None
         self.width = vit.embed_dim
         self.patch_size = vit.patch_embed.patch_size[0]
         self.grid = vit.patch_embed.grid_size

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comad.data.loader import Batch, Sample
 from comad.data.transforms import Crop
-from comad.models.backbone import draw_visible, seen
+from comad.models.backbone import draw_visible, normalised_patches, seen
 from comad.models.decoder import MaskedDecoder
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime.train import Step
@@ -90,15 +90,5 @@ def mae_loss(
     hidden: Bool[Tensor, "B N"],
 ) -> Float[Tensor, ""]:
     """Mean squared error over the hidden patches, each patch's pixels normalised by its own mean and variance."""
-    target = patchify(images, patch_size)
-    variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-    error = (prediction - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
+    error = (prediction - normalised_patches(images, patch_size)).square().mean(dim=-1)
     return (error * hidden).sum() / hidden.sum()
-
-
-def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
-    """Cut images into patches, rows first; pixels of a patch in the order row, column, colour."""
-    b, c, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    cut = images.reshape(b, c, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
-    return cut.reshape(b, rows * columns, patch_size * patch_size * c)

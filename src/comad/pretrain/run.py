@@ -18,9 +18,11 @@ from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
+from comad.models.mae_decoder import save_decoder
 from comad.models.teachers import TeacherCard, load_teacher
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
+from comad.pretrain.mae import MaeModel
 from comad.pretrain.positions import fix_positions
 from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version, hardware
@@ -53,7 +55,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
     scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
     if not fabric.is_global_zero:
         return None
-    return export_teacher(config, splits, scored.trained, out, fabric, start)
+    folder = export_teacher(config, splits, scored.trained, out, fabric, start)
+    if isinstance(scored, MaeModel):
+        save_decoder(scored.decoder, folder)
+    return folder
 
 
 def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:

@@ -1,0 +1,111 @@
+"""What normalisers make of tokens, against float64, and what they keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from comad.distill.normalize import PhiS, Plain, Standardise, hadamard
+from comad.models.backbone import Tokens
+
+
+def uneven(count: int, width: int = 12, seed: int = 0) -> Tensor:
+    """Correlated channels of unlike size, far from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) * torch.linspace(3.0, 0.1, width)
+    return torch.randn(count, 5, width, generator=generator) @ mix + 4
+
+
+def tokens(count: int = 40, width: int = 12, seed: int = 0) -> Tokens:
+    return Tokens(uneven(count, width, seed + 100)[:, 0], uneven(count, width, seed))
+
+
+def moments(x: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and variance of each channel, by loops in float64."""
+    rows = x.flatten(0, -2).double().tolist()
+    columns = list(zip(*rows, strict=True))
+    means = [sum(column) / len(column) for column in columns]
+    return means, [sum((v - m) ** 2 for v in c) / len(c) for c, m in zip(columns, means, strict=True)]
+
+
+def assert_standard(x: Tensor) -> None:
+    means, variances = moments(x)
+    assert means == pytest.approx([0.0] * len(means), abs=1e-3)
+    assert variances == pytest.approx([1.0] * len(means), rel=1e-2)
+
+
+def test_functions_of_one_token():
+    given = tokens()
+    none, norm, unit = (Plain(function=name).build([12])(given, 0) for name in ("none", "layer-norm", "l2"))
+    assert none is given
+    torch.testing.assert_close(norm.patches, F.layer_norm(given.patches, (12,)))
+    torch.testing.assert_close(unit.cls.norm(dim=-1), torch.ones(40))
+    assert Plain(function="l2").build([12])(given._replace(cls=None), 0).cls is None
+
+
+def test_batch_moments_make_every_channel_standard_class_and_patches_apart():
+    for row in Standardise(over="batch").build([12])(tokens(), 0):
+        assert_standard(row)
+
+
+def test_calibrated_moments_are_taken_once():
+    normalizer = Standardise(over="calibration").build([12, 12])
+    normalizer.calibrate([tokens(), tokens(seed=1)])
+    for m in range(2):
+        for row in normalizer(tokens(seed=m), m):
+            assert_standard(row)
+    before = {name: value.clone() for name, value in normalizer.state_dict().items()}
+    normalizer(tokens(seed=7), 0)
+    assert all(torch.equal(value, before[name]) for name, value in normalizer.state_dict().items())
+
+
+def test_running_moments_start_as_the_mean_of_the_batches_and_then_forget():
+    normalizer = Standardise(over="running", momentum=0.4).build([12])
+    means = []
+    for seed in range(3):
+        normalizer(tokens(seed=seed), 0)
+        means.append(uneven(40, seed=seed).flatten(0, 1).mean(dim=0))
+    expected = 0.6 * (means[0] + means[1]) / 2 + 0.4 * means[2]
+    torch.testing.assert_close(normalizer.mean_patches_0, expected)
+    normalizer.eval()
+    normalizer(tokens(seed=9), 0)
+    torch.testing.assert_close(normalizer.mean_patches_0, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 48, 192, 384, 768, 1152])
+def test_hadamard_matrices_are_orthogonal_with_entries_of_one_size(order):
+    matrix = hadamard(order).double()
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(order, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, order**-0.5))
+
+
+def test_a_width_without_a_hadamard_matrix_is_refused():
+    with pytest.raises(ValueError, match="width 10; use"):
+        hadamard(10)
+
+
+def test_phi_s_gives_variance_1_in_every_channel_is_a_rotation_and_inverts():
+    normalizer = PhiS().build([12])
+    normalizer.calibrate([tokens(400)])
+    given = tokens(400)
+    found = normalizer(given, 0)
+    assert_standard(found.patches)
+    assert found.cls is given.cls
+    torch.testing.assert_close(normalizer.invert(found.patches, 0), given.patches, atol=1e-3, rtol=1e-3)
+    matrix = normalizer.matrix_0.double()
+    torch.testing.assert_close(matrix @ matrix.T / (matrix @ matrix.T)[0, 0], torch.eye(12).double(), atol=1e-5, rtol=0)
+    values = torch.linalg.eigvalsh(torch.cov(given.patches.flatten(0, 1).double().T, correction=0))
+    assert float((matrix @ matrix.T)[0, 0]) == pytest.approx(1 / float(values.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("config", [Standardise(over="running"), Standardise(over="calibration"), PhiS()])
+def test_what_was_fitted_is_in_the_state(config):
+    first, second = config.build([12]), config.build([12])
+    first.calibrate([tokens()])
+    first(tokens(seed=3), 0)
+    second.load_state_dict(first.state_dict())
+    first.eval(), second.eval()
+    assert torch.equal(first(tokens(seed=5), 0).patches, second(tokens(seed=5), 0).patches)
+    assert not list(first.parameters())
