@@ -13,15 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.distill.distiller import Distiller
-from comad.distill.teaching import teacher_step
-from comad.models.teachers import load_teacher
+from comad.distill.teaching import load_teachers, teacher_step
 from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
 from comad.presets import METHODS
+from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
 from comad.runtime.train import RunConfig, start_fabric
 
@@ -46,13 +47,15 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def make_step(preset: str, precision: str, batch_size: int) -> tuple[Callable[[], None], torch.device]:
+def make_step(
+    preset: str, precision: str, batch_size: int, specs: list[str], offload_to: Path | None = None
+) -> tuple[Callable[[], None], torch.device]:
     """A whole training step of a preset, on fixed images: masks, teachers, student, losses, backward, optimiser."""
     fabric = start_fabric(RunConfig(precision=precision))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teachers = [load_teacher(spec, 224, dtype) for spec in TEACHERS]
-    for teacher in teachers:
-        teacher.backbone.to(fabric.device)
+    teachers = [load_teachers([spec], 14, 16, dtype, fabric.device, offload_to)[0] for spec in specs]
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     method = METHODS[preset]
     distiller = Distiller(VitConfig().build(), method, [t.backbone.width for t in teachers], [True] * len(teachers))
     distiller.to(fabric.device)
@@ -76,8 +79,8 @@ def make_step(preset: str, precision: str, batch_size: int) -> tuple[Callable[[]
 
 def measure(precision: str, batch_size: int, rounds: int) -> dict[str, float | str]:
     """Images per second of both steps and of the limit, medians over interleaved rounds."""
-    ours, device = make_step("comad", precision, batch_size)
-    literal, _ = make_step("comad-literal", precision, batch_size)
+    ours, device = make_step("comad", precision, batch_size, TEACHERS)
+    literal, _ = make_step("comad-literal", precision, batch_size, TEACHERS)
     with FlopCounterMode(display=False) as counter:
         ours()
     literal()

@@ -43,20 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def distill_command(arguments: list[str]) -> None:
     """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
     from comad import presets
-    from comad.distill.config import DistillConfig
+    from comad.distill.options import Distillation
     from comad.distill.run import distill
 
     preset, recipe_file, rest = _take(arguments, "--preset"), _take(arguments, "--recipe"), arguments
     own_data = _peek(rest, "--data") not in (None, "stamps")
-    default = presets.recipe(preset or "comad", demo=not own_data)
+    default = Distillation.of(presets.recipe(preset or "comad", demo=not own_data))
     if recipe_file:
-        default = _read(DistillConfig, recipe_file)
+        default = _read(Distillation, recipe_file)
         if preset:
             default = replace(default, method=presets.METHODS[preset], preset=preset)
     extra = (
         f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
     )
-    distill(_parse(DistillConfig, default, rest, "comad distill", f"{distill_command.__doc__} {extra}"))
+    distill(_parse(Distillation, default, rest, "comad distill", f"{distill_command.__doc__} {extra}"))
 
 
 def pretrain_command(arguments: list[str]) -> None:

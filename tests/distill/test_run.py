@@ -189,6 +189,12 @@ def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, monkeyp
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
+    assert main(command(tmp_path / "run", "--teachers-in=offload", "--run.probe-every=5")) == 0
+    assert weights(tmp_path / "run") == weights(finished)
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+
+
 def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, monkeypatch, capfd):
     calls = []
     real = run_module.teacher_step

@@ -21,6 +21,7 @@ from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
+from comad.distill.options import Distillation
 from comad.distill.teacher_cache import TeacherCache
 from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
@@ -42,13 +43,15 @@ def distill(config: DistillConfig) -> Result | None:
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
+    config = Distillation.of(config)
     fabric = start_fabric(config.run)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
     student = config.student.build()
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    teachers = load_teachers(config.teachers, student.grid[0], student.patch_size, precision, fabric.device)
+    grid = student.grid[0], student.patch_size
+    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
     out = open_run(config.run, fabric)
     start = copy.deepcopy(student)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
@@ -127,7 +130,7 @@ def _job(
 
 def _plain(config: DistillConfig) -> dict[str, Any]:
     """The config as nested plain values, without what may differ between a run and its continuation."""
-    plain = asdict(config)
+    plain = {key: value for key, value in asdict(config).items() if key != "teachers_in"}
     plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
     return plain
 

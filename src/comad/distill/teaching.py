@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.distill.masking import Masks
-from comad.models.backbone import Hidden, Tokens
+from comad.models.backbone import Backbone, Hidden, Tokens
+from comad.models.offload import offload
 from comad.models.teachers import Teacher, load_on_grid
 
 
@@ -44,16 +46,30 @@ def teacher_step(
 
 
 def load_teachers(
-    specs: Sequence[str], rows: int, patch_size: int, dtype: torch.dtype, device: torch.device
+    specs: Sequence[str],
+    rows: int,
+    patch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload_to: Path | None = None,
 ) -> list[Teacher]:
     """Load teachers at an image size that gives them the student's grid of ``rows`` × ``rows`` patches.
+
+    Args:
+        specs, rows, patch_size, dtype: see `comad.models.teachers.load_on_grid`.
+        device: where they compute.
+        offload_to: a folder on the disk where weights wait between passes, see `offload`; None keeps them in memory.
 
     Raises:
         ValueError: no teacher, two of the same name, or one that cannot be loaded.
     """
     if not specs:
         raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
-    teachers = load_on_grid(specs, rows, patch_size, dtype)
-    for teacher in teachers:
-        teacher.backbone.to(device)
-    return teachers
+
+    def place(backbone: Backbone) -> None:
+        if offload_to:
+            offload(backbone, device, offload_to)
+        else:
+            backbone.to(device)
+
+    return load_on_grid(specs, rows, patch_size, dtype, place)

@@ -118,8 +118,6 @@ def start_fabric(run: RunConfig) -> Fabric:
         devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
     )
     fabric.launch()
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
     return fabric
 
 
@@ -151,6 +149,8 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
         ValueError: the checkpoint to resume belongs to another configuration or other teachers.
     """
     total = optim.total_steps(job.steps_per_epoch)
+    if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
+        keep_freed_memory()
     state = _State.create(job, optim, run, fabric)
     first = state.restore() if run.resume else 0
     if run.resume and fabric.is_global_zero:
