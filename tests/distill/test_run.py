@@ -184,9 +184,29 @@ def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, monkeyp
     monkeypatch.setattr(run_module, "teacher_step", lambda *arguments: calls.append(1) or real(*arguments))
     main(command(tmp_path / "a", *CACHED, "--optim.epochs=4", data=plain_folder))
     cached = len(calls)
+    assert 2 + 2 * 10 <= cached < 2 + 2 * 20  # each teacher: an example of its shape, two epochs, and dropped images
     main(command(tmp_path / "b", "--loader.fixed-views=2", "--optim.epochs=4", data=plain_folder))
-    assert len(calls) - cached == 20 and cached < 20
+    assert len(calls) == cached + 20
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert not (tmp_path / "a" / "teacher-cache").exists()
+
+
+def test_a_named_cache_serves_other_runs(command, plain_folder, teacher_specs, tmp_path, monkeypatch):
+    calls = []
+    real = run_module.teacher_step
+    monkeypatch.setattr(run_module, "teacher_step", lambda *arguments: calls.append(1) or real(*arguments))
+    same = [*CACHED, "--optim.epochs=2", f"--cache-folder={tmp_path / 'cache'}"]
+    main(command(tmp_path / "a", *same, data=plain_folder))
+    assert len(calls) == 2 + 20
+    main(command(tmp_path / "b", *same, data=plain_folder))
+    assert len(calls) == 22 and weights(tmp_path / "a") == weights(tmp_path / "b")
+    more = ["--teachers", *teacher_specs, f"third={teacher_specs[0].split('=')[1]}"]
+    main(command(tmp_path / "c", *same, *more, data=plain_folder))
+    assert len(calls) == 22 + 1 + 10  # the third alone: its masks differ from the first's
+    main(command(tmp_path / "d", *same, "--optim.base-lr=0.02", "--student.width=16", data=plain_folder))
+    assert len(calls) == 33
+    main(command(tmp_path / "e", *same, "--cache-storage=int8", data=plain_folder))
+    assert len(calls) == 33 + 22 and (tmp_path / "e" / "student").exists()
 
 
 def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
