@@ -45,12 +45,13 @@ def measure(mode: str, batch_size: int, steps: int) -> dict[str, float]:
 
     from comad.distill.options import Distillation
     from comad.runtime.log import memory_gib
-    from throughput import TEACHERS, make_step
+    from steps import TimedStep
 
     with TemporaryDirectory() as folder:
         config = Distillation(teachers_in=mode)
         config = replace(config, run=replace(config.run, out=f"{folder}/run"))
-        step, device = make_step("comad", "bf16", batch_size, TEACHERS, config.offload_to)
+        specs = ["vit_base_patch16_224:random"] * 3
+        step = TimedStep("comad", "bf16", batch_size, specs, offload_to=config.offload_to)
         loaded = memory_gib()
         seconds = []
         for _ in range(steps):
@@ -63,7 +64,7 @@ def measure(mode: str, batch_size: int, steps: int) -> dict[str, float]:
         "at_the_end_gib": resident_gib() - floor,
         "seconds_per_step": min(seconds),
         "torch": torch.__version__,
-        "device": str(device),
+        "device": str(step.device),
     }
 
 

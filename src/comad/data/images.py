@@ -90,20 +90,18 @@ class FolderImages(ImageSet):
         """See `ImageSet.load`."""
         try:
             with Image.open(self.path(index)) as image:
-                if min_side:
-                    image.draft(
-                        "RGB", (min_side, min_side)
-                    )  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
+                if min_side:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
+                    image.draft("RGB", (min_side, min_side))
                 return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"{self.path(index)}: {error}") from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data asks, and lay transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
+    """Turn a picture as its EXIF data asks, and lay transparent parts on white. A plain RGB picture is not copied."""
+    ImageOps.exif_transpose(image, in_place=True)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     picture = image.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
