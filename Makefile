@@ -28,7 +28,7 @@ teachers: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/teachers.py
 
 benchmarks: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/throughput.py
+	$(VENV)/bin/python benchmarks/performance.py --run
 
 results: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/results.py

@@ -140,39 +140,14 @@ def teacher_page(report: dict[str, Any]) -> str:
     )
 
 
-def throughput_section(report: dict[str, Any]) -> str:
-    """Ours against the literal step and the machine's limit."""
-    rows = [
-        [
-            part["precision"],
-            f"{part['images_per_s']:.2f}",
-            f"{part['times_literal']:.2f} ×",
-            f"{100 * part['share_of_limit']:.0f} %",
-        ]
-        for part in (report, report["fp32"])
-    ]
-    return "\n".join(
-        [
-            "## Throughput",
-            "",
-            "`python benchmarks/throughput.py`, 3 × ViT-B/16 → ViT-Ti/16, 224 px, one process. Ratios come from one",
-            f"run; images per second mean little on their own ({report['device']}).",
-            "",
-            table(["precision", "images/s", "against comad-literal", "of the GEMM limit"], rows),
-            "",
-        ]
-    )
-
-
 def main() -> None:
     """Write both files."""
-    demo, teachers, throughput = read("demo"), read("teachers"), read("throughput")
+    demo, teachers = read("demo"), read("teachers")
     parts = ["# Results", "", "Written by `python benchmarks/results.py` from `benchmarks/results/*.json`.", ""]
     parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
     long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
     parts.append(run_section("A longer run of the same command", long, read("long")))
     parts += [teacher_section(teachers)] if teachers else []
-    parts += [throughput_section(throughput)] if throughput else []
     if teachers:
         intro = (RESULTS / "teachers.md").read_text()
         (ROOT / "docs" / "teachers.md").write_text(f"{intro}\n{teacher_page(teachers).rstrip()}\n")

@@ -1,103 +1,121 @@
 """How close a step comes to the machine's limit: 3 × ViT-B/16 → ViT-Ti/16 at 224 px, random weights.
 
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
-`comad-literal` (every network runs on all tokens), and the limit: matrix-product FLOPs of the `comad` step over the
-rate of a plain matrix product. The last line printed is one JSON object.
+`comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with a second student,
+and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product. Ratios are medians
+over the rounds. A short run on a folder of pictures gives the share of time that the loop waits for data. The
+distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is installed. The last line
+printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.distill.distiller import Distiller
-from comad.distill.teaching import teacher_step
-from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
-from comad.presets import METHODS
-from comad.runtime.optim import OptimConfig, build_optimizer
-from comad.runtime.train import RunConfig, start_fabric
+from cache import settings
+from comad.distill.run import distill
+from comad.models.timm_backbone import VitConfig
+from pictures import write_pictures
+from steps import Clock, TimedStep, gemm_rate, seconds_of
 
-TEACHERS = ["vit_base_patch16_224:random"] * 3
-
-
-def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> float:
-    """FLOP/s of the largest matrix product of a ViT-B block, (tokens, 768) × (768, 3072): the best of several."""
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4096, 768), (768, 3072)))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, timed(lambda: a @ b, device))
-    return 2 * 4096 * 768 * 3072 / best
+TEACHERS = ("vit_base_patch16_224:random",) * 3
+TINY = ("vit_tiny_patch16_224:random",) * 3
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def make_step(preset: str, precision: str, batch_size: int) -> tuple[Callable[[], None], torch.device]:
-    """A whole training step of a preset, on fixed images: masks, teachers, student, losses, backward, optimiser."""
-    fabric = start_fabric(RunConfig(precision=precision))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teachers = [load_teacher(spec, 224, dtype) for spec in TEACHERS]
-    for teacher in teachers:
-        teacher.backbone.to(fabric.device)
-    method = METHODS[preset]
-    distiller = Distiller(VitConfig().build(), method, [t.backbone.width for t in teachers], [True] * len(teachers))
-    distiller.to(fabric.device)
-    plain_attention_on_cpu(distiller, fabric.device)
-    images = torch.rand(batch_size, 3, 224, 224, device=fabric.device)
-    noise = torch.rand(batch_size, 1 + len(teachers), distiller.student.num_patches, device=fabric.device)
-    whole = method.masking.__class__(policy="none")(noise)
-    tokens = teacher_step(teachers, images[:2], whole).tokens
-    distiller.aligners.calibrate([t.patches.flatten(0, 1).float() for t in tokens])
-    module, optimizer = fabric.setup(distiller, build_optimizer(distiller, OptimConfig()))
-
-    def step() -> None:
-        masks = method.masking(noise)
-        result = module(images, teacher_step(teachers, images, masks, method.masking.teachers_hidden))
-        fabric.backward(result.loss)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, fabric.device
-
-
-def measure(precision: str, batch_size: int, rounds: int) -> dict[str, float | str]:
-    """Images per second of both steps and of the limit, medians over interleaved rounds."""
-    ours, device = make_step("comad", precision, batch_size)
-    literal, _ = make_step("comad-literal", precision, batch_size)
+def measure(precision: str, batch_size: int, rounds: int, tiny: bool) -> dict[str, object]:
+    """Images per second of all steps and of the limit, medians over interleaved rounds."""
+    specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
+    steps = {"ours": TimedStep("comad", precision, batch_size, specs, student=student)}
+    steps["two students"] = TimedStep("comad", precision, batch_size, specs, student=student, num_students=2)
+    steps["literal"] = TimedStep("comad-literal", precision, batch_size, specs, student=student)
+    if precision == "bf16":
+        steps["literal fp32"] = TimedStep("comad-literal", "fp32", batch_size, specs, student=student)
+    device, ours = steps["ours"].device, steps["ours"]
     with FlopCounterMode(display=False) as counter:
         ours()
-    literal()
-    seconds: dict[str, list[float]] = {"ours": [], "literal": []}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock = Clock(device)
     for _ in range(rounds):
-        seconds["ours"].append(timed(ours, device))
-        seconds["literal"].append(timed(literal, device))
-    rate = gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, device)
-    own, other = (batch_size / statistics.median(values) for values in seconds.values())
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(step, device))
+        ours(clock)
+    rate = gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, device, 0.1 if tiny else 3.0)
     limit = batch_size * rate / counter.get_total_flops()
-    return {
-        "images_per_s": own,
-        "literal_images_per_s": other,
+    rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+
+    def times(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
+
+    result: dict[str, object] = {
+        "images_per_s": rates["ours"],
+        "literal_images_per_s": rates["literal"],
         "limit_images_per_s": limit,
-        "times_literal": own / other,
-        "share_of_limit": own / limit,
+        "times_literal": times("literal"),
+        "share_of_limit": rates["ours"] / limit,
+        "second_student_cost": times("two students") - 1,
+        "shares": clock.shares(),
+        "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
         "gemm_gflops": rate / 1e9,
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
     }
+    if "literal fp32" in steps:
+        result |= {"literal_fp32_images_per_s": rates["literal fp32"], "times_literal_fp32": times("literal fp32")}
+    return result
+
+
+def data_wait(batch_size: int, num_steps: int, tiny: bool) -> float:
+    """Percent of a run's time that its loop waits for batches, one worker decoding: the median over steps."""
+    with TemporaryDirectory() as folder:
+        data = write_pictures(Path(folder) / "data" / "train", batch_size * 2).parent
+        write_pictures(data / "val", 1)
+        config = settings(data, batch_size)
+        if tiny:
+            config = replace(config, teachers=TINY[:1], student=VitConfig(image_size=32, depth=1))
+        optim = replace(config.optim, epochs=num_steps / 2)
+        out = Path(folder) / "run"
+        distill(replace(config, optim=optim, run=replace(config.run, out=str(out))))
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        return statistics.median([line["data_wait"] for line in lines if "data_wait" in line][1:])
+
+
+def lightly_images_per_s(batch_size: int, steps: int = 6) -> float | None:
+    """LightlyTrain's step, one teacher on whole views, from the difference of a longer and a shorter run."""
+    if importlib.util.find_spec("lightly_train") is None:
+        return None
+    import lightly_train
+
+    with TemporaryDirectory() as folder:
+        data = write_pictures(Path(folder) / "data", batch_size * 2)
+
+        def run(count: int) -> None:
+            lightly_train.pretrain(
+                out=f"{folder}/out-{count}",
+                data=str(data),
+                model="dinov3/vitt16-notpretrained",
+                method="distillation",
+                method_args={"teacher": "dinov3/vitb16-notpretrained"},
+                steps=count,
+                batch_size=batch_size,
+                precision="bf16-mixed",
+                num_workers=1,
+            )
+
+        cpu = torch.device("cpu")
+        short, long = (seconds_of(lambda n=n: run(n), cpu) for n in (2, 2 + steps))
+    return steps * batch_size / (long - short)
 
 
 def main() -> None:
@@ -105,13 +123,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
     results = {}
     for precision in ("bf16", "fp32"):
-        results[precision] = measure(precision, options.batch_size, options.rounds)
+        results[precision] = measure(precision, options.batch_size, options.rounds, options.tiny)
         print(json.dumps(results[precision]), file=sys.stderr, flush=True)
-    print(json.dumps({**results["bf16"], "fp32": results["fp32"], "torch": torch.__version__}))
+    extra = {"data_wait": data_wait(options.batch_size, 3 if options.tiny else 6, options.tiny)}
+    lightly = lightly_images_per_s(options.batch_size)
+    if lightly is not None:
+        extra |= {"lightly_images_per_s": lightly}
+    print(json.dumps({**results["bf16"], **extra, "fp32": results["fp32"], "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from comad.data import images as images_module
-from comad.data.images import UnreadableImageError, index_folder, load_images
+from comad.data.images import FolderImages, UnreadableImageError, index_folder, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +225,29 @@ def test_a_file_that_is_gone_or_empty_is_unreadable(tmp_path, write_images):
     for index in range(2):
         with pytest.raises(UnreadableImageError, match=rf"{index + 1}\.png"):
             train.load(index)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("min_side", [0, 20, 40])
+def test_a_faster_decoder_gives_the_same_pixels(tmp_path, monkeypatch, mode, orientation, min_side):
+    pytest.importorskip("torchcodec.decoders")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(noise).convert(mode).save(tmp_path / "a.jpg", exif=exif)
+    images = FolderImages("one", tmp_path, ["a.jpg"], None)
+    fast = images.load(0, min_side)
+    monkeypatch.setattr(images_module, "jpeg_decoder", lambda: None)
+    assert torch.equal(images.load(0, min_side), fast)
+
+
+def test_a_truncated_jpeg_is_unreadable_with_either_decoder(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:3000])
+    images = FolderImages("one", tmp_path, ["a.jpg"], None)
+    for decoder in (images_module.jpeg_decoder, lambda: None):
+        monkeypatch.setattr(images_module, "jpeg_decoder", decoder)
+        with pytest.raises(UnreadableImageError, match=r"a\.jpg"):
+            images.load(0)

@@ -214,17 +214,48 @@ def test_two_processes_learn_what_one_learns_and_write_once(command, plain_folde
         torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=0)
 
 
-def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, monkeypatch):
+@pytest.fixture
+def teacher_calls(monkeypatch):
+    """One entry for each time that a teacher is asked for the cache, or that all are asked for a step."""
     calls = []
-    real = run_module.teacher_step
-    monkeypatch.setattr(run_module, "teacher_step", lambda *arguments: calls.append(1) or real(*arguments))
+    for name in ("ask", "teacher_step"):
+        real = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, lambda *arguments, real=real: calls.append(1) or real(*arguments))
+    return calls
+
+
+def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, teacher_calls):
     main(command(tmp_path / "a", *CACHED, "--optim.epochs=4", data=plain_folder))
-    cached = len(calls)
+    cached = len(teacher_calls)
+    assert 2 + 2 * 10 <= cached < 2 + 2 * 20  # each teacher: an example of its shape, two epochs, and dropped images
     main(command(tmp_path / "b", "--loader.fixed-views=2", "--optim.epochs=4", data=plain_folder))
-    assert len(calls) - cached == 20 and cached < 20
+    assert len(teacher_calls) == cached + 20
     cached_student, student = (load_file(tmp_path / name / "student" / "model.safetensors") for name in "ab")
-    for name, tensor in student.items():  # not bitwise: the rows of a matrix product depend on the batch they are in
+    for name, tensor in student.items():  # not bitwise: the rows of a matrix product may depend on their batch
         torch.testing.assert_close(cached_student[name], tensor, atol=1e-4, rtol=0)
+    assert not (tmp_path / "a" / "teacher-cache").exists()
+
+
+def test_a_named_cache_serves_other_runs(command, plain_folder, teacher_specs, tmp_path, teacher_calls):
+    calls = teacher_calls
+    same = [*CACHED, "--optim.epochs=2", f"--cache-folder={tmp_path / 'cache'}"]
+    main(command(tmp_path / "a", *same, data=plain_folder))
+    assert len(calls) == 2 + 20
+    main(command(tmp_path / "b", *same, data=plain_folder))
+    assert len(calls) == 22 and weights(tmp_path / "a") == weights(tmp_path / "b")
+    more = ["--teachers", *teacher_specs, f"third={teacher_specs[0].split('=')[1]}"]
+    main(command(tmp_path / "c", *same, *more, data=plain_folder))
+    assert len(calls) == 22 + 1 + 10  # the third alone: its masks differ from the first's
+    main(command(tmp_path / "d", *same, "--optim.base-lr=0.02", "--student.width=16", data=plain_folder))
+    assert len(calls) == 33
+    main(command(tmp_path / "e", *same, "--cache-storage=int8", data=plain_folder))
+    assert len(calls) == 33 + 22 and (tmp_path / "e" / "student").exists()
+
+
+def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
+    assert main(command(tmp_path / "run", "--teachers-in=offload", "--run.probe-every=5")) == 0
+    assert weights(tmp_path / "run") == weights(finished)
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
 
 
 def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, monkeypatch, capfd):

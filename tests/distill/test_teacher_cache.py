@@ -1,56 +1,73 @@
-"""The cache gives back exactly what the teachers computed, and asks them once."""
+"""The cache gives back exactly what the teachers computed, asks each once, and refuses a disk that is too small."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from comad.data.loader import Batch
+from comad.distill import teacher_cache
 from comad.distill.masking import Masking, Masks
-from comad.distill.teacher_cache import TeacherCache
-from comad.distill.teaching import Targets
+from comad.distill.teacher_cache import TeacherCache, open_cache
+from comad.distill.teaching import Said, Targets
 from comad.models.backbone import Tokens
 
 NUM_IMAGES = 10
+MASKING = Masking()
 
 
-def batch_of(images: list[int], view: int) -> Batch:
-    """The samples of some images: their noise is a function of image and view, as the loader's is."""
-    rows = [torch.rand(3, 16, generator=torch.Generator().manual_seed(view * NUM_IMAGES + image)) for image in images]
+def batch_of(images: list[int], view: int, num_teachers: int = 2) -> Batch:
+    """The samples of some images: pixels and noise are functions of image and view, as the loader's are."""
+    generators = [torch.Generator().manual_seed(view * NUM_IMAGES + image) for image in images]
+    pixels = torch.stack([torch.randint(0, 256, (3, 8, 8), generator=g, dtype=torch.uint8) for g in generators])
+    noise = torch.stack([torch.rand(1 + num_teachers, 16, generator=g) for g in generators])
     index = torch.tensor(images)
-    pixels = torch.zeros(len(images), 3, 8, 8, dtype=torch.uint8)
     views = torch.full_like(index, view)
-    return Batch((pixels, pixels), torch.stack(rows), index, views, torch.ones_like(index, dtype=torch.bool))
+    return Batch((pixels, pixels), noise, index, views, torch.ones_like(index, dtype=torch.bool))
 
 
-def tokens_of(batch: Batch, masks: Masks, dtype: torch.dtype) -> Targets:
-    """Two teachers whose tokens are functions of the sample; the first has no class token."""
-    first, second = (
-        batch.noise[:, m + 1].gather(1, visible).unsqueeze(-1) * torch.arange(1.0, 5.0 + m)
-        for m, visible in enumerate(masks.teachers)
-    )
-    return Targets((Tokens(None, first.to(dtype)), Tokens(second.mean(dim=1).to(dtype), second.to(dtype))), masks)
+def tokens_of(m: int, batch: Batch, masks: Masks) -> Tokens:
+    """Teachers whose tokens are functions of the sample; the first has no class token."""
+    seen = batch.noise[:, m + 1].gather(1, masks.teachers[m]).unsqueeze(-1)
+    patches = (seen * torch.arange(1.0, 5.0 + m)).to((torch.float32, torch.bfloat16)[m % 2])
+    return Tokens(patches.mean(dim=1) if m else None, patches)
 
 
 class CountedTeachers:
-    def __init__(self, dtype: torch.dtype = torch.float32):
-        self.calls = 0
-        self.dtype = dtype
-        self.masking = Masking()
+    """A cache in a folder, and how often each teacher was asked."""
 
-    def ask(self, cache: TeacherCache, images: list[int], view: int) -> tuple[Targets, Targets]:
-        """What the cache says, and what is true."""
-        batch = batch_of(images, view)
-        masks = self.masking(batch.noise)
-        return cache(batch, masks, self.computing(batch, masks)), tokens_of(batch, masks, self.dtype)
+    def __init__(self, folder: Path, num_teachers: int = 2, num_views: int = 2, key: int = 0):
+        self.asked = [0] * num_teachers  # samples
+        self.examples = 0
+        keys = [(f"t{m}", {"place": m, "key": key}) for m in range(num_teachers)]
+        self.said: list[str] = []
+        self.cache = open_cache(folder, keys, (NUM_IMAGES, num_views), self._example, "computed", self.said.append)
 
-    def computing(self, batch: Batch, masks: Masks) -> Callable[[], Targets]:
-        def compute() -> Targets:
-            self.calls += 1
-            return tokens_of(batch, masks, self.dtype)
+    def _example(self, m: int) -> Said:
+        self.examples += 1
+        batch = batch_of([0], 0, len(self.asked))
+        return Said(tokens_of(m, batch, MASKING(batch.noise)))
+
+    def ask(self, images: list[int], view: int) -> None:
+        """Compare what the cache says with what is true."""
+        batch = batch_of(images, view, len(self.asked))
+        masks = MASKING(batch.noise)
+        found = self.cache(batch, masks, self._computing(batch, masks))
+        assert_same(found, Targets(tuple(tokens_of(m, batch, masks) for m in range(len(self.asked))), masks))
+        for tokens in found.tokens:  # what was returned may be changed without harm
+            tokens.patches.zero_()
+
+    def _computing(self, batch: Batch, masks: Masks) -> Callable[[int, Tensor], Said]:
+        def compute(m: int, samples: Tensor) -> Said:
+            self.asked[m] += len(samples)
+            cls, patches = tokens_of(m, batch, masks)
+            return Said(Tokens(None if cls is None else cls[samples], patches[samples]))
 
         return compute
 
@@ -65,41 +82,65 @@ def same(x: Tensor | None, y: Tensor | None) -> bool:
     return x is y is None or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computes_once_and_returns_exactly_that(dtype):
-    cache, teachers = TeacherCache(NUM_IMAGES, 2), CountedTeachers(dtype)
+def test_computes_once_and_returns_exactly_that(tmp_path):
+    teachers = CountedTeachers(tmp_path)
     for view in (0, 1):
         for images in ([0, 3, 7], [1, 2, 9]):
-            assert_same(*teachers.ask(cache, images, view))
-    assert teachers.calls == 4
+            teachers.ask(images, view)
+    assert teachers.asked == [12, 12]
     for view in (1, 0, 1):  # later epochs, in another order and other batches
         for images in ([9, 0], [7, 1, 2, 3]):
-            assert_same(*teachers.ask(cache, images, view))
-    assert teachers.calls == 4
+            teachers.ask(images, view)
+    assert teachers.asked == [12, 12]
 
 
-def test_views_of_one_image_are_kept_apart():
-    cache, teachers = TeacherCache(NUM_IMAGES, 2), CountedTeachers()
-    teachers.ask(cache, [4], 0)
-    assert_same(*teachers.ask(cache, [4], 1))
-    assert teachers.calls == 2
-    first, _ = teachers.ask(cache, [4], 0)
-    second, _ = teachers.ask(cache, [4], 1)
-    assert teachers.calls == 2 and not torch.equal(first.tokens[0].patches, second.tokens[0].patches)
+def test_of_a_batch_known_in_part_the_rest_is_computed(tmp_path):
+    teachers = CountedTeachers(tmp_path)
+    teachers.ask([0, 1], 0)
+    teachers.ask([1, 2], 0)
+    assert teachers.asked == [3, 3]
+    teachers.ask([2, 0, 1], 0)
+    assert teachers.asked == [3, 3]
 
 
-def test_a_batch_known_only_in_part_is_computed():
-    cache, teachers = TeacherCache(NUM_IMAGES, 1), CountedTeachers()
-    teachers.ask(cache, [0, 1], 0)
-    assert_same(*teachers.ask(cache, [1, 2], 0))
-    assert teachers.calls == 2
-    assert_same(*teachers.ask(cache, [2, 0, 1], 0))
-    assert teachers.calls == 2
+def test_a_later_run_asks_nobody_and_one_more_teacher_alone_is_asked(tmp_path):
+    first = CountedTeachers(tmp_path)
+    first.ask([4, 5], 1)
+    second = CountedTeachers(tmp_path)
+    second.ask([5, 4], 1)
+    assert second.asked == [0, 0] and second.examples == 0 and "t0 2, t1 2" in second.said[0]
+    third = CountedTeachers(tmp_path, num_teachers=3)
+    assert third.examples == 1 and "t0 2, t1 2, t2 0" in third.said[0]
 
 
-def test_what_was_returned_may_be_changed_without_harm():
-    cache, teachers = TeacherCache(NUM_IMAGES, 1), CountedTeachers()
-    for _ in range(2):
-        found, _ = teachers.ask(cache, [5, 6], 0)
-        found.tokens[1].patches.zero_()
-    assert_same(*teachers.ask(cache, [5, 6], 0))
+def test_another_key_is_another_cache(tmp_path):
+    CountedTeachers(tmp_path).ask([4], 0)
+    other = CountedTeachers(tmp_path, key=1)
+    other.ask([4], 0)
+    assert other.asked == [1, 1]
+
+
+def test_noise_of_one_more_teacher_leaves_the_others_alone():
+    rows = []
+    for count in (3, 4):
+        torch.manual_seed(5)
+        rows.append(torch.rand(count, 197))
+    assert torch.equal(rows[0], rows[1][:3])
+
+
+def test_a_small_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=100)
+    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match=r"needs .* MB in .*, where .* are free; name another --cache-folder") as error:
+        CountedTeachers(tmp_path / "cache")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    usage.free = 10**9
+    teachers = CountedTeachers(tmp_path / "cache")
+    assert "still to write" in teachers.said[0]
+    assert isinstance(teachers.cache, TeacherCache) and shutil.disk_usage(tmp_path) is usage
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="name another --cache-folder"):
+        CountedTeachers(tmp_path / "file" / "cache")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,22 +90,34 @@ class FolderImages(ImageSet):
 
     def load(self, index: int, min_side: int = 0) -> Tensor:
         """See `ImageSet.load`."""
+        path = self.path(index)
         try:
-            with Image.open(self.path(index)) as image:
-                if min_side:
-                    image.draft(
-                        "RGB", (min_side, min_side)
-                    )  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
+            with Image.open(path) as image:
+                whole = image.size
+                if min_side:  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below min_side
+                    image.draft("RGB", (min_side, min_side))
+                fast = jpeg_decoder() if image.format == "JPEG" and image.mode == "RGB" else None
+                if fast and image.size == whole:
+                    return fast(path)
                 return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"{self.path(index)}: {error}") from error
 
 
+@lru_cache
+def jpeg_decoder() -> Callable[[str], Tensor] | None:
+    """torchcodec's decoder where it is installed and loads: the same pixels as Pillow's, upright, in less time."""
+    try:
+        return importlib.import_module("torchcodec.decoders").decode_jpeg
+    except (ImportError, OSError, RuntimeError, AttributeError):  # not there, before 0.16, or made for another torch
+        return None
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data asks, and lay transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
+    """Turn a picture as its EXIF data asks, and lay transparent parts on white. A plain RGB picture is not copied."""
+    ImageOps.exif_transpose(image, in_place=True)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     picture = image.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")

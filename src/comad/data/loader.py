@@ -69,7 +69,7 @@ class ViewDataset(Dataset[Batch]):
         view, index = key
         image, readable = self._load(index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
             sample = self.make(image)
         return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 

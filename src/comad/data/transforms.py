@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Crop:
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3 or 4, h, w) → uint8 (3, size, size)."""
-        top, left, height, width = v2.RandomResizedCrop(self.size, self.scale).make_params([image]).values()
+        top, left, height, width = _cropper(self.size, self.scale).make_params([image]).values()
         view = F.resized_crop(image, top, left, height, width, [self.size, self.size], BICUBIC, antialias=True)
         if torch.rand(()) < self.flip:
             view = F.horizontal_flip(view)
@@ -49,12 +50,23 @@ class ColourChange:
     def __call__(self, view: Tensor) -> Tensor:
         """uint8 (3, H, W) → the same shape."""
         if torch.rand(()) < self.jitter:
-            view = v2.ColorJitter(self.strength, self.strength, self.strength, self.hue)(view)
+            view = _jitterer(self.strength, self.hue)(view)
         if self.grey and torch.rand(()) < self.grey:
             view = F.rgb_to_grayscale(view, num_output_channels=3)
         if self.blur and torch.rand(()) < self.blur:
             view = F.gaussian_blur(view, [3, 3], [float(torch.empty(()).uniform_(0.1, 1.5))])
         return view
+
+
+@lru_cache
+def _cropper(size: int, scale: tuple[float, float]) -> v2.RandomResizedCrop:
+    """torchvision's transform, made once: a module is slow to make, and a small view is quick."""
+    return v2.RandomResizedCrop(size, scale)
+
+
+@lru_cache
+def _jitterer(strength: float, hue: float) -> v2.ColorJitter:
+    return v2.ColorJitter(strength, strength, strength, hue)
 
 
 def random_backdrop(size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -16,6 +17,7 @@ from comad.distill.masking import Masking
 from comad.distill.normalize import Normalize, Plain
 from comad.distill.objectives import Term, Which
 from comad.distill.taps import Reads, Tap
+from comad.distill.teacher_store import Storage
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import RunConfig
@@ -115,7 +117,12 @@ class DistillConfig:
         optim: the optimiser and how long it runs.
         run: where the run lives.
         preset: where the method came from, for cards and tables.
-        cache_teachers: keep teacher outputs in memory and use them again; exact, and needs --loader.fixed-views.
+        cache_teachers: keep what the teachers say on disk and use it again; exact, and needs --loader.fixed-views.
+        cache_folder: where. A folder that is named stays, and other runs use what they share with this one; empty: in
+            the run's folder, and removed when the run is done.
+        cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
+        teachers_in: ``memory`` keeps all teachers there; ``offload`` keeps one at a time, and the others in a file on
+            the disk of the run (beside a GPU in host memory), for the same result in less memory.
     """
 
     data: str = "stamps"
@@ -127,4 +134,19 @@ class DistillConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cache_teachers: bool = False
+    cache_folder: str = ""
+    cache_storage: Storage = "computed"
+    teachers_in: Literal["memory", "offload"] = "memory"
     preset: tyro.conf.Suppress[str] = "comad"
+
+    @property
+    def cache_in(self) -> Path:
+        """Folder of the teacher cache."""
+        return Path(self.cache_folder or Path(self.run.out) / "teacher-cache").expanduser()
+
+    @property
+    def offload_to(self) -> Path | None:
+        """Folder where offloaded teachers wait: the nearest one that exists above the run."""
+        if self.teachers_in == "memory":
+            return None
+        return next(folder for folder in Path(self.run.out).absolute().parents if folder.is_dir())

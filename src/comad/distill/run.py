@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from comad.data.images import Splits, load_images
@@ -22,8 +23,8 @@ from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
 from comad.distill.matching import give_decoders, match, widths_and_cls
-from comad.distill.teacher_cache import TeacherCache
-from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
+from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
+from comad.distill.teaching import Said, ask, hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
@@ -31,6 +32,9 @@ from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
+
+SAME_RESULT = ("teachers_in", "cache_folder")
+"""Options that may change when a run goes on."""
 
 
 def distill(config: DistillConfig) -> Result | None:
@@ -49,7 +53,8 @@ def distill(config: DistillConfig) -> Result | None:
     _check(config, splits)
     student = config.student.build()
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    teachers = load_teachers(config.teachers, student.grid[0], student.patch_size, precision, fabric.device)
+    grid = student.grid[0], student.patch_size
+    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
     if config.method.tap.decoder:
         give_decoders(config.teachers, teachers, precision, fabric.device)
     config = replace(config, student=match(config.method, config.student, student, teachers))
@@ -64,7 +69,11 @@ def distill(config: DistillConfig) -> Result | None:
         calibrate(distiller, teachers, _views(config, splits, student, len(teachers)), config.run.seed)
         if fabric.is_global_zero:
             write_recipe(config, out / "config.yaml")
-    trained = train(_job(config, splits, distiller, teachers, fabric), config.optim, config.run, fabric)
+    cache = _open_cache(config, _views(config, splits, student, len(teachers)), teachers, fabric)
+    trained = train(_job(config, splits, distiller, teachers, cache, fabric), config.optim, config.run, fabric)
+    if cache and not config.cache_folder:
+        fabric.barrier()
+        shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
     return finish(config, splits, teachers, (start, trained.student), out, fabric)
@@ -93,13 +102,37 @@ def _views(config: DistillConfig, splits: Splits, student: TimmBackbone, num_tea
     return ViewDataset(splits.train, make, config.run.seed, 2 * size)
 
 
+def _open_cache(
+    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], fabric: Fabric
+) -> TeacherCache | None:
+    """The cache of what the teachers say of every view, if the run is to have one."""
+    if not config.cache_teachers:
+        return None
+
+    method = config.method
+
+    def example(m: int) -> Said:
+        sample = views[0, 0]
+        masks = hide_nothing_in_vain(method.masking(sample.noise.unsqueeze(0).to(fabric.device)), teachers)
+        view = sample.views[0].unsqueeze(0).to(fabric.device).float() / 255
+        return ask(teachers[m], m, view, masks.teachers[m], method.masking.teachers_hidden, method.reads)
+
+    keys = [(teacher.name, key_of(teacher, m, views, method)) for m, teacher in enumerate(teachers)]
+    shape = len(views.images), config.loader.fixed_views
+    return open_cache(config.cache_in, keys, shape, example, config.cache_storage, fabric.print)
+
+
 def _job(
-    config: DistillConfig, splits: Splits, distiller: Distiller, teachers: Sequence[Teacher], fabric: Fabric
+    config: DistillConfig,
+    splits: Splits,
+    distiller: Distiller,
+    teachers: Sequence[Teacher],
+    cache: TeacherCache | None,
+    fabric: Fabric,
 ) -> Job:
     views = _views(config, splits, distiller.student, len(teachers))
     optim, fixed = config.optim, config.loader.fixed_views
     hidden, reads = config.method.masking.teachers_hidden, config.method.reads
-    cache = TeacherCache(len(views.images), fixed) if config.cache_teachers else None
     knn = KnnProbe(splits, config.student.image_size)
 
     def batches(first: int, last: int) -> DataLoader:
@@ -108,14 +141,20 @@ def _job(
         return training_batches(views, order, config.loader)
 
     def step(module: nn.Module, batch: Batch, progress: float) -> Step:
-        shared, own = (view.float() / 255 for view in batch.views)
+        shared, own = batch.views
         masks = hide_nothing_in_vain(config.method.masking(batch.noise, progress), teachers)
+
+        def compute(m: int, samples: Tensor) -> Said:
+            visible = masks.teachers[m]
+            chosen = None if visible is None else visible[samples.to(visible.device)]
+            return ask(teachers[m], m, shared[samples.to(shared.device)].float() / 255, chosen, hidden, reads)
+
         targets = (
-            cache(batch, masks, lambda: teacher_step(teachers, shared, masks, hidden, reads))
+            cache(batch, masks, compute)
             if cache
-            else teacher_step(teachers, shared, masks, hidden, reads)
+            else teacher_step(teachers, shared.float() / 255, masks, hidden, reads)
         )
-        loss, metrics = module(own, targets)
+        loss, metrics = module(own.float() / 255, targets)
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
@@ -135,7 +174,7 @@ def _job(
 
 def _plain(config: DistillConfig) -> dict[str, Any]:
     """The config as nested plain values, without what may differ between a run and its continuation."""
-    plain = asdict(config)
+    plain = {key: value for key, value in asdict(config).items() if key not in SAME_RESULT}
     plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
     return plain
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distill.masking import Masks
+from comad.distill.masking import Masks, Visible
 from comad.distill.taps import LAST, Reads, block_at
-from comad.models.backbone import Hidden, Tokens, each_row
+from comad.models.backbone import Backbone, Hidden, Tokens, each_row
 from comad.models.listening import listening
+from comad.models.offload import offload
 from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import TimmBackbone
+
+
+class Said(NamedTuple):
+    """What one teacher says about a batch: tokens where the method taps it; queries, keys and values if it asks."""
+
+    tokens: Tokens
+    qkv: Tokens | None = None
 
 
 class Targets(NamedTuple):
@@ -38,7 +47,6 @@ def hide_nothing_in_vain(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
     return masks._replace(teachers=tuple(None if t.backbone.sees_whole else visible for t, visible in seen))
 
 
-@torch.no_grad()
 def teacher_step(
     teachers: Sequence[Teacher],
     images: Float[Tensor, "B 3 H W"],
@@ -46,20 +54,35 @@ def teacher_step(
     hidden: Hidden = "drop",
     reads: Reads = LAST,
 ) -> Targets:
-    """Run every teacher on the patches it may see; images are resized for a teacher with another patch size."""
-    tokens, relations = [], []
-    for number, (teacher, visible) in enumerate(zip(teachers, masks.teachers, strict=True)):
-        side = teacher.backbone.grid[0] * teacher.backbone.patch_size
-        view = (
-            images if side == images.shape[-1] else F.interpolate(images, (side, side), mode="bicubic", antialias=True)
-        )
-        block, qkv = blocks_read(teacher, reads, number)
-        with listening(teacher.backbone, [block] if block else [], qkv) as heard:
-            last = teacher.backbone(view, visible, hidden)
-        tokens.append(heard.blocks[block] if block else _decoded(teacher, last, visible) if reads.tap.decoder else last)
-        if heard.qkv is not None:
-            relations.append(heard.qkv)
-    return Targets(tuple(tokens), masks, tuple(relations))
+    """Run every teacher on the patches it may see."""
+    asked = enumerate(zip(teachers, masks.teachers, strict=True))
+    return gathered([ask(teacher, m, images, visible, hidden, reads) for m, (teacher, visible) in asked], masks)
+
+
+@torch.no_grad()
+def ask(
+    teacher: Teacher,
+    number: int,
+    images: Float[Tensor, "B 3 H W"],
+    visible: Visible,
+    hidden: Hidden = "drop",
+    reads: Reads = LAST,
+) -> Said:
+    """Run one teacher; images are resized if its patches have another size."""
+    side = teacher.backbone.grid[0] * teacher.backbone.patch_size
+    if side != images.shape[-1]:
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+    block, qkv = blocks_read(teacher, reads, number)
+    with listening(teacher.backbone, [block] if block else [], qkv) as heard:
+        last = teacher.backbone(images, visible, hidden)
+    tokens = heard.blocks[block] if block else _decoded(teacher, last, visible) if reads.tap.decoder else last
+    return Said(tokens, heard.qkv)
+
+
+def gathered(said: Sequence[Said], masks: Masks) -> Targets:
+    """What all teachers say, in their order."""
+    relations = tuple(part.qkv for part in said if part.qkv is not None)
+    return Targets(tuple(part.tokens for part in said), masks, relations)
 
 
 def _decoded(teacher: Teacher, tokens: Tokens, visible: Tensor | None) -> Tokens:
@@ -98,16 +121,30 @@ def one_row_per_mask(images: Float[Tensor, "B 3 H W"], targets: Targets) -> tupl
 
 
 def load_teachers(
-    specs: Sequence[str], rows: int, patch_size: int, dtype: torch.dtype, device: torch.device
+    specs: Sequence[str],
+    rows: int,
+    patch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload_to: Path | None = None,
 ) -> list[Teacher]:
     """Load teachers at an image size that gives them the student's grid of ``rows`` × ``rows`` patches.
+
+    Args:
+        specs, rows, patch_size, dtype: see `comad.models.teachers.load_on_grid`.
+        device: where they compute.
+        offload_to: a folder on the disk where weights wait between passes, see `offload`; None keeps them in memory.
 
     Raises:
         ValueError: no teacher, two of the same name, or one that cannot be loaded.
     """
     if not specs:
         raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
-    teachers = load_on_grid(specs, rows, patch_size, dtype)
-    for teacher in teachers:
-        teacher.backbone.to(device)
-    return teachers
+
+    def place(backbone: Backbone) -> None:
+        if offload_to:
+            offload(backbone, device, offload_to)
+        else:
+            backbone.to(device)
+
+    return load_on_grid(specs, rows, patch_size, dtype, place)

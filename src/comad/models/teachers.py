@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -111,13 +111,20 @@ def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32,
     return Teacher(source.name, backbone.requires_grad_(False).eval(), _card(source))
 
 
-def load_on_grid(specs: Sequence[str], rows: int, patch_size: int, dtype: torch.dtype = torch.float32) -> list[Teacher]:
+def load_on_grid(
+    specs: Sequence[str],
+    rows: int,
+    patch_size: int,
+    dtype: torch.dtype = torch.float32,
+    place: Callable[[Backbone], object] | None = None,
+) -> list[Teacher]:
     """Load teachers, each at the image size that gives it a grid of ``rows`` × ``rows`` patches.
 
     Args:
         specs, dtype: see `load_teacher`.
         rows: rows and columns of the grid.
         patch_size: pixels on the side of a patch, where a network has none of its own.
+        place: puts a network where it is to live, before the next one is loaded.
 
     Raises:
         ValueError: two have the same name, or one cannot be loaded.
@@ -127,6 +134,8 @@ def load_on_grid(specs: Sequence[str], rows: int, patch_size: int, dtype: torch.
         teacher = load_teacher(spec, rows * patch_size, dtype, rows=rows)
         if teacher.backbone.grid[0] != rows:  # a Vision Transformer with another patch size
             teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype, rows=rows)
+        if place:
+            place(teacher.backbone)
         teachers.append(teacher)
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):

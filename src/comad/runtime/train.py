@@ -7,18 +7,16 @@ import logging
 import math
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from comad.runtime.checkpoint import (
     checkpoints,
@@ -28,86 +26,23 @@ from comad.runtime.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from comad.runtime.log import RunLog, forget_after, memory_gib
+from comad.runtime.job import Interrupted, Job, Metrics, RunConfig, Step, TrainingError
+from comad.runtime.log import RunLog, forget_after
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
+from comad.runtime.progress import Report, Stream
 
-Metrics = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run lives and how it is watched.
-
-    Args:
-        out: folder of the run.
-        resume: go on from the last checkpoint in ``out``.
-        seed: of weights, order, views and masks.
-        precision: ``bf16`` computes matrix products in bfloat16 and keeps float32 weights.
-        log_every: optimiser steps between two log lines.
-        probe_every: optimiser steps between two kNN scores on the validation part; 0: only at the end.
-        checkpoint_every: optimiser steps between two checkpoints.
-        keep: how many checkpoints to keep.
-        tensorboard, wandb: where else the numbers go.
-        devices: processes, one per GPU or CPU share; more than one under torchrun or by Fabric's own launcher.
-        threads: CPU threads of the training step; 0: torch's choice. With small images fewer are faster where the
-            loader's workers need cores, for threads wait for each other.
-        stop_on_collapse: end the run when it is found to have collapsed, rather than only warn.
-    """
-
-    out: str = "runs/demo"
-    resume: bool = False
-    seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    log_every: int = 20
-    probe_every: int = 0
-    checkpoint_every: int = 200
-    keep: int = 2
-    tensorboard: bool = True
-    wandb: bool = False
-    devices: int = 1
-    threads: int = 0
-    stop_on_collapse: bool = False
-
-
-class Interrupted(Exception):  # noqa: N818
-    """A signal ended the run after a checkpoint was written."""
-
-
-class TrainingError(Exception):
-    """The run cannot go on: a non-finite loss, or a collapse with ``stop_on_collapse``."""
-
-
-class Step(NamedTuple):
-    """What one forward pass returns: the loss, and a function that computes the numbers to log."""
-
-    loss: Tensor
-    metrics: Callable[[], dict[str, Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be trained.
-
-    Attributes:
-        module: exactly what training changes; its state is the checkpoint.
-        step: (module as the engine wrapped it, batch on the device, share of the run that is done) → loss and metrics.
-        batches: (first, last) forward pass → a loader of these batches in order.
-        steps_per_epoch: optimiser steps per epoch.
-        identity: nested plain values that a resumed run must share: config, teacher hashes.
-        probe: scores to log now and then, such as kNN; called with the weights to be scored.
-        watch: looks at the logged metrics; a returned text is a warning, shown and recorded.
-        name_image: the file of an image, for the list of unreadable ones.
-    """
-
-    module: nn.Module
-    step: Callable[[nn.Module, Any, float], Step]
-    batches: Callable[[int, int], DataLoader]
-    steps_per_epoch: int
-    identity: Mapping[str, Any]
-    probe: Callable[[Any], Metrics]
-    watch: Callable[[int, Metrics], str | None]
-    name_image: Callable[[int], str]
+__all__ = [
+    "Interrupted",
+    "Job",
+    "Metrics",
+    "RunConfig",
+    "Step",
+    "TrainingError",
+    "open_run",
+    "start_fabric",
+    "train",
+]
 
 
 def start_fabric(run: RunConfig) -> Fabric:
@@ -118,8 +53,6 @@ def start_fabric(run: RunConfig) -> Fabric:
         devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
     )
     fabric.launch()
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
     return fabric
 
 
@@ -151,14 +84,16 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
         ValueError: the checkpoint to resume belongs to another configuration or other teachers.
     """
     total = optim.total_steps(job.steps_per_epoch)
+    if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
+        keep_freed_memory()
     state = _State.create(job, optim, run, fabric)
     first = state.restore() if run.resume else 0
     if run.resume and fabric.is_global_zero:
         forget_after(Path(run.out), first)
-    stream = _Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
+    stream = Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
     folder, screen = (Path(run.out), sys.stderr) if fabric.is_global_zero else (None, None)
     with RunLog(folder, total, run.tensorboard, run.wandb, screen) as log:
-        report = _Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
+        report = Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
         with _threads(run.threads), _signals() as received:
             for step in range(first, total):
                 lr = state.set_lr(optim.lr(step, job.steps_per_epoch))
@@ -185,7 +120,7 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
     return state.scored
 
 
-def _accumulate(job: Job, state: _State, stream: _Stream, count: int, progress: float) -> Step:
+def _accumulate(job: Job, state: _State, stream: Stream, count: int, progress: float) -> Step:
     """Add up the gradients of ``count`` batches; processes exchange them with the last one. Returns its result."""
     for _ in range(count - 1):
         with stream.fabric.no_backward_sync(state.module):
@@ -256,78 +191,6 @@ class _State:
             self.average.load_state_dict(stored["average"])
         restore_random_states(stored["random"])
         return stored["step"]
-
-
-class _Stream:
-    """Batches on the device; it counts the seconds that the loop waits for them."""
-
-    def __init__(self, loader: DataLoader, fabric: Fabric):
-        self.batches = iter(loader)
-        self.fabric = fabric
-        self.waited = 0.0
-        self.unreadable: set[int] = set()
-
-    def __next__(self) -> Any:
-        start = time.monotonic()
-        batch = next(self.batches)
-        self.waited += time.monotonic() - start
-        self.unreadable.update(batch.image[~batch.readable].tolist())
-        return self.fabric.to_device(batch)
-
-
-class _Report:
-    """Turns results of steps into log lines, warnings and errors."""
-
-    def __init__(self, job: Job, run: RunConfig, log: RunLog, images_per_step: int, stream: _Stream, first: int):
-        self.job, self.run, self.log = job, run, log
-        self.images_per_step = images_per_step
-        self.stream = stream
-        self.since = (time.monotonic(), 0.0, first)
-        self.told: set[str] = set()
-        self.skipped = 0
-
-    def step(self, done: int, result: Step, extra: Metrics) -> None:
-        values = {"loss": result.loss.detach(), **result.metrics(), **extra}
-        metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise TrainingError(
-                f"loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint is kept in "
-                f"{self.run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
-            )
-        now, (before, waited, step) = time.monotonic(), self.since
-        self.since = (now, self.stream.waited, done)
-        steps_per_s = (done - step) / max(now - before, 1e-9)
-        metrics["images_per_s"] = steps_per_s * self.images_per_step
-        metrics["data_wait"] = 100 * (self.stream.waited - waited) / max(now - before, 1e-9)
-        metrics["memory_gib"] = memory_gib()
-        metrics["epoch"] = done / self.job.steps_per_epoch
-        self.log.write(done, metrics)
-        self.log.progress(done, steps_per_s, metrics)
-        self._warn(done, self.job.watch(done, metrics))
-        self._list_unreadable()
-
-    def probe(self, done: int, module: nn.Module) -> None:
-        start = time.monotonic()
-        self.log.write(done, self.job.probe(module))
-        self.since = (self.since[0] + time.monotonic() - start, *self.since[1:])
-
-    def _warn(self, done: int, warning: str | None) -> None:
-        if warning is None:
-            return
-        self.log.write(done, {"warning": warning})
-        kind = warning.partition(":")[0]  # the numbers after it change from step to step
-        if kind not in self.told:
-            self.log.say(f"WARNING at step {done}: {warning}")
-            self.told.add(kind)
-        if self.run.stop_on_collapse:
-            raise TrainingError(f"stopped at step {done}: {warning}")
-
-    def _list_unreadable(self) -> None:
-        if len(self.stream.unreadable) > self.skipped:
-            self.skipped = len(self.stream.unreadable)
-            names = sorted(self.job.name_image(index) for index in self.stream.unreadable)
-            (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n", "utf-8", "surrogateescape")
-            self.log.say(f"{len(names)} unreadable images skipped so far, listed in {self.run.out}/unreadable.txt")
 
 
 def _agreed(received: Sequence[int], fabric: Fabric, now: bool) -> bool:

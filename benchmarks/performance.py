@@ -1,0 +1,122 @@
+"""Write docs/performance.md from `benchmarks/results/*.json`; with `--run`, measure everything anew before.
+
+One script per question; each prints one JSON object as its last line, which is kept under the script's name. They run
+one after another, for they would disturb each other: an otherwise idle machine, and about half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from results import RESULTS, ROOT, read, table
+
+Report = dict[str, Any]
+
+
+def throughput(report: Report) -> list[str]:
+    """Ours against the literal step, LightlyTrain's and the limit, and where the time goes."""
+    rows = [
+        [
+            part["precision"],
+            f"{part['images_per_s']:.2f}",
+            f"{100 * part['share_of_limit']:.0f} %",
+            f"{part['times_literal']:.2f} ×",
+            f"{part['times_literal_fp32']:.2f} ×" if "times_literal_fp32" in part else "",
+            f"{100 * part['second_student_cost']:.0f} %" if "second_student_cost" in part else "",
+        ]
+        for part in (report, report["fp32"])
+    ]
+    header = ["precision", "images/s", "of the limit", "against literal", "against literal fp32", "second student"]
+    lines = [table(header, rows), ""]
+    if "shares" in report:
+        shares = ", ".join(f"{name} {share:.1f} %" for name, share in report["shares"].items())
+        lines += [f"Where the time of the bf16 step goes: {shares}.", ""]
+    if "data_wait" in report:
+        lines += [f"Share of a run that waits for batches, one worker: {report['data_wait']:.1f} %.", ""]
+    if "lightly_images_per_s" in report:
+        lines += [f"LightlyTrain, one teacher on whole views: {report['lightly_images_per_s']:.2f} images/s.", ""]
+    return lines
+
+
+def memory(report: Report) -> list[str]:
+    """Peak memory by mode."""
+    modes = {key: part for key, part in report.items() if isinstance(part, dict)}
+    rows = [
+        [mode, *(f"{part[key]:.2f}" for key in ("peak_while_loading_gib", "peak_gib", "seconds_per_step"))]
+        for mode, part in modes.items()
+    ]
+    header = ["`--teachers-in`", "peak while loading, GiB", "peak, GiB", "seconds per step"]
+    return ["Above the interpreter with torch imported, batch 16.", "", table(header, rows), ""]
+
+
+def cache(report: Report) -> list[str]:
+    """Live, filling and cached epochs."""
+    row = [f"{report[key]:.2f}" for key in ("live_images_per_s", "filling_images_per_s", "cached_images_per_s")]
+    header = ["live, images/s", "filling", "cached", "cached against live"]
+    return [table(header, [[*row, f"{report['times_live']:.1f} ×"]]), ""]
+
+
+def data(report: Report) -> list[str]:
+    """Views per second of one core."""
+    rows = [
+        [title, *(f"{report[f'{who}{kind}_per_s']:.0f}" for who in ("ours", "torchvision")), f"{report[ratio]:.2f} ×"]
+        for title, kind, ratio in (
+            ("crop and flip", "", "times_torchvision"),
+            ("and colours", "_colours", "times_torchvision_colours"),
+        )
+    ]
+    alone = ", ".join(f"{name} {report[f'{name}_per_s']:.0f}" for name in ("decode", "crop", "colour", "stamp"))
+    header = ["views per second of one core", "ours", "torchvision", "ratio"]
+    return [table(header, rows), "", f"Alone, per second: {alone} (a whole view of a bundled picture).", ""]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
+    "throughput": ("The step: 3 × ViT-B/16 → ViT-Ti/16, 224 px", throughput),
+    "memory": ("Teachers in memory, or one after another", memory),
+    "cache": ("The teacher cache: the same setting, decoding included", cache),
+    "data": ("Reading 500 × 375 JPEG files as 224 px views", data),
+}
+
+
+def measure(name: str) -> None:
+    """Run one script and keep its last line."""
+    command = [sys.executable, str(Path(__file__).with_name(f"{name}.py"))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    report = json.loads(output.splitlines()[-1])
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def page() -> str:
+    """The whole page; what was not measured yet is said."""
+    lines = ["# Performance", "", "Written by `python benchmarks/performance.py` from `benchmarks/results/*.json`.", ""]
+    for name, (title, section) in SECTIONS.items():
+        report = read(name)
+        lines += [f"## {title}", ""]
+        if report is None:
+            lines += [f"Not measured yet: `python benchmarks/{name}.py`.", ""]
+            continue
+        device = report.get("device") or next(p["device"] for p in report.values() if isinstance(p, dict))
+        lines += [f"`python benchmarks/{name}.py`, {device}. Ratios come from one run.", "", *section(report)]
+    notes = RESULTS / "performance.md"
+    return "\n".join([*lines, notes.read_text() if notes.is_file() else ""]).rstrip() + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", nargs="*", choices=list(SECTIONS), help="measure these, or all if none is named")
+    options = parser.parse_args()
+    if options.run is not None:
+        for name in options.run or SECTIONS:
+            measure(name)
+    (ROOT / "docs" / "performance.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Whole training steps on fixed images, as a run takes them, with a clock on their parts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from comad.distill.config import Method
+from comad.distill.distiller import Distiller
+from comad.distill.masking import Masks
+from comad.distill.matching import widths_and_cls
+from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
+from comad.models.backbone import Tokens
+from comad.models.teachers import Teacher
+from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
+from comad.presets import METHODS
+from comad.runtime.memory import keep_freed_memory
+from comad.runtime.optim import OptimConfig, build_optimizer
+from comad.runtime.train import RunConfig, start_fabric
+
+LOG_EVERY = RunConfig().log_every
+
+
+class Clock:
+    """Seconds of each part of the steps so far; a GPU's parts are waited for, so measure whole steps without it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a part."""
+        start = self.now()
+        yield
+        self.seconds[name] += self.now() - start
+
+    def shares(self) -> dict[str, float]:
+        """Percent of the time of all parts."""
+        total = sum(self.seconds.values())
+        return {name: 100 * seconds / total for name, seconds in self.seconds.items()}
+
+
+class TimedStep:
+    """Masks, teachers, student, losses, backward and optimiser of one or several students of the same images.
+
+    Args:
+        preset: of the method.
+        precision: ``bf16`` or ``fp32``.
+        batch_size: images of a step, 224 px.
+        specs: of the teachers.
+        student: the network to train.
+        num_students: that share the teachers.
+        offload_to: see `comad.distill.teaching.load_teachers`.
+    """
+
+    def __init__(  # noqa: PLR0913 - one keyword per thing that is compared
+        self,
+        preset: str,
+        precision: str,
+        batch_size: int,
+        specs: Sequence[str],
+        *,
+        student: VitConfig | None = None,
+        num_students: int = 1,
+        offload_to: Path | None = None,
+    ):
+        self.fabric = start_fabric(RunConfig(precision=precision))
+        self.device = self.fabric.device
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        config, self.method = student or VitConfig(), METHODS[preset]
+        rows, patch = config.image_size // 16, 16
+        self.teachers = [load_teachers([spec], rows, patch, dtype, self.device, offload_to)[0] for spec in specs]
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.images = torch.rand(batch_size, 3, config.image_size, config.image_size, device=self.device)
+        self.noise = torch.rand(batch_size, 1 + len(specs), rows**2, device=self.device)
+        self.students = [
+            prepare(config, self.method, self.teachers, self.images[:2], self.fabric) for _ in range(num_students)
+        ]
+        self.calls = 0
+
+    def __call__(self, clock: Clock | None = None) -> None:
+        """Take one step; with a clock, measure its parts."""
+        clock = clock or Clock(torch.device("cpu"))
+        masks = self.method.masking(self.noise)
+        targets = self._ask(masks, clock)
+        self.calls += 1
+        for module, optimizer in self.students:
+            with timed_networks(module, clock) as reached:
+                with clock.part("align, gate, loss"):
+                    result = module(self.images, targets)
+                if self.calls % LOG_EVERY == 0:
+                    with clock.part("health"):
+                        result.metrics()
+                start = clock.now()
+                self.fabric.backward(result.loss)
+            clock.seconds["align, gate, loss"] += reached[0] - start
+            clock.seconds["student backward"] += clock.now() - reached[0]
+            with clock.part("optimizer"):
+                self.fabric.clip_gradients(module, optimizer, max_norm=3.0, error_if_nonfinite=False)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def _ask(self, masks: Masks, clock: Clock) -> Targets:
+        said, hidden = [], self.method.masking.teachers_hidden
+        for m, (teacher, visible) in enumerate(zip(self.teachers, masks.teachers, strict=True)):
+            with clock.part(f"teacher {m}"):
+                said.append(ask(teacher, m, self.images, visible, hidden, self.method.reads))
+        return gathered(said, masks)
+
+
+def prepare(
+    config: VitConfig, method: Method, teachers: Sequence[Teacher], images: Tensor, fabric: Fabric
+) -> tuple[Any, Any]:
+    """A student with calibrated aligners, and its optimiser."""
+    distiller = Distiller(config.build(), method, *widths_and_cls(method, teachers)).to(fabric.device)
+    plain_attention_on_cpu(distiller, fabric.device)
+    tokens = teacher_step(teachers, images, Masks(None, (None,) * len(teachers))).tokens
+    distiller.calibrate([Tokens(None if t.cls is None else t.cls.float(), t.patches.float()) for t in tokens])
+    return fabric.setup(distiller, build_optimizer(distiller, OptimConfig()))
+
+
+@contextmanager
+def timed_networks(module: nn.Module, clock: Clock) -> Iterator[list[float]]:
+    """Count the networks' forward apart from the loss; the list gets the moment when backward reaches them."""
+    reached: list[float] = []
+    last: dict[str, float] = {}
+
+    def before(network: nn.Module, inputs: Any) -> None:
+        last["start"] = clock.now()
+
+    def after(network: nn.Module, inputs: Any, output: Any) -> None:
+        seconds = clock.now() - last["start"]
+        clock.seconds["student forward"] += seconds
+        clock.seconds["align, gate, loss"] -= seconds
+        for tensor in output if isinstance(output, tuple) else (output,):
+            tensor.register_hook(note)
+
+    def note(gradient: Tensor) -> None:
+        if not reached:
+            reached.append(clock.now())
+
+    networks = [n for n in (module.module.student, module.module.decoder) if n is not None]  # as the engine wrapped it
+    handles = [h for n in networks for h in (n.register_forward_pre_hook(before), n.register_forward_hook(after))]
+    try:
+        yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    clock = Clock(device)
+    start = clock.now()
+    run()
+    return clock.now() - start
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> float:
+    """FLOP/s of the largest matrix product of a ViT-B block, (tokens, 768) × (768, 3072): the best of several."""
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4096, 768), (768, 3072)))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, seconds_of(lambda: a @ b, device))
+    return 2 * 4096 * 768 * 3072 / best
