@@ -69,7 +69,8 @@ class SmallDistillation:
         for teacher in self.teachers if method.tap.decoder else ():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(50)
-                teacher.backbone.decoder = MaskedDecoder(teacher.backbone.width, (4, 4), 192, 24, 1, 2)
+                decoder = MaskedDecoder(teacher.backbone.width, (4, 4), 192, 24, 1, 2)
+                teacher.backbone.decoder = decoder.requires_grad_(False)
         self.images = blurred_noise(num_images, seed)
         self.generator = torch.Generator().manual_seed(seed)
         with_cls = [has and not method.tap.decoder for has in with_cls[: len(teacher_widths)]]
