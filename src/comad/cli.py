@@ -75,12 +75,37 @@ def pretrain_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER."""
+    """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER.
+
+    comad evaluate finetune BACKBONE trains the whole of it with labels; its own --help lists the options.
+    """
     from comad.evaluate.command import EvaluateConfig, evaluate
 
+    if arguments[:1] == ["finetune"]:
+        return _finetune(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--backbone", *arguments]
     _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
+
+
+def _finetune(arguments: list[str]) -> None:
+    """Fine-tune a backbone with labels: comad evaluate finetune BACKBONE --data FOLDER."""
+    from comad.evaluate.finetune import finetune
+    from comad.evaluate.tuning import RECIPES, FinetuneConfig, recipe
+
+    preset, data = _take(arguments, "--preset") or "", _peek(arguments, "--data") or "stamps"
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--backbone", *arguments]
+    tuning = recipe(preset, data)
+    extra = f"--preset {{{','.join(RECIPES)}}} chooses the values that the options change."
+    about = f"{_finetune.__doc__} {extra}"
+    _print(
+        finetune(
+            _parse(
+                FinetuneConfig, FinetuneConfig(backbone="", tuning=tuning), arguments, "comad evaluate finetune", about
+            )
+        )
+    )
 
 
 def teachers_command(arguments: list[str]) -> None:
