@@ -115,9 +115,9 @@ def test_the_validation_images_can_be_scored_in_place_of_the_test_images(
     command, tmp_path, monkeypatch, labelled_folder
 ):
     monkeypatch.setattr(classifier_module, "evaluation_batches", _refusing_test(classifier_module.evaluation_batches))
-    assert main(command(tmp_path / "run", "--score-on=val", "--optim.epochs=1")) == 0
+    assert main(command(tmp_path / "run", "--split=val", "--optim.epochs=1")) == 0
     (score,), facts = read_scores(tmp_path / "run" / "finetune.json")
-    assert facts["score_on"] == "val" and len(score.correct["finetune"]) == len(load_images(str(labelled_folder)).val)
+    assert facts["split"] == "val" and len(score.correct["finetune"]) == len(load_images(str(labelled_folder)).val)
 
 
 def _refusing_test(real):

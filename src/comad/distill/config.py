@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
@@ -67,6 +68,7 @@ class DistillConfig:
         optim: the optimiser and how long it runs.
         run: where the run lives.
         preset: where the method came from, for cards and tables.
+        split: images of the scores at the end: test, or val while choices are still made; none: no scores.
         cache_teachers: keep teacher outputs in memory and use them again; exact, and needs --loader.fixed-views.
     """
 
@@ -78,5 +80,6 @@ class DistillConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    split: Literal["test", "val", "none"] = "test"
     cache_teachers: bool = False
     preset: tyro.conf.Suppress[str] = "comad"

@@ -128,6 +128,7 @@ def _job(
 def _plain(config: DistillConfig) -> dict[str, Any]:
     """The config as nested plain values, without what may differ between a run and its continuation."""
     plain = asdict(config)
+    del plain["split"]
     plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
     return plain
 

@@ -53,7 +53,7 @@ def finetune(config: FinetuneConfig) -> str:
     coarse = "" if row.finetune_coarse is None else f", coarse {row.finetune_coarse:.1f} %"
     return (
         f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
-        f"{config.score_on} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
+        f"{config.split} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
         f"every image's result is in {config.run.out}/finetune.json"
     )
 
@@ -95,9 +95,9 @@ def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) 
     if not fabric.is_global_zero:
         return None
     best = max(trials, key=lambda trial: trial.validation["fine"])
-    score = _score(subject, best.classifier, getattr(splits, config.score_on), config.run)
+    score = _score(subject, best.classifier, getattr(splits, config.split), config.run)
     facts = {
-        "score_on": config.score_on,
+        "split": config.split,
         "subject": subject.identity,
         "trials": [{"base_lr": t.optim.base_lr, "epochs": t.optim.epochs, "validation": t.validation} for t in trials],
         "chosen": trials.index(best),

@@ -80,7 +80,7 @@ class FinetuneConfig:
         tuning: how it is trained.
         try_lr: values of --optim.base-lr to try; the one that is best on the validation images is reported.
         try_epochs: values of --optim.epochs to try, each with each learning rate.
-        score_on: the images of the score. The test images are looked at once, after the choice; val keeps them unseen.
+        split: the images of the score: test, which are looked at once, after the choice; val keeps them unseen.
         loader: how images are read.
         run: where the run lives.
     """
@@ -91,7 +91,7 @@ class FinetuneConfig:
     tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     try_lr: tuple[float, ...] = ()
     try_epochs: tuple[float, ...] = ()
-    score_on: Literal["test", "val"] = "test"
+    split: Literal["test", "val"] = "test"
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/finetune"))
 
