@@ -9,6 +9,7 @@ from PIL import Image
 
 from comad.cli import main
 from comad.compare import measure as measure_module
+from comad.compare import run as run_module
 from comad.distill import run as distill_module
 from comad.evaluate.scoreboard import paired_interval
 from comad.evaluate.scores import read_scores
@@ -20,6 +21,20 @@ ROWS = ["--presets", "comad", "mean", "--teacher-sets", "first,second", "first",
 def finished(compare_command, tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "out"
     assert main(compare_command(out, *ROWS)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def begun(compare_command, tmp_path_factory):
+    """A comparison that was stopped before its first run."""
+
+    def stopped(unit):
+        raise KeyboardInterrupt
+
+    out = tmp_path_factory.mktemp("begun") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "measure", stopped)
+        assert main(compare_command(out, "--presets", "comad", "mean", "--seeds", 0)) == 130
     return out
 
 
@@ -214,7 +229,7 @@ def test_a_changed_teacher_is_another_row(compare_command, tmp_path, trainings, 
     ("more", "words"),
     [
         (["--optim.epochs=2"], "holds another comparison: optim.epochs: 1.0 → 2.0; pass --run.out"),
-        (["--ablation=gate"], "ablation:  → gate"),
+        (["--ablation=gate"], "ablation: none → gate"),
         (["--presets", "comed"], "no preset 'comed'; did you mean 'comad'"),
         (["--ablation=views"], "no ablation 'views'"),
         (["--reference=mean-field"], "is none of the rows"),
@@ -222,10 +237,10 @@ def test_a_changed_teacher_is_another_row(compare_command, tmp_path, trainings, 
         (["--finetune", "--tuning.optim.batch-size=1000"], "too few to fine-tune"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_change_nothing(compare_command, finished, capfd, more, words):
-    before = {path: path.read_bytes() for path in finished.glob("comparison.*")}
-    assert words in failure(capfd, compare_command(finished, "--presets", "comad", "--teacher-sets=first", *more))
-    assert before == {path: path.read_bytes() for path in finished.glob("comparison.*")}
+def test_mistakes_are_told_in_one_line_and_change_nothing(compare_command, begun, capfd, more, words):
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    assert words in failure(capfd, compare_command(begun, "--presets", "comad", "--teacher-sets=first", *more))
+    assert before == {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} and len(before) == 1
 
 
 def test_a_folder_of_something_else_and_data_without_labels(compare_command, tmp_path, capfd, write_images):

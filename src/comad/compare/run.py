@@ -106,7 +106,7 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     plain = asdict(config.recipe)
     for name in ("split", "preset", "run", *SAME_RESULT):
         plain.pop(name, None)
-    return {**plain, "ablation": config.ablation, "precision": config.recipe.run.precision}
+    return {**plain, "ablation": config.ablation or "none", "precision": config.recipe.run.precision}
 
 
 def _scores(measured: Scores) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def comparison_figure(folder: Path) -> Path:
     for axis, name in zip(axes[0], names, strict=False):
         _differences(axis, rows, name)
         axis.set_title(f"{titles[name]}, fine top-1, {table['split']}", fontsize=10)
-    axes[0][0].set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes[0][0].set_yticks(range(len(rows)), [textwrap.fill(row["label"], 36) for row in rows])
     figure.supxlabel(
         f"percentage points above {table['reference']}, with 95 % interval; at the right: top-1, %", fontsize=9
     )
