@@ -107,10 +107,15 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     method = presets.recipe(name, demo=True).method
     specs = specs[:1] if getattr(method, "single", False) else specs
     plain = replace(config.recipe, teachers=specs, method=method, preset=text)
-    own = tyro.cli(tyro.conf.AvoidSubcommands[type(plain)], args=options, default=plain, prog=f"--presets {name}")
+    own = _with_options(type(plain), plain, options)
     if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
         raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")
     return Entry(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
+
+
+def _with_options(kind: type, plain: DistillConfig, options: Sequence[str]) -> DistillConfig:
+    """A config with options of `comad distill` applied to it."""
+    return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=options, default=plain, prog=f"--presets {plain.preset}")
 
 
 def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
