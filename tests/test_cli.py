@@ -52,10 +52,10 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip()[0].isdigit()
 
 
-@pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate"])
+@pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate", "evaluate finetune", "compare"])
 def test_every_verb_has_help(capsys, verb):
     with pytest.raises(SystemExit) as end:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert end.value.code == 0
     assert "--data" in capsys.readouterr().out
 

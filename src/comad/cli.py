@@ -75,12 +75,59 @@ def pretrain_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER."""
+    """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER.
+
+    comad evaluate finetune BACKBONE trains the whole of it with labels; its own --help lists the options.
+    """
+    if arguments and arguments[0] in EVALUATIONS:
+        return EVALUATIONS[arguments[0]](arguments[1:])
     from comad.evaluate.command import EvaluateConfig, evaluate
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--backbone", *arguments]
     _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
+
+
+def finetune_command(arguments: list[str]) -> None:
+    """Fine-tune a backbone with labels: comad evaluate finetune BACKBONE --data FOLDER."""
+    from comad.evaluate.finetune import finetune
+    from comad.evaluate.tuning import RECIPES, FinetuneConfig, recipe
+
+    preset, data = _take(arguments, "--preset") or "", _peek(arguments, "--data") or "stamps"
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--backbone", *arguments]
+    tuning = recipe(preset, data)
+    extra = f"--preset {{{','.join(RECIPES)}}} chooses the values that the options change."
+    about = f"{finetune_command.__doc__} {extra}"
+    _print(
+        finetune(
+            _parse(
+                FinetuneConfig, FinetuneConfig(backbone="", tuning=tuning), arguments, "comad evaluate finetune", about
+            )
+        )
+    )
+
+
+EVALUATIONS: dict[str, Callable[[list[str]], None]] = {"finetune": finetune_command}
+"""What `comad evaluate` does if its first word is one of these; else the word is a backbone."""
+
+
+def compare_command(arguments: list[str]) -> None:
+    """Compare methods, teacher sets and seeds on one data set: comad compare --presets comad mean --seeds 0 1 2.
+
+    Takes the options of `comad distill`, for all rows. The same command again goes on where it was stopped.
+    """
+    from comad import presets
+    from comad.compare.config import CompareConfig
+    from comad.compare.run import compare
+    from comad.distill.config import DistillConfig
+    from comad.evaluate import tuning
+
+    recipe_file, data = _take(arguments, "--recipe"), _peek(arguments, "--data") or "stamps"
+    recipe = _read(DistillConfig, recipe_file) if recipe_file else presets.recipe("comad", demo=data == "stamps")
+    recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
+    default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", data))
+    _print(compare(_parse(CompareConfig, default, arguments, "comad compare", compare_command.__doc__)))
 
 
 def teachers_command(arguments: list[str]) -> None:
@@ -103,8 +150,9 @@ def teachers_command(arguments: list[str]) -> None:
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
-    "evaluate": ("score any backbone by kNN and a linear probe", evaluate_command),
+    "evaluate": ("score any backbone by kNN and a linear probe, or finetune it", evaluate_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
+    "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
 }
 
 

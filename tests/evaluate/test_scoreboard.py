@@ -140,6 +140,40 @@ def test_interval_knows_that_a_concept_is_one_observation():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
+def test_interval_over_seeds_of_equal_rows_is_nothing_and_of_a_shift_is_the_shift():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(200) // 2
+    hits = torch.rand(3, 200, generator=generator) < 0.5
+    assert paired_interval(hits, hits, groups) == (0, 0, 0)
+    every_tenth = torch.arange(200) % 20 < 2  # one concept in ten, whole
+    hits[:, every_tenth] = False
+    difference, low, high = paired_interval(hits | every_tenth, hits, groups)
+    assert difference == pytest.approx(10) and low < 10 < high
+    assert paired_interval(hits[:1], ~hits[:1], groups) == paired_interval(hits[0], ~hits[0], groups)
+
+
+def test_interval_knows_that_seeds_differ():
+    """Two concepts and many seeds whose difference comes from the seed alone: the width is that of the seeds' mean."""
+    seeds = torch.rand(50, generator=torch.Generator().manual_seed(2)) < 0.5
+    good, poor, groups = seeds[:, None].expand(50, 40), torch.zeros(50, 40, dtype=torch.bool), torch.arange(40) // 2
+    _, low, high = paired_interval(good, poor, groups)
+    error = 100 * (seeds.double().mean() * (1 - seeds.double().mean()) / 50).sqrt().item()
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    """Differences with a part per seed and a part per concept, mean 4 points, 8 seeds, 60 concepts of 5 images."""
+    generator, covered, groups = torch.Generator().manual_seed(3), 0, torch.arange(300) // 5
+    for _ in range(200):
+        seed = 0.03 * torch.randn(8, 1, generator=generator)
+        concept = 0.1 * torch.randn(60, generator=generator).repeat_interleave(5)
+        chance = torch.rand(8, 300, generator=generator)
+        good, poor = chance < 0.54 + seed + concept, chance < 0.5
+        _, low, high = paired_interval(good, poor, groups, num_resamples=400)
+        covered += low <= 4 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
 def test_interval_of_nothing():
     empty = torch.zeros(0, dtype=torch.bool)
     with pytest.raises(ValueError, match="labelled test images"):

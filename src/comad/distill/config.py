@@ -117,6 +117,7 @@ class DistillConfig:
         optim: the optimiser and how long it runs.
         run: where the run lives.
         preset: where the method came from, for cards and tables.
+        split: images of the scores at the end: test, or val while choices are still made; none: no scores.
         cache_teachers: keep what the teachers say on disk and use it again; exact, and needs --loader.fixed-views.
         cache_folder: where. A folder that is named stays, and other runs use what they share with this one; empty: in
             the run's folder, and removed when the run is done.
@@ -133,6 +134,7 @@ class DistillConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    split: Literal["test", "val", "none"] = "test"
     cache_teachers: bool = False
     cache_folder: str = ""
     cache_storage: Storage = "computed"

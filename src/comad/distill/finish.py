@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.evaluate.scoreboard import Score, Scoreboard, score
+from comad.evaluate.scores import write_scores
 from comad.export.package import ModelCard, export_backbone, snippet
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone
@@ -38,12 +39,17 @@ def finish(
     out: Path,
     fabric: Fabric,
 ) -> Result:
-    """Score everything on the test part, write scoreboard and export, and say how to use the student."""
-    untrained, trained = students
-    scores = score_all(config, splits, teachers, untrained, trained.to(fabric.device))
+    """Score everything on the wanted part, write scoreboard and export, and say how to use the student."""
+    untrained, trained = students[0], students[1].to(fabric.device)
+    scores = ()
+    if config.split != "none":
+        scored = splits._replace(test=getattr(splits, config.split))
+        scores = score_all(config, scored, teachers, untrained, trained)
     board = Scoreboard(tuple(part.row for part in scores))
     board.write(out / "scoreboard.json")
-    fabric.print(board.table())
+    write_scores(out / "scores.json", scores, {"split": config.split})
+    if scores:
+        fabric.print(board.table())
     folder = export_backbone(
         trained,
         out / "student",
@@ -95,5 +101,5 @@ def _card(
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
         teachers=tuple(teacher.card for teacher in teachers),
-        scores=tuple(asdict(row) for row in board.shared_rows),
+        scores=tuple(asdict(row) for row in board.shared_rows) if config.split == "test" else (),
     )

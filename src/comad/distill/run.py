@@ -33,7 +33,7 @@ from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
 
-SAME_RESULT = ("teachers_in", "cache_folder")
+SAME_RESULT = ("teachers_in", "cache_folder", "split")
 """Options that may change when a run goes on."""
 
 

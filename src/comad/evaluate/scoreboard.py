@@ -43,6 +43,7 @@ class Row:
         flops: floating point operations of one image's forward; a multiplication and an addition count as two.
         latency_ms: milliseconds of one image's forward on the CPU, median.
         knn, knn_coarse, linear, linear_coarse: top-1 accuracy per method and label set.
+        finetune, finetune_coarse: the same after training the whole network with labels.
         pool_knn, pool_linear, k: choices made on the validation images.
         knn_share: ``knn`` in percent of the best teacher's; set by the board.
         reason: why scores are missing.
@@ -57,6 +58,8 @@ class Row:
     knn_coarse: float | None = None
     linear: float | None = None
     linear_coarse: float | None = None
+    finetune: float | None = None
+    finetune_coarse: float | None = None
     pool_knn: str | None = None
     pool_linear: str | None = None
     k: int | None = None
@@ -139,7 +142,7 @@ def score(
         image_size: pixels on the side of the square view.
         dtype: see `extract_features`; cost is always measured as the weights are.
     """
-    row = replace(_cost(backbone, image_size), name=name, role=role)
+    row = replace(cost(backbone, image_size), name=name, role=role)
     if reason := shortage(splits, next(iter(LABEL_SETS))):
         return Score(replace(row, reason=reason), {}, {})
     device = torch.device("cpu") if backbone is None else next(backbone.parameters()).device
@@ -196,8 +199,8 @@ def measure_latency(backbone: Backbone, image_size: int, num_runs: int = 9) -> f
 
 
 def paired_interval(
-    correct_a: Bool[Tensor, " n"],
-    correct_b: Bool[Tensor, " n"],
+    correct_a: Bool[Tensor, "*seeds n"],
+    correct_b: Bool[Tensor, "*seeds n"],
     groups: Int[Tensor, " n"],
     num_resamples: int = 2000,
     seed: int = 0,
@@ -205,10 +208,12 @@ def paired_interval(
     """Accuracy of a minus accuracy of b on the same images, with a 95 % interval.
 
     A paired bootstrap over clusters: whole concepts are drawn with replacement, since images of one concept are not
-    independent (Field and Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x); each draw's difference is a ratio of sums.
+    independent (Field and Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x). With several seeds these are drawn as
+    well, apart from the concepts (the pigeonhole bootstrap, Owen 2007, doi:10.1214/07-AOAS122). The difference of a
+    draw is a ratio of sums. Two or three seeds say little about seeds; the interval is then too short.
 
     Args:
-        correct_a, correct_b: was each test image named rightly.
+        correct_a, correct_b: was each test image named rightly; a row per training seed, the same seed in both.
         groups: the concept of each image.
         num_resamples: bootstrap draws.
         seed: of the draws.
@@ -219,18 +224,22 @@ def paired_interval(
     if not len(groups):
         raise ValueError("no images to compare; both scores need labelled test images.")
     _, cluster, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
-    gains = np.bincount(cluster, correct_a.numpy().astype(float) - correct_b.numpy().astype(float))
+    gain = (correct_a.double() - correct_b.double()).view(-1, len(groups)).numpy()
+    gains = np.stack([np.bincount(cluster, row) for row in gain])  # (seeds, concepts)
     generator = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // len(sizes))  # draws at once: bounds memory with many clusters
     differences = []
     for start in range(0, num_resamples, chunk):
-        drawn = generator.integers(0, len(sizes), (min(chunk, num_resamples - start), len(sizes)))
-        differences.append(gains[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        count = min(chunk, num_resamples - start)
+        seeds = generator.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), count)  # how often each is drawn
+        concepts = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), count)
+        differences.append(((seeds @ gains) * concepts).sum(axis=1) / (len(gains) * (concepts @ sizes)))
     low, high = 100 * np.quantile(np.concatenate(differences), (0.025, 0.975))
-    return Interval(float(100 * gains.sum() / sizes.sum()), float(low), float(high))
+    return Interval(float(100 * gains.sum() / (len(gains) * sizes.sum())), float(low), float(high))
 
 
-def _cost(backbone: Backbone | None, image_size: int) -> Row:
+def cost(backbone: Backbone | None, image_size: int) -> Row:
+    """A row without a name and without scores: parameters, operations, latency; zeros for raw pixels."""
     if backbone is None:
         return Row(name="", role="pixels", params=0, flops=0, latency_ms=0.0)
     params = sum(parameter.numel() for parameter in backbone.parameters())
@@ -244,8 +253,8 @@ def _only(features: FeatureSplits, label_sets: Sequence[str]) -> FeatureSplits:
 
 def _cells(row: Row) -> tuple[str, ...]:
     percents = (row.knn, row.knn_share, row.knn_coarse, row.linear, row.linear_coarse)
-    cost = (f"{row.params:,}", f"{row.flops / 1e9:.3f}", f"{row.latency_ms:.1f}")
-    return (row.name, row.role, *cost, *("–" if value is None else f"{value:.1f}" for value in percents))
+    costs = (f"{row.params:,}", f"{row.flops / 1e9:.3f}", f"{row.latency_ms:.1f}")
+    return (row.name, row.role, *costs, *("–" if value is None else f"{value:.1f}" for value in percents))
 
 
 def _pad(line: Sequence[str], widths: Sequence[int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -75,6 +75,8 @@ class Job:
         probe: scores to log now and then, such as kNN; called with the weights to be scored.
         watch: looks at the logged metrics; a returned text is a warning, shown and recorded.
         name_image: the file of an image, for the list of unreadable ones.
+        groups: groups of parameters for AdamW; ``lr_scale`` is a group's share of the learning rate. None: all of
+            ``module``, decayed as `build_optimizer` says.
     """
 
     module: nn.Module
@@ -85,3 +87,4 @@ class Job:
     probe: Callable[[Any], Metrics]
     watch: Callable[[int, Metrics], str | None]
     name_image: Callable[[int], str]
+    groups: Sequence[dict[str, Any]] | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
@@ -58,6 +60,15 @@ class OptimConfig:
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with one dimension, tokens and positions are not decayed."""
-    not_decayed = [name for name, _ in module.named_parameters() if name.endswith(("token", "pos_embed"))]
-    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed)
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
+    return adamw(groups, config)
+
+
+def not_decayed(module: nn.Module) -> list[str]:
+    """Names of tokens and positions; weight decay spares them."""
+    return [name for name, _ in module.named_parameters() if name.endswith(("token", "pos_embed"))]
+
+
+def adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, each with its own weight decay."""
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)

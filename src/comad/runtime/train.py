@@ -29,7 +29,7 @@ from comad.runtime.checkpoint import (
 from comad.runtime.job import Interrupted, Job, Metrics, RunConfig, Step, TrainingError
 from comad.runtime.log import RunLog, forget_after
 from comad.runtime.memory import keep_freed_memory
-from comad.runtime.optim import OptimConfig, build_optimizer
+from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.progress import Report, Stream
 
 __all__ = [
@@ -146,7 +146,8 @@ class _State:
         average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
             nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
-        module, optimizer = fabric.setup(job.module, build_optimizer(job.module, optim))
+        optimizer = build_optimizer(job.module, optim) if job.groups is None else adamw(job.groups, optim)
+        module, optimizer = fabric.setup(job.module, optimizer)
         if average is not None:
             average.to(fabric.device)
         return cls(job, run, module, optimizer, average, fabric.is_global_zero)
@@ -161,7 +162,7 @@ class _State:
 
     def set_lr(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
     def update_average(self) -> None:

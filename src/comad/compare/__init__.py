@@ -1,0 +1,1 @@
+"""Methods, teacher sets and seeds side by side, on one data set."""

@@ -1,0 +1,193 @@
+"""The rows of a comparison, from what was asked for. Add a baseline: a function, an entry in `BASELINES`."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import tyro
+
+from comad import presets
+from comad.compare.ablations import ABLATIONS, OURS
+from comad.compare.config import CompareConfig
+from comad.distill.config import DistillConfig
+
+Kind = Literal["student", "teacher", "untrained", "supervised", "pixels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row: what is measured for every seed.
+
+    Attributes:
+        label: what the table calls it.
+        preset: a preset with its options, or the name of a baseline.
+        teachers: how they are named on the command line; of a teacher's own row, itself.
+        kind: how it comes to be.
+        config: its distillation; of a baseline, the student, views and schedule it shares with the others.
+    """
+
+    label: str
+    preset: str
+    teachers: tuple[str, ...]
+    kind: Kind
+    config: DistillConfig
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The teachers without their files."""
+        return tuple(_name(spec) for spec in self.teachers)
+
+
+def list_entries(config: CompareConfig) -> tuple[list[Entry], Entry]:
+    """All rows in their order, and the row of reference.
+
+    Raises:
+        ValueError: nothing to compare, or an unknown preset, ablation, teacher, baseline or reference.
+    """
+    _check(config)
+    students = [*_ablation(config), *_students(config)]
+    if not students:
+        raise ValueError(
+            f"nothing to compare; name methods, as in --presets comad mean, or --ablation {'|'.join(ABLATIONS)}."
+        )
+    entries = [*students, *(entry for name in config.baselines for entry in _baseline(name)(config, students))]
+    labels = [entry.label for entry in entries]
+    if double := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"two rows have the name {min(double)!r}; leave one out.")
+    return entries, _reference(config, entries)
+
+
+def _check(config: CompareConfig) -> None:
+    recipe = config.recipe
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ValueError("give each seed once, as in --seeds 0 1 2.")
+    if config.ablation and config.ablation not in ABLATIONS:
+        raise ValueError(f"no ablation {config.ablation!r}; {_near(config.ablation, ABLATIONS)}.")
+    if recipe.split == "none":
+        raise ValueError("a comparison needs scores; pass --split val to choose by, or --split test to report.")
+    if recipe.run.seed:
+        raise ValueError("--run.seed is one of many here; pass --seeds.")
+    if recipe.run.devices > 1:
+        raise ValueError("a comparison runs in one process; leave out --run.devices.")
+    if recipe.method != presets.METHODS["comad"]:
+        raise ValueError(
+            'methods come from --presets; change one there, as in --presets "comad --method.masking.student 0.8".'
+        )
+
+
+def _ablation(config: CompareConfig) -> list[Entry]:
+    if config.ablation == "teachers":
+        specs = config.recipe.teachers
+        subsets = [part for size in range(1, len(specs) + 1) for part in itertools.combinations(specs, size)]
+        return [_student(config, "comad", part, " + ".join(map(_name, part))) for part in subsets]
+    rows = ABLATIONS.get(config.ablation, {})
+    return [_student(config, text, config.recipe.teachers, label) for label, text in rows.items()]
+
+
+def _students(config: CompareConfig) -> list[Entry]:
+    sets = [_subset(config, names) for names in config.teacher_sets] or [config.recipe.teachers]
+    entries = []
+    for text, specs in itertools.product(config.presets, sets):
+        label = text if len(sets) == 1 else f"{text} ({' + '.join(map(_name, specs))})"
+        entries.append(_student(config, text, specs, label))
+    return entries
+
+
+def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: str) -> Entry:
+    """A row of ``text``: a preset, and options of `comad distill` that change it.
+
+    A method that is made for one teacher takes the first, unless the options name another.
+    """
+    name, *options = shlex.split(text) or [""]
+    method = presets.recipe(name, demo=True).method
+    specs = specs[:1] if getattr(method, "single", False) else specs
+    plain = replace(config.recipe, teachers=specs, method=method, preset=text)
+    own = _with_options(type(plain), plain, options)
+    if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
+        raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")
+    return Entry(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
+
+
+def _with_options(kind: type, plain: DistillConfig, options: Sequence[str]) -> DistillConfig:
+    """A config with options of `comad distill` applied to it."""
+    return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=options, default=plain, prog=f"--presets {plain.preset}")
+
+
+def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
+    """The teachers that are named, or whose names begin so."""
+    known = {_name(spec): spec for spec in config.recipe.teachers}
+    chosen = []
+    for name in names.split(","):
+        found = [full for full in known if full == name] or [full for full in known if name and full.startswith(name)]
+        if len(found) != 1:
+            raise ValueError(f"no teacher {name!r} in --teachers; write names with commas: {','.join(known)}.")
+        chosen.append(known[found[0]])
+    return tuple(chosen)
+
+
+def _reference(config: CompareConfig, entries: Sequence[Entry]) -> Entry:
+    """The row of that name; of a preset with several teacher sets, the one with most teachers."""
+    ours = OURS.get(config.ablation, "comad")
+    wanted = config.reference or ours
+    found = [entry for entry in entries if wanted in (entry.label, entry.preset)]
+    if not found and config.reference:
+        labels = [entry.label for entry in entries]
+        raise ValueError(f"reference {wanted!r} is none of the rows; {_near(wanted, labels)}.")
+    return max(found or entries[:1], key=lambda entry: len(entry.teachers))
+
+
+def _baseline(name: str) -> Callable[[CompareConfig, Sequence[Entry]], list[Entry]]:
+    if name not in BASELINES:
+        raise ValueError(f"no baseline {name!r}; {_near(name, BASELINES)}.")
+    return BASELINES[name]
+
+
+def _teachers(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+    specs = dict.fromkeys(spec for entry in students for spec in entry.teachers)
+    return [
+        Entry(label=_name(spec), preset="teacher", teachers=(spec,), kind="teacher", config=config.recipe)
+        for spec in specs
+    ]
+
+
+def _untrained(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+    scratch = replace(config.recipe, student=replace(config.recipe.student, pretrained=False))
+    return [Entry(label="untrained", preset="untrained", teachers=(), kind="untrained", config=scratch)]
+
+
+def _init_only(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+    """The student at its start; from scratch it is the untrained one, measured once."""
+    return [Entry(label="init-only", preset="init-only", teachers=(), kind="untrained", config=config.recipe)]
+
+
+def _supervised(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+    return [Entry(label="supervised", preset="supervised", teachers=(), kind="supervised", config=config.recipe)]
+
+
+def _pixels(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+    return [Entry(label="pixels", preset="pixels", teachers=(), kind="pixels", config=config.recipe)]
+
+
+BASELINES: dict[str, Callable[[CompareConfig, Sequence[Entry]], list[Entry]]] = {
+    "teachers": _teachers,
+    "untrained": _untrained,
+    "init-only": _init_only,
+    "supervised": _supervised,
+    "pixels": _pixels,
+}
+
+
+def _name(spec: str) -> str:
+    """A teacher's name, without its file."""
+    return spec.partition("=")[0]
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"

@@ -1,0 +1,236 @@
+"""One row and one seed: train what is to be trained, score it, keep the result. What is done is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from comad.compare.config import CompareConfig
+from comad.compare.entries import Entry, Kind
+from comad.data.images import Splits
+from comad.distill.config import DistillConfig
+from comad.distill.run import distill
+from comad.evaluate.finetune import Finetuned, finetune_backbone
+from comad.evaluate.scoreboard import Role, Score, score
+from comad.evaluate.scores import Scores, read_scores, write_scores
+from comad.evaluate.trial import Subject
+from comad.evaluate.tuning import FinetuneConfig, Tuning
+from comad.evaluate.views import device, view_size
+from comad.models.backbone import Backbone
+from comad.models.teachers import load_on_grid, load_teacher
+from comad.runtime.checkpoint import checkpoints
+from comad.runtime.log import hours_of_training
+from comad.runtime.provenance import code_version
+from comad.runtime.train import RunConfig
+
+ROLES: dict[Kind, Role] = {
+    "student": "student",
+    "teacher": "teacher",
+    "untrained": "untrained",
+    "supervised": "student",
+    "pixels": "pixels",
+}
+
+SAME_RESULT = ("cache_teachers", "cache_folder", "teachers_in")
+"""Options of a distillation that change its cost alone."""
+
+
+class Made(NamedTuple):
+    """A network to be scored, and facts about its training."""
+
+    backbone: Backbone | None
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row for one seed.
+
+    Attributes:
+        entry, seed: which.
+        config: of the comparison.
+        splits: the images.
+        hashes: teacher as named on the command line → sha256 of its weights.
+    """
+
+    entry: Entry
+    seed: int
+    config: CompareConfig
+    splits: Splits
+    hashes: dict[str, str]
+
+    @cached_property
+    def row_folder(self) -> Path:
+        """Named by everything that the result depends on but the seed: a changed preset or teacher is a new row."""
+        identity = {
+            "kind": self.entry.kind,
+            "config": _plain(self.entry.config, self.entry.kind),
+            "teachers": [self.hashes[spec] for spec in self.entry.teachers],
+            "tuning": asdict(_tuning(self)) if self.entry.kind == "supervised" else None,
+        }
+        name = self.entry.preset.split()[0]
+        return Path(self.config.recipe.run.out) / "runs" / f"{name}-{_digest(identity)}"
+
+    @property
+    def folder(self) -> Path:
+        """Of this seed."""
+        return self.row_folder / f"seed-{self.seed}"
+
+    def run(self, name: str) -> RunConfig:
+        """A run in a sub-folder of the unit, resumed if it has begun.
+
+        What was killed before its first checkpoint is removed and begins again.
+        """
+        out = self.folder / name
+        resume = any(checkpoints(folder / "checkpoints") for folder in (out, *out.glob("*/")))
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        return replace(self.config.recipe.run, out=str(out), seed=self.seed, resume=resume)
+
+
+def measure(unit: Unit) -> Scores:
+    """kNN, linear probe and, if wanted, fine-tuning of one row for one seed: one score, and the facts of its training.
+
+    Raises:
+        ValueError, Interrupted, TrainingError: see `comad.distill.run.distill`.
+    """
+    kind = unit.entry.kind
+    constant = kind in ("teacher", "pixels")  # the same for every seed
+    path = (unit.row_folder if constant else unit.folder) / f"scores-{unit.config.recipe.split}.json"
+    if not path.is_file():
+        made = MAKERS[kind](unit)
+        write_scores(path, [_score(unit, made.backbone)], made.facts)
+    (frozen,), facts = read_scores(path)
+    if kind == "pixels" or not (unit.config.finetune or kind == "supervised"):
+        return Scores((frozen,), facts)
+    return Scores((_merged(frozen, _learnt(unit) or _learn(unit).score),), facts)
+
+
+def _score(unit: Unit, backbone: Backbone | None) -> Score:
+    """KNN and linear probe on the split that is asked for."""
+    recipe, splits = unit.config.recipe, unit.splits
+    scored = splits._replace(test=getattr(splits, recipe.split))
+    dtype = torch.bfloat16 if recipe.run.precision == "bf16" else None
+    if backbone is None:
+        return score(unit.entry.label, "pixels", None, scored, unit.entry.config.student.image_size)
+    return score(unit.entry.label, ROLES[unit.entry.kind], backbone.to(device()), scored, view_size(backbone), dtype)
+
+
+def _distilled(unit: Unit) -> Made:
+    """Distil the student, or go on, or find it done."""
+    student, config = unit.folder / "run" / "student", unit.entry.config
+    if not (student / "config.json").is_file():
+        shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
+        distill(replace(config, run=unit.run("run"), split="none", cache_folder=shared))
+    card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
+    seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
+    facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 1), "code": card["code"]}
+    return Made(load_teacher(str(student), config.student.image_size).backbone, facts)
+
+
+def _teacher(unit: Unit) -> Made:
+    student = _untrained(unit).backbone
+    assert student is not None
+    (teacher,) = load_on_grid(unit.entry.teachers, student.grid[0], student.patch_size)
+    return Made(teacher.backbone, _no_training())
+
+
+def _untrained(unit: Unit) -> Made:
+    """The student as a run of this seed begins."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(unit.seed)
+        return Made(unit.entry.config.student.build(), _no_training())
+
+
+def _supervised(unit: Unit) -> Made:
+    """The untrained student, trained with labels."""
+    done, facts = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json").facts
+    return Made(done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")})
+
+
+def _pixels(unit: Unit) -> Made:
+    return Made(None, _no_training())
+
+
+MAKERS: dict[Kind, Callable[[Unit], Made]] = {
+    "student": _distilled,
+    "teacher": _teacher,
+    "untrained": _untrained,
+    "supervised": _supervised,
+    "pixels": _pixels,
+}
+
+
+def _learn(unit: Unit) -> Finetuned:
+    """Fine-tune the network of the unit, or go on, or score again what is trained."""
+    recipe, supervised = unit.config.recipe, unit.entry.kind == "supervised"
+    backbone = (_untrained if supervised else MAKERS[unit.entry.kind])(unit).backbone
+    assert backbone is not None
+    config = FinetuneConfig(
+        backbone=unit.entry.label,
+        data=recipe.data,
+        tuning=_tuning(unit),
+        split="val" if recipe.split == "val" else "test",
+        loader=recipe.loader if supervised else replace(recipe.loader, fixed_views=0),
+        run=unit.run(_tuned_folder(unit).name),
+    )
+    identity = {"row": unit.row_folder.name, "seed": unit.seed}
+    done = finetune_backbone(config, Subject(unit.entry.label, ROLES[unit.entry.kind], backbone, identity), unit.splits)
+    assert done is not None
+    return done
+
+
+def _learnt(unit: Unit) -> Score | None:
+    """What `_learn` has written, if it is there and of the same split."""
+    path = _tuned_folder(unit) / "finetune.json"
+    if not path.is_file():
+        return None
+    (found,), facts = read_scores(path)
+    return found if facts["split"] == unit.config.recipe.split else None
+
+
+def _tuning(unit: Unit) -> Tuning:
+    """The fine-tuning that is asked for; a supervised row has the students' views and schedule, all layers alike."""
+    if unit.entry.kind != "supervised":
+        return unit.config.tuning
+    own = unit.entry.config
+    views = {"crop_scale": own.augment.crop_scale, "jitter": own.augment.jitter}
+    return replace(unit.config.tuning, optim=own.optim, layer_decay=1.0, **views)
+
+
+def _tuned_folder(unit: Unit) -> Path:
+    if unit.entry.kind == "supervised":
+        return unit.folder / "supervised"
+    return unit.folder / f"finetune-{_digest(asdict(unit.config.tuning))}"
+
+
+def _merged(frozen: Score, tuned: Score) -> Score:
+    """Both in one."""
+    row = replace(frozen.row, finetune=tuned.row.finetune, finetune_coarse=tuned.row.finetune_coarse)
+    return Score(row, {**frozen.correct, **tuned.correct}, {**frozen.groups, **tuned.groups})
+
+
+def _no_training() -> dict[str, Any]:
+    return {"images_seen": 0, "seconds": 0.0, "code": code_version()}
+
+
+def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
+    """What a result depends on, as nested plain values; teachers apart, by their weights."""
+    plain = asdict(config)
+    plain["precision"] = config.run.precision
+    for name in ("run", "split", "preset", "teachers", *SAME_RESULT):
+        plain.pop(name, None)
+    del plain["loader"]["workers"]
+    return plain if kind == "student" else {name: plain[name] for name in ("data", "student", "precision")}
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,154 @@
+"""The verb `comad evaluate finetune`: a whole backbone trained with labels, on the loop that distils."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_fabric import Fabric
+
+from comad.data.images import ImageSet, Splits, load_images
+from comad.evaluate.classifier import Classifier
+from comad.evaluate.scoreboard import LABEL_SETS, Score, cost, shortage
+from comad.evaluate.scores import write_scores
+from comad.evaluate.trial import Subject, Trial, answers, run_trial, top1
+from comad.evaluate.tuning import FinetuneConfig
+from comad.evaluate.views import load_one, view_size
+from comad.runtime.checkpoint import checkpoints
+from comad.runtime.log import forget_after
+from comad.runtime.provenance import code_version, hardware
+from comad.runtime.train import RunConfig, open_run, start_fabric
+
+
+class Finetuned(NamedTuple):
+    """The score (``finetune``, ``finetune_coarse``) of the chosen trial, and that trial."""
+
+    score: Score
+    chosen: Trial
+
+
+def finetune(config: FinetuneConfig) -> str:
+    """Fine-tune a backbone and write ``finetune.json`` into the run's folder. Returns the result in words.
+
+    Of several processes the first does what comes after training; the others return nothing.
+
+    Raises:
+        ValueError: the backbone or the data cannot be loaded, there are no labels, or a run folder is in use.
+        Interrupted: a signal came; a checkpoint is written.
+        TrainingError: the loss is not finite.
+    """
+    if not config.backbone:
+        raise ValueError("name what to fine-tune: comad evaluate finetune BACKBONE --data FOLDER.")
+    splits = load_images(config.data)
+    check(config, splits)
+    teacher = load_one(config.backbone, config.data, config.image_size)
+    subject = Subject(teacher.name, "teacher", teacher.backbone, {"sha256": teacher.card.sha256})
+    done = finetune_backbone(config, subject, splits)
+    if done is None:
+        return ""
+    row, (optim, _, validation, _) = done.score.row, done.chosen
+    coarse = "" if row.finetune_coarse is None else f", coarse {row.finetune_coarse:.1f} %"
+    return (
+        f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
+        f"{config.split} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
+        f"every image's result is in {config.run.out}/finetune.json"
+    )
+
+
+def check(config: FinetuneConfig, splits: Splits) -> None:
+    """Say what is wrong before anything is trained.
+
+    Raises:
+        ValueError: there are no labels, too few images for a batch, or an odd batch that is to be mixed.
+    """
+    if reason := shortage(splits, "fine"):
+        raise ValueError(f"{config.data!r} cannot be learnt: {reason}; put images into one sub-folder per label.")
+    optim, count, pairs = config.tuning.optim, len(splits.train), 2 * config.run.devices
+    if count < optim.batch_size * optim.accumulate:
+        raise ValueError(
+            f"{count} training images in {config.data!r} are too few to fine-tune with a batch of "
+            f"{optim.batch_size * optim.accumulate}; add images or set its --optim.batch-size "
+            f"{max(pairs, count // optim.accumulate // pairs * pairs)}."
+        )
+    if (config.tuning.mixup or config.tuning.cutmix) and optim.batch_size % pairs:
+        raise ValueError(
+            f"images are mixed in pairs, and {optim.batch_size} is no multiple of {pairs}; change --optim.batch-size "
+            "of the fine-tuning, or set --mixup 0 --cutmix 0."
+        )
+
+
+def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) -> Finetuned | None:
+    """Train every setting, choose by the validation images, score the choice once; see `finetune`.
+
+    Args:
+        config: its ``backbone`` and ``image_size`` are not read, for the subject is loaded.
+        subject: the network.
+        splits: the images.
+    """
+    fabric = start_fabric(config.run)
+    settings = _settings(config)
+    _open([setting.run for setting in settings], config.run, fabric)
+    trials = [run_trial(_with_checkpoint(setting), subject, splits, fabric) for setting in settings]
+    if not fabric.is_global_zero:
+        return None
+    best = max(trials, key=lambda trial: trial.validation["fine"])
+    score = _score(subject, best.classifier, getattr(splits, config.split), config.run)
+    facts = {
+        "split": config.split,
+        "subject": subject.identity,
+        "trials": [{"base_lr": t.optim.base_lr, "epochs": t.optim.epochs, "validation": t.validation} for t in trials],
+        "chosen": trials.index(best),
+        "seed": config.run.seed,
+        "images_seen": round(best.optim.epochs * len(splits.train)),
+        "seconds": round(sum(trial.seconds for trial in trials), 1),
+        "code": code_version(),
+        "hardware": hardware(fabric.device, config.run.threads),
+    }
+    write_scores(Path(config.run.out) / "finetune.json", [score], facts)
+    return Finetuned(score, best)
+
+
+def _settings(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """One config per setting to try, each with a folder of its own if there are several."""
+    tuning, run = config.tuning, config.run
+    pairs = list(product(config.try_lr or (tuning.optim.base_lr,), config.try_epochs or (tuning.optim.epochs,)))
+    settings = []
+    for lr, epochs in pairs:
+        out = run.out if len(pairs) == 1 else f"{run.out}/lr-{lr:g}-epochs-{epochs:g}"
+        optim = replace(tuning.optim, base_lr=lr, epochs=epochs)
+        settings.append(replace(config, tuning=replace(tuning, optim=optim), run=replace(run, out=out)))
+    return settings
+
+
+def _open(parts: Sequence[RunConfig], whole: RunConfig, fabric: Fabric) -> None:
+    """Make the folders; see `open_run`."""
+    if not whole.resume:
+        open_run(whole, fabric)
+    elif not any(_resumable(part) for part in parts):
+        raise ValueError(f"no checkpoint to resume in {whole.out!r}; start without --run.resume, in a new folder.")
+    for part in parts if fabric.is_global_zero else ():
+        Path(part.out).mkdir(exist_ok=True)
+        if not _resumable(part):
+            forget_after(Path(part.out), 0)  # what a run wrote that was killed before its first checkpoint
+
+
+def _resumable(run: RunConfig) -> bool:
+    return bool(checkpoints(Path(run.out) / "checkpoints"))
+
+
+def _with_checkpoint(setting: FinetuneConfig) -> FinetuneConfig:
+    """Go on where there is something to go on from: of several settings the later ones may not have begun."""
+    return replace(setting, run=replace(setting.run, resume=setting.run.resume and _resumable(setting.run)))
+
+
+def _score(subject: Subject, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
+    hits = answers(classifier, images, run)
+    percent = {"finetune" + LABEL_SETS[name]: value for name, value in top1(hits).items()}
+    row = replace(
+        cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role, **percent
+    )
+    groups = {"finetune" + LABEL_SETS[name]: images.groups[images.labels[name] >= 0] for name in hits}
+    return Score(row, {"finetune" + LABEL_SETS[name]: correct for name, correct in hits.items()}, groups)
