@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ NEAREST = InterpolationMode.NEAREST_EXACT
 CROP_TRIES = 10
 
 
+@runtime_checkable
 class DenseImages(Protocol):
     """Pictures with something to learn for each pixel or object."""
 

@@ -30,7 +30,7 @@ from comad.runtime.checkpoint import (
 )
 from comad.runtime.log import RunLog, forget_after, memory_gib
 from comad.runtime.memory import keep_freed_memory
-from comad.runtime.optim import OptimConfig, build_optimizer
+from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 
 Metrics = Mapping[str, Any]
 
@@ -98,6 +98,8 @@ class Job:
         probe: scores to log now and then, such as kNN; called with the weights to be scored.
         watch: looks at the logged metrics; a returned text is a warning, shown and recorded.
         name_image: the file of an image, for the list of unreadable ones.
+        groups: groups of parameters for AdamW; ``lr_scale`` is a group's share of the learning rate. None: all of
+            ``module``, decayed as `build_optimizer` says.
     """
 
     module: nn.Module
@@ -108,6 +110,7 @@ class Job:
     probe: Callable[[Any], Metrics]
     watch: Callable[[int, Metrics], str | None]
     name_image: Callable[[int], str]
+    groups: Sequence[dict[str, Any]] | None = None
 
 
 def start_fabric(run: RunConfig) -> Fabric:
@@ -211,7 +214,8 @@ class _State:
         average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
             nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
-        module, optimizer = fabric.setup(job.module, build_optimizer(job.module, optim))
+        optimizer = build_optimizer(job.module, optim) if job.groups is None else adamw(job.groups, optim)
+        module, optimizer = fabric.setup(job.module, optimizer)
         if average is not None:
             average.to(fabric.device)
         return cls(job, run, module, optimizer, average, fabric.is_global_zero)
@@ -226,7 +230,7 @@ class _State:
 
     def set_lr(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
     def update_average(self) -> None:
