@@ -38,13 +38,16 @@ class FeatureMaps(nn.Module):
         ValueError: the network gives no maps of inner blocks.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, backbone: Backbone, image_size: int, frozen: bool = False):
         super().__init__()
         self.network = cast(Any, next(backbone.children()))
         if not hasattr(self.network, "forward_intermediates"):
             raise ValueError(f"{type(self.network).__name__} gives no maps of inner blocks; name a network of timm.")
-        self.register_buffer("pixel_mean", backbone.pixel_mean, persistent=False)
-        self.register_buffer("pixel_std", backbone.pixel_std, persistent=False)
+        for name in ("pixel_mean", "pixel_std"):
+            self.register_buffer(name, cast(Tensor, getattr(backbone, name)), persistent=False)
         info = self.network.feature_info
         depth = len(info)
         self.has_tokens = gives_tokens(self.network)

@@ -90,7 +90,7 @@ def _objects(axis: Axes, image: np.ndarray, boxes: np.ndarray, masks: np.ndarray
     for (left, top, right, bottom), colour, word in zip(boxes, colours, words, strict=False):
         axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour / 255, lw=1.2))
         box = {"color": colour / 255, "pad": 0.5}
-        axis.text(left, top - 1, word, fontsize=5, color="white", bbox=box, clip_on=True)
+        axis.text(left + 1, top + 1, word, va="top", fontsize=5, color="white", bbox=box, clip_on=True)
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:

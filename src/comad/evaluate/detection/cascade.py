@@ -131,7 +131,9 @@ class CascadeHeads(nn.Module):
         self.mask_head = MaskRCNNHeads(config.channels, [config.channels] * config.num_convs[1], 1)
         self.mask_predictor = MaskRCNNPredictor(config.channels, config.channels, num_classes)
 
-    def losses(self, features: Levels, proposals: list[Tensor], shapes: Shapes, targets: list[Target]) -> Levels:
+    def losses(
+        self, features: Levels, proposals: list[Tensor], shapes: Shapes, targets: list[Target]
+    ) -> dict[str, Tensor]:
         """Name → loss.
 
         Args:

@@ -76,7 +76,7 @@ SCENES = replace(
     drop_path=0.0,
     layer_decay=0.8,
     loader=LoaderConfig(workers=0),
-    optim=replace(ADE20K.optim, epochs=3.0, base_lr=1.6e-2, warmup_epochs=0.2, clip=1.0),
+    optim=replace(ADE20K.optim, epochs=2.0, batch_size=8, base_lr=3.2e-2, warmup_epochs=0.2, clip=1.0),
     run=replace(ADE20K.run, log_every=25, probe_every=150, checkpoint_every=150, threads=1),
 )
 """For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
