@@ -182,3 +182,15 @@ def teacher_specs(tmp_path_factory):
         )
         specs.append(f"{name}={export_backbone(backbone, root / name, model_args=vit.arguments, card=card)}")
     return tuple(specs)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """Eight training and four validation scenes of 48 pixels, some empty, some with a heap. Not to be written to."""
+    from comad.data.scene_files import ScenesConfig, write_scenes
+    from comad.data.scenes import SceneConfig
+
+    out = tmp_path_factory.mktemp("dense") / "scenes"
+    scene = SceneConfig(sides=(48, 64), object_sides=(16, 40), crowds=0.4, empty=0.2, max_objects=4)
+    write_scenes(ScenesConfig(out=str(out), train=8, validation=4, scene=scene, seed=1))
+    return out

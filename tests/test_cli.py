@@ -73,7 +73,7 @@ def test_teachers_can_be_looked_at(capsys):
 
 def test_a_misspelt_verb(capsys):
     assert "no verb 'destill'; did you mean 'distill'?" in failure(capsys, "destill")
-    assert "distill, pretrain, evaluate, teachers" in failure(capsys, "xyz")
+    assert ", ".join(VERBS) in failure(capsys, "xyz")
 
 
 @pytest.mark.parametrize("given", [["--preset", "comad-litteral"], ["--preset=comad-litteral"]])
@@ -191,3 +191,15 @@ def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypat
     monkeypatch.setattr(run_module, "train", lambda *arguments: scored.append(real(*arguments)) or scored[0])
     main(["pretrain", "mae", f"--data={labelled_folder}", *network, *length, "--optim.ema=0.9", "--run.out=r"])
     assert exported == [scored[0].backbone]
+
+
+def test_kinds_of_evaluation_and_data_are_told(capsys):
+    from comad.cli import EVALUATIONS
+
+    for kind in EVALUATIONS:
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", kind, "--help"])
+        assert ended.value.code == 0 and "--optim.epochs" in capsys.readouterr().out
+    assert main(["data", "--help"]) == 0 and "comad data scenes" in capsys.readouterr().out
+    assert "comad data scenes --out FOLDER" in failure(capsys, "data", "scnes")
+    assert "comad data scenes --out FOLDER" in failure(capsys, "data")

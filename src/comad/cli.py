@@ -77,7 +77,8 @@ def pretrain_command(arguments: list[str]) -> None:
 def evaluate_command(arguments: list[str]) -> None:
     """Score a backbone by kNN and a linear probe: comad evaluate BACKBONE --data FOLDER.
 
-    comad evaluate finetune BACKBONE trains the whole of it with labels; its own --help lists the options.
+    With `finetune` (all of it, with labels), `segment` or `detect` (a head on it) as the first word it trains the
+    backbone; see comad evaluate finetune --help.
     """
     if arguments and arguments[0] in EVALUATIONS:
         return EVALUATIONS[arguments[0]](arguments[1:])
@@ -108,7 +109,34 @@ def finetune_command(arguments: list[str]) -> None:
     )
 
 
-EVALUATIONS: dict[str, Callable[[list[str]], None]] = {"finetune": finetune_command}
+def segment_command(arguments: list[str]) -> None:
+    """Train UPerNet or a linear head on a backbone: comad evaluate segment BACKBONE --data FOLDER [--preset scenes]."""
+    from comad.evaluate.segmentation.config import RECIPES, SegmentConfig, recipe
+    from comad.evaluate.segmentation.run import segment
+    from comad.report.dense import draw_segmentation
+
+    preset = _take(arguments, "--preset") or "ade20k"
+    default = recipe(preset, _peek(arguments, "--head") or "upernet")
+    config = _dense(SegmentConfig, default, arguments, f"{segment_command.__doc__} Presets: {', '.join(RECIPES)}.")
+    _finish_dense(config, segment(config), draw_segmentation)
+
+
+def detect_command(arguments: list[str]) -> None:
+    """Train Cascade Mask R-CNN on a backbone: comad evaluate detect BACKBONE --data FOLDER [--preset scenes]."""
+    from comad.evaluate.detection.config import RECIPES, DetectConfig, recipe
+    from comad.evaluate.detection.run import detect
+    from comad.report.dense import draw_detection
+
+    default = recipe(_take(arguments, "--preset") or "coco")
+    config = _dense(DetectConfig, default, arguments, f"{detect_command.__doc__} Presets: {', '.join(RECIPES)}.")
+    _finish_dense(config, detect(config), draw_detection)
+
+
+EVALUATIONS: dict[str, Callable[[list[str]], None]] = {
+    "finetune": finetune_command,
+    "segment": segment_command,
+    "detect": detect_command,
+}
 """What `comad evaluate` does if its first word is one of these; else the word is a backbone."""
 
 
@@ -128,6 +156,18 @@ def compare_command(arguments: list[str]) -> None:
     recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
     default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", data))
     _print(compare(_parse(CompareConfig, default, arguments, "comad compare", compare_command.__doc__)))
+
+
+def data_command(arguments: list[str]) -> None:
+    """Make data: comad data scenes --out FOLDER composes pictures of the bundled cut-outs, for segment and detect."""
+    from comad.data.scene_files import ScenesConfig, write_scenes
+
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        return _print(str(data_command.__doc__))
+    if name != "scenes":
+        raise ValueError(f"no data {name!r}; say what to make: comad data scenes --out FOLDER.")
+    _print(write_scenes(_parse(ScenesConfig, None, rest, "comad data scenes", ScenesConfig.__doc__)))
 
 
 def teachers_command(arguments: list[str]) -> None:
@@ -150,7 +190,8 @@ def teachers_command(arguments: list[str]) -> None:
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
-    "evaluate": ("score any backbone by kNN and a linear probe, or finetune it", evaluate_command),
+    "evaluate": ("score any backbone: kNN and linear probe, or finetune, segment, detect", evaluate_command),
+    "data": ("make pictures with many objects: scenes", data_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
     "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
 }
@@ -161,6 +202,27 @@ def _parse(kind: type, default: Any, arguments: list[str], program: str, descrip
 
     given = {} if default is None else {"default": default}
     return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=arguments, prog=program, description=description, **given)
+
+
+def _dense(kind: type, default: Any, arguments: list[str], description: str) -> Any:
+    """The config of a dense evaluation; the backbone may stand first, without its flag."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--backbone", *arguments]
+    recipe_file = _take(arguments, "--recipe")
+    config = _parse(
+        kind, _read(kind, recipe_file) if recipe_file else default, arguments, "comad evaluate", description
+    )
+    if not {"-h", "--help"} & set(arguments) and not (config.backbone and config.data):
+        raise ValueError("name a backbone and a folder: comad evaluate segment|detect BACKBONE --data FOLDER.")
+    return config
+
+
+def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) -> None:
+    """Print the scores and draw the figures; only the first of several processes has any."""
+    if text:
+        _print(text)
+    if text and config.figures:
+        _print("figures: " + ", ".join(map(str, draw(Path(config.run.out)))))
 
 
 def _read(kind: type, path: str) -> Any:

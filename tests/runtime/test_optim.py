@@ -68,3 +68,10 @@ def test_decay_shrinks_matrices_alone():
     optimizer.step()
     assert torch.allclose(module.weight, before["weight"] * (1 - 0.5 * 1e-2))
     assert torch.equal(module.bias, before["bias"])
+
+
+def test_other_schedules():
+    poly = OptimConfig(epochs=10.0, warmup_epochs=2.0, base_lr=1.0, schedule="poly", min_lr=0.2)
+    assert [poly.lr(20 + step, 10) for step in (0, 40, 80)] == pytest.approx([1.0, 0.6, 0.2])
+    step = OptimConfig(epochs=100.0, warmup_epochs=0.0, base_lr=1.0, schedule="step")
+    assert [step.lr(at, 10) for at in (0, 888, 890, 962, 964, 999)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

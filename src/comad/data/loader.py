@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,11 +129,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(view, index) for index in chosen[self.process :: self.num_processes]]
 
 
-def training_batches(dataset: ViewDataset, batches: Sampler, config: LoaderConfig) -> DataLoader:
-    """Load the named batches in order, ahead of the training process."""
+def training_batches(
+    dataset: Dataset, batches: Sampler, config: LoaderConfig, collate: Callable[[list], Any] | None = None
+) -> DataLoader:
+    """Load the named batches in order, ahead of the training process. ``collate`` makes a batch of samples."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator

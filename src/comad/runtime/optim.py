@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "poly": lambda share: 1 - share,
+    "step": lambda share: 0.1 ** ((share >= 0.889) + (share >= 0.963)),
+}
+"""Share of the run after warm-up that is done → share of the way from ``min_lr`` to the peak. "step" is ViTDet's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,8 @@ class OptimConfig:
         batch_size: images in one forward pass, over all processes.
         accumulate: forward passes per optimiser step; the effective batch is ``batch_size * accumulate``.
         base_lr: learning rate for an effective batch of 256; it scales linearly with the batch.
-        warmup_epochs: linear warm-up from 0; cosine to ``min_lr`` afterwards.
+        warmup_epochs: linear warm-up from 0; ``schedule`` to ``min_lr`` afterwards.
+        schedule: cosine; poly, a straight line; step, a tenth of the rate from 88.9 % on, again from 96.3 % on.
         min_lr: share of the peak learning rate at the end.
         weight_decay: for matrices and kernels; biases, norms, tokens and positions have none.
         betas: AdamW's momenta.
@@ -34,6 +42,7 @@ class OptimConfig:
     accumulate: int = 1
     base_lr: float = 1.5e-4
     warmup_epochs: float = 15
+    schedule: Literal["cosine", "poly", "step"] = "cosine"
     min_lr: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -51,7 +60,7 @@ class OptimConfig:
         if step < warmup:
             return self.peak_lr * min(1.0, (step + 1) / warmup)
         share = (step - warmup) / max(1.0, total - warmup)
-        return self.peak_lr * (self.min_lr + (1 - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+        return self.peak_lr * (self.min_lr + (1 - self.min_lr) * SCHEDULES[self.schedule](min(1.0, share)))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps of the whole run."""

@@ -1,0 +1,129 @@
+"""The verb `comad evaluate detect`: train a detector on a backbone and score it on the validation pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comad.data.coco import DetectionImages, DetectionSplits, load_coco
+from comad.data.dense import DenseDataset, DetectionView, in_order
+from comad.evaluate.dense import NUM_SAMPLES, PROBED, dense_job, tell, write_json
+from comad.evaluate.detection.config import DetectConfig
+from comad.evaluate.detection.detector import Detector, detect_in_picture
+from comad.evaluate.detection.scores import DetectionScore, as_results, score_results
+from comad.evaluate.features import evaluating
+from comad.models.maps import load_maps
+from comad.models.teachers import TeacherCard
+from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.runtime.recipe import write_recipe
+from comad.runtime.train import open_run, start_fabric, train
+
+SHOWN = 0.5
+"""Detections with such a score are kept for figures."""
+
+
+def detect(config: DetectConfig) -> str:
+    """Train, score and write ``scores.json``, ``results.json`` and ``samples.npz`` into the run's folder.
+
+    Of several processes the first scores; the others return an empty text.
+
+    Returns:
+        The scores, to be printed.
+
+    Raises:
+        ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+    """
+    fabric = start_fabric(config.run)
+    fabric.seed_everything(config.run.seed, verbose=False)
+    splits = load_coco(config.data)
+    splits.validation.check_sizes()
+    model, card = build(config, len(splits.class_names))
+    plain_attention_on_cpu(model, fabric.device)
+    dataset = DenseDataset(splits.train, DetectionView(size=config.image_size, scale=config.scale), config.run.seed)
+
+    def probe(module: Any) -> dict[str, float]:
+        score, _ = score_detector(module, splits.validation, config, limit=PROBED)
+        return {"box_ap": score.box["ap"], "mask_ap": score.mask["ap"]}
+
+    job = dense_job(config, model, dataset, fabric, card, probe)
+    out = open_run(config.run, fabric)
+    if fabric.is_global_zero:
+        _tell_skipped(splits)
+        if not config.run.resume:
+            write_recipe(config, out / "config.yaml")
+    trained = train(job, config.optim, config.run, fabric)
+    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+
+
+def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard]:
+    """The network that a config asks for, its heads with random weights, and the card of its backbone."""
+    if config.image_size % 64:
+        fit = max(1, round(config.image_size / 64)) * 64
+        raise ValueError(f"--image-size {config.image_size} is no multiple of 64, the coarsest stride; use {fit}.")
+    maps, card = load_maps(config.backbone, config.image_size, drop_path=config.drop_path, window=config.window)
+    return Detector(maps, num_classes, config.detector), card
+
+
+def score_detector(
+    module: Detector, images: DetectionImages, config: DetectConfig, limit: int | None = None
+) -> tuple[DetectionScore, list[dict[str, Any]]]:
+    """Scores and results on the first ``limit`` pictures, all if None."""
+    results, count = [], min(len(images), limit or len(images))
+    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+        pictures = in_order(images.load_picture, count, config.loader.workers)
+        for image, listed in zip(pictures, images.pictures, strict=False):
+            results += as_results(detect_in_picture(module, image, config.image_size), listed.id, images.categories)
+    return score_results(images, results, [picture.id for picture in images.pictures[:count]]), results
+
+
+def _tell_skipped(splits: DetectionSplits) -> None:
+    """Say what of the files is not used."""
+    for images in (splits.train, splits.validation):
+        for reason, count in images.skipped.items():
+            tell(f"{images.annotations.name}: {count} objects {reason} are left out of training; correct the file.")
+        if images.missing:
+            tell(f"{len(images.missing)} pictures are not in {images.folder}, such as {images.missing[0]}; left out.")
+
+
+def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path, card: TeacherCard) -> str:
+    """Score the trained network on all validation pictures."""
+    images = splits.validation
+    score, results = score_detector(module, images, config)
+    skipped = {"objects": dict(splits.train.skipped), "pictures": len(splits.train.missing)}
+    facts = {"backbone": card.name, "detector": config.detector.kind, "pictures": len(images), "skipped": skipped}
+    write_json(out / "scores.json", {**facts, **score.as_dict()})
+    (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    _save_samples(config, splits, module, out)
+    lines = [card.summary()]
+    for kind, values in score.as_dict().items():
+        numbers = "  ".join(f"{name.upper().replace('_', ' ')} {values[name]:.2f}" for name in list(values)[:6])
+        lines.append(f"{kind:4}  {numbers}")
+    return "\n".join([*lines, f"on {len(images)} pictures, in percent; all twelve numbers: {out}/scores.json"])
+
+
+def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path) -> None:
+    """Keep some pictures with their objects and what was found, for figures."""
+    arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
+    images = splits.validation
+    with evaluating(module):
+        for number, index in enumerate(np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(int)):
+            image, (masks, labels) = images.load(int(index))
+            found = detect_in_picture(module, image, config.image_size)
+            arrays[f"image{number}"] = image.numpy()
+            for name, part in _parts(masks, labels, found):
+                arrays[f"{name}{number}"] = part.numpy()
+    np.savez_compressed(out / "samples.npz", **arrays)
+
+
+def _parts(masks: Tensor, labels: Tensor, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from (("truth_masks", masks.bool()), ("truth_labels", labels))
+    chosen = found["scores"] >= SHOWN
+    for name in ("boxes", "labels", "scores", "masks"):
+        yield f"answer_{name}", found[name][chosen]

@@ -1,0 +1,112 @@
+"""The verb `comad evaluate segment`: train a head on a backbone and score it on the validation pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
+from comad.data.dense import DenseDataset, SegmentationView, in_order
+from comad.evaluate.dense import NUM_SAMPLES, PROBED, dense_job, write_json
+from comad.evaluate.features import evaluating
+from comad.evaluate.segmentation.config import SegmentConfig
+from comad.evaluate.segmentation.scores import count_pixels, score_counts
+from comad.evaluate.segmentation.segmenter import Segmenter, segment_picture
+from comad.models.maps import load_maps
+from comad.models.teachers import TeacherCard
+from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.runtime.recipe import write_recipe
+from comad.runtime.train import open_run, start_fabric, train
+
+
+def segment(config: SegmentConfig) -> str:
+    """Train, score and write ``scores.json``, ``counts.npz`` and ``samples.npz`` into the run's folder.
+
+    Of several processes the first scores; the others return an empty text.
+
+    Returns:
+        The scores, to be printed.
+
+    Raises:
+        ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+    """
+    fabric = start_fabric(config.run)
+    fabric.seed_everything(config.run.seed, verbose=False)
+    splits = load_ade20k(config.data)
+    splits.validation.check_sizes()
+    model, card = build(config, len(splits.class_names))
+    plain_attention_on_cpu(model, fabric.device)
+    view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
+    dataset = DenseDataset(splits.train, view, config.run.seed)
+
+    def probe(module: Any) -> dict[str, float]:
+        counts = count_answers(module, splits.validation, config, limit=PROBED)
+        scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
+        return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
+
+    job = dense_job(config, model, dataset, fabric, card, probe)
+    out = open_run(config.run, fabric)
+    if fabric.is_global_zero and not config.run.resume:
+        write_recipe(config, out / "config.yaml")
+    trained = train(job, config.optim, config.run, fabric)
+    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+
+
+def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:
+    """The network that a config asks for, its head with random weights, and the card of its backbone."""
+    if config.stride > config.crop:
+        raise ValueError(f"--stride {config.stride} leaves gaps between windows of {config.crop}; use a smaller one.")
+    linear = config.head == "linear"
+    maps, card = load_maps(config.backbone, config.crop, drop_path=config.drop_path, frozen=linear)
+    return Segmenter(maps, num_classes, 0 if linear else config.channels, config.auxiliary), card
+
+
+def count_answers(
+    module: Segmenter, images: SegmentationImages, config: SegmentConfig, limit: int | None = None
+) -> Int[Tensor, "n 3 C"]:
+    """Count the pixels of the first ``limit`` pictures, all if None; see `count_pixels`."""
+    counts = []
+    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.workers):
+            answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
+            counts.append(count_pixels(answer, truth, images.num_classes))
+    return torch.stack(counts)
+
+
+def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path, card: TeacherCard) -> str:
+    """Score the trained network on all validation pictures."""
+    counts = count_answers(module, splits.validation, config)
+    score = score_counts(counts, splits.class_names)
+    truth = counts[:, 2].sum(dim=0)
+    absent = [name for name, pixels in zip(splits.class_names, truth, strict=True) if not pixels]
+    pictures = len(splits.validation)
+    write_json(
+        out / "scores.json",
+        {"backbone": card.name, "head": config.head, "pictures": pictures, "absent": absent, **score.as_dict()},
+    )
+    np.savez_compressed(out / "counts.npz", counts=counts.numpy().astype(np.int32))
+    _save_samples(config, splits, module, out)
+    note = f"\n{len(absent)} classes have no pixel in the validation pictures: {', '.join(absent)}." if absent else ""
+    return f"{card.summary()}\nmIoU {score.miou:.2f} %  aAcc {score.aacc:.2f} %  on {pictures} pictures{note}"
+
+
+def _save_samples(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path) -> None:
+    """Keep some pictures with truth and answer, for figures."""
+    arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
+    images = splits.validation
+    with evaluating(module):
+        for number, index in enumerate(np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(int)):
+            image, truth = images.load(int(index))
+            answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
+            arrays |= {
+                f"image{number}": image.numpy(),
+                f"truth{number}": truth.numpy(),
+                f"answer{number}": answer.numpy(),
+            }
+    np.savez_compressed(out / "samples.npz", **arrays)
