@@ -93,6 +93,7 @@ def teacher_page(report: dict[str, Any]) -> str:
         keys = (*keys, ("over_pixel_knn", "linear"))
         gains = [interval(row[key][method]) if key in row else "" for key, method in keys]
         rows.append([row["name"], f"{row['knn']:.1f}", f"{row['linear']:.1f}", *gains])
+    over = [f"{method} over {name}" for name in ("untrained", "pixels' kNN") for method in ("kNN", "linear")]
     names = [row["name"] for row in report["rows"] if "over_untrained" in row]
     together = [
         [row["name"], *(interval(row["together_over"][method]) for method in ("knn", "linear"))]
@@ -147,6 +148,11 @@ def main() -> None:
     parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
     long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
     parts.append(run_section("A longer run of the same command", long, read("long")))
+    lite = "python benchmarks/demo.py --name efficientnet-lite -- --teachers "
+    lite += " ".join(f"efficientnet-lite{size}" for size in range(3))
+    parts.append(
+        run_section("Three convolutional teachers in place of the bundled trio", lite, read("efficientnet-lite"))
+    )
     parts += [teacher_section(teachers)] if teachers else []
     if teachers:
         intro = (RESULTS / "teachers.md").read_text()
