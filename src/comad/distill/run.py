@@ -65,11 +65,12 @@ def distill(config: DistillConfig) -> Result | None:
     distiller = Distiller(student, config.method, *widths_and_cls(config.method, teachers))
     distiller.to(fabric.device)
     plain_attention_on_cpu(distiller, fabric.device)
+    views = _views(config, splits, student, len(teachers))
+    cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
     if not config.run.resume:
-        calibrate(distiller, teachers, _views(config, splits, student, len(teachers)), config.run.seed)
+        calibrate(distiller, teachers, views, config.run.seed)
         if fabric.is_global_zero:
             write_recipe(config, out / "config.yaml")
-    cache = _open_cache(config, _views(config, splits, student, len(teachers)), teachers, fabric)
     trained = train(_job(config, splits, distiller, teachers, cache, fabric), config.optim, config.run, fabric)
     if cache and not config.cache_folder:
         fabric.barrier()
