@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from comad.data.images import Splits, load_images
 from comad.data.loader import evaluation_batches
-from comad.evaluate.features import extract_features
+from comad.evaluate.features import Features, FeatureSplits, extract_features, split_features
+from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.linear import LinearProbe
 from comad.evaluate.scoreboard import Score, paired_interval, score
 from comad.evaluate.similarity import linear_cka
-from comad.models.backbone import Backbone, Tokens
+from comad.models.backbone import Backbone
 from comad.models.sources import BUNDLED
 from comad.models.teachers import load_teacher
 from comad.pretrain.config import METHODS, PretrainConfig
@@ -58,29 +60,20 @@ def train() -> None:
             shutil.copytree(done, BUNDLED / f"{name}-stamps", dirs_exist_ok=True)
 
 
-class Together(Backbone):
-    """The tokens of several networks side by side, each of length 1: what they know together."""
+def side_by_side(backbones: dict[str, Backbone], scores: dict[str, Score], splits: Splits) -> Score:
+    """All networks together: the token of each that its own probe chose on validation images, of length 1."""
+    features = {name: split_features(backbone, splits, IMAGE_SIZE) for name, backbone in backbones.items()}
 
-    def __init__(self, backbones: Sequence[Backbone]):
-        super().__init__()
-        self.backbones = torch.nn.ModuleList(backbones)
-        first = backbones[0]
-        self.grid, self.patch_size, self.token_types = first.grid, first.patch_size, ("cls", "patch")
-        self.width = sum(backbone.width for backbone in backbones)
+    def joined(part: str) -> Features:
+        pooled = [getattr(features[name], part).pools[str(score.row.pool_linear)] for name, score in scores.items()]
+        tokens = torch.cat([F.normalize(tokens.float(), dim=-1) for tokens in pooled], dim=-1)
+        return getattr(features[next(iter(scores))], part)._replace(pools={"together": tokens})
 
-    def forward(self, images, visible=None, hidden="drop", mask_token=None) -> Tokens:
-        """A mean over patches stands for a class token that was not trained."""
-        tokens = [backbone(images) for backbone in self.backbones]
-        pooled = [
-            t.cls if "cls" in b.token_types else t.patches.mean(1) for b, t in zip(self.backbones, tokens, strict=True)
-        ]
-        unit = [torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) for parts in (pooled, patches(tokens))]
-        return Tokens(*unit)
-
-
-def patches(tokens: Sequence[Tokens]) -> list[torch.Tensor]:
-    """The patch tokens of each network."""
-    return [part.patches for part in tokens]
+    found = FeatureSplits(*(joined(part) for part in FeatureSplits._fields))
+    neighbours, probe = NearestNeighbours()(found), LinearProbe()(found)
+    one = next(iter(scores.values()))
+    row = replace(one.row, name="together", knn=neighbours.top1["fine"], linear=probe.top1["fine"])
+    return Score(row, {"knn": neighbours.correct["fine"], "linear": probe.correct["fine"]}, one.groups)
 
 
 def gain(result: Score, other: Score, method: str, other_method: str = "") -> dict[str, float]:
@@ -97,7 +90,7 @@ def evaluate() -> dict[str, object]:
     pixels = score("pixels", "pixels", None, splits, IMAGE_SIZE)
     untrained = score("untrained", "untrained", PretrainConfig().vit.build(), splits, IMAGE_SIZE)
     scores = {name: score(name, "teacher", backbone, splits, IMAGE_SIZE) for name, backbone in backbones.items()}
-    together = score("together", "teacher", Together(list(backbones.values())), splits, IMAGE_SIZE)
+    together = side_by_side(backbones, scores, splits)
     rows = [{"name": part.row.name, "knn": part.row.knn, "linear": part.row.linear} for part in (pixels, untrained)]
     for name, result in scores.items():
         rows.append(
