@@ -47,7 +47,7 @@ class RunConfig:
     stop_on_collapse: bool = False
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):  # noqa: N818 - a signal is no error
     """A signal ended the run after a checkpoint was written."""
 
 
