@@ -177,7 +177,7 @@ def test_cached_teachers_need_masks_that_repeat(command, tmp_path, capfd):
 
 VARIANTS = {
     "in a step": ["--run.checkpoint-every=3", "--loader.workers=1", "--optim.ema=0.9"],
-    "while it writes a checkpoint": ["--run.checkpoint-every=4", "--loader.fixed-views=2"],
+    "while it writes a checkpoint": ["--run.checkpoint-every=4", *CACHED],
 }
 
 
