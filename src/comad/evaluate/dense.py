@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning_fabric import Fabric
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
@@ -77,6 +78,11 @@ def dense_job(
             module, config.optim.weight_decay, not_decayed(module), layer_decay=config.layer_decay
         ),
     )
+
+
+def sampled(count: int) -> list[int]:
+    """Which of so many pictures have their answers kept: evenly spread."""
+    return np.linspace(0, count - 1, min(NUM_SAMPLES, count)).astype(int).tolist()
 
 
 def tell(message: str) -> None:

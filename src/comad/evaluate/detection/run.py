@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
-from comad.evaluate.dense import NUM_SAMPLES, PROBED, dense_job, tell, write_json
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, write_json
 from comad.evaluate.detection.config import DetectConfig
 from comad.evaluate.detection.detector import Detector, detect_in_picture
 from comad.evaluate.detection.scores import DetectionScore, as_results, score_results
@@ -113,8 +113,8 @@ def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detecto
     arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
     images = splits.validation
     with evaluating(module):
-        for number, index in enumerate(np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(int)):
-            image, (masks, labels) = images.load(int(index))
+        for number, index in enumerate(sampled(len(images))):
+            image, (masks, labels) = images.load(index)
             found = detect_in_picture(module, image, config.image_size)
             arrays[f"image{number}"] = image.numpy()
             for name, part in _parts(masks, labels, found):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.evaluate.dense import NUM_SAMPLES, PROBED, dense_job, write_json
+from comad.evaluate.dense import PROBED, dense_job, sampled, write_json
 from comad.evaluate.features import evaluating
 from comad.evaluate.segmentation.config import SegmentConfig
 from comad.evaluate.segmentation.scores import count_pixels, score_counts
@@ -101,8 +101,8 @@ def _save_samples(config: SegmentConfig, splits: SegmentationSplits, module: Seg
     arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
     images = splits.validation
     with evaluating(module):
-        for number, index in enumerate(np.linspace(0, len(images) - 1, min(NUM_SAMPLES, len(images))).astype(int)):
-            image, truth = images.load(int(index))
+        for number, index in enumerate(sampled(len(images))):
+            image, truth = images.load(index)
             answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
             arrays |= {
                 f"image{number}": image.numpy(),
