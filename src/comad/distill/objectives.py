@@ -42,9 +42,7 @@ class Term:
     teachers: Which = "all"
     where: Where = "visible"
     cls: bool = True
-    distance: Literal["kl-student-teacher", "kl-teacher-student", "mse", "smooth-l1", "l1", "cosine"] = (
-        "kl-teacher-student"
-    )
+    distance: Distance = "kl-teacher-student"
     temperature: float = 1.0
     weight: float = 1.0
     projection: bool = False
