@@ -23,7 +23,7 @@ class Mae:
 
     Args:
         mask_ratio: share of hidden patches.
-        decoder_width, decoder_depth, decoder_heads: of the decoder, which is thrown away.
+        decoder_width, decoder_depth, decoder_heads: of the decoder; it is kept beside the teacher, for `g2sd`.
         crop_scale: of the random resized crop; the only augmentation besides the flip.
     """
 
