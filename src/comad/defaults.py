@@ -23,6 +23,7 @@ def distillation(arguments: list[str]) -> Any:
 
 
 def presets_help() -> str:
+    """What ``--help`` says about these two options of a distillation."""
     from comad.presets import METHODS
 
     return f"--preset {{{','.join(METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
@@ -46,6 +47,7 @@ def detection(arguments: list[str]) -> Any:
 
 
 def read(kind: type, path: str) -> Any:
+    """A recipe file."""
     from comad.runtime.recipe import read_recipe
 
     return read_recipe(kind, Path(path))

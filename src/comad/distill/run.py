@@ -130,9 +130,8 @@ def training_views(parts: Parts) -> ViewDataset:
     config, splits, num_patches = parts.config, parts.splits, parts.distiller.student.num_patches
     size, jitter = config.student.image_size, config.augment.jitter
     colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
-    make = DistillViews(
-        Crop(size=size, scale=config.augment.crop_scale), colour, 1 + len(teachers), student.num_patches
-    )
+    crop = Crop(size=size, scale=config.augment.crop_scale)
+    make = DistillViews(crop, colour, 1 + len(parts.teachers), num_patches)
     return ViewDataset(splits.train, make, config.run.seed, 2 * size)
 
 
