@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,5 +34,9 @@ def plan(task: str, config: Any) -> str:
         ValueError: a machine that there cannot be, or what the task itself refuses.
     """
     config.check()
-    forecast = TASKS[task].make(config.recipe)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that folders are removed
+    try:
+        forecast = TASKS[task].make(config.recipe)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return json.dumps(forecast.as_dict(config)) if config.json else forecast.text(config)

@@ -79,7 +79,7 @@ def _plan(prepared: Prepared, config: Any, fabric: Fabric, devices: int) -> Plan
         config,
         fabric,
         measured,
-        {"live": stage(steps, measured.steps, optim, measured.flops)},
+        {"live": stage(float(steps), measured.steps, optim, measured.flops)},
         phases=Phases(prepared.loading, 0.0, min(PROBED, pictures) * seconds[0], pictures * outside),
         devices=devices,
     )

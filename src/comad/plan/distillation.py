@@ -56,7 +56,7 @@ def plan_distillation(config: DistillConfig) -> Plan:
         brief=config.cache_teachers,
     )
     steps = config.optim.total_steps(job.steps_per_epoch)
-    stages = {"live": stage(steps, measured.steps, optim, measured.flops)}
+    stages = {"live": stage(float(steps), measured.steps, optim, measured.flops)}
     if config.cache_teachers:
         live, cached = _with_cache(parts, measured, fabric)
         filling = unknown * min(steps, config.loader.fixed_views * job.steps_per_epoch)

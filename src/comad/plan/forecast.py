@@ -158,7 +158,7 @@ class Plan:
         note = f", in proportion to batches of {self.measured_batch}" if self.measured_batch != self.batch else ""
         rows = [
             ("time here", clock(self.seconds)),
-            ("  of which", ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items())),
+            ("  of which", ", ".join(f"{name} {clock(seconds)}" for name, seconds in parts.items() if seconds)),
             ("length", f"{self.epochs:g} epochs, {self.steps:.0f} steps of {self.images_per_step} images"),
             ("speed", f"{self.images / self.training_seconds:.1f} images/s{note}"),
         ]
@@ -171,7 +171,9 @@ class Plan:
     def _size(self) -> list[tuple[str, str]]:
         how = "an estimate: a straight line through two batches" if self.estimated else "tried by doubling"
         fits = f"{self.largest_batch} ({how})" if self.largest_batch else "unknown: memory did not grow with the batch"
-        disk = ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in self.disk._asdict().items())
+        disk = ", ".join(
+            f"{name.replace('_', ' ')} {size(count)}" for name, count in self.disk._asdict().items() if count
+        )
         rows = [
             ("peak memory", f"{size(self.peak)} at batches of {self.batch}"),
             ("largest batch", fits),
@@ -201,7 +203,7 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes in words."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 

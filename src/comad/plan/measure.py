@@ -62,7 +62,7 @@ def measure(  # noqa: PLR0913 - a job and all that the loop wants with it
     batch, device = optim.batch_size, fabric.device
     small = min(batch, 8)
     flops, seconds = count_flops(resized(job, small), replace(optim, batch_size=small), run, fabric, frozen)
-    chosen = max(min(batch, 2), min(batch, int(BUDGET / 2 * small / seconds)))
+    chosen = max(small, min(batch, int(BUDGET / 2 * small / seconds)))
     parts = [max(1, chosen // 4), chosen]
 
     def take(size: int, num_steps: int, then: Callable[[Any], None] | None = None) -> Rehearsed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import statistics
 import tempfile
 import time
@@ -91,7 +91,7 @@ def rehearse(
         quiet = replace(run, out=folder, resume=False, probe_every=0, checkpoint_every=num_steps, wandb=False)
         reset_peak(fabric.device)
         start = clock.now()
-        with contextlib.redirect_stderr(io.StringIO()):
+        with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody):
             train(clock.job(), short, replace(quiet, stop_on_collapse=False), fabric)
         saving = clock.now() - clock.probed
         checkpoint = sum(file.stat().st_size for file in Path(folder).rglob("step-*.pt"))
@@ -114,7 +114,7 @@ def count_flops(
     job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric, frozen: Sequence[nn.Module]
 ) -> tuple[Flops, float]:
     """FLOPs of one image in one real step, and the seconds that it took, which are too many."""
-    marks, spent = [0], [0]
+    marks, spent = [0.0], [0.0]
 
     def step(module: nn.Module, batch: Any, progress: float) -> Step:  # log lines compute as well, now and then
         return Step(job.step(module, batch, progress).loss, dict)
