@@ -111,8 +111,9 @@ def test_doubling_ends_where_memory_does():
         if size > 100:
             raise torch.OutOfMemoryError
 
-    assert largest_that_fits(attempt, 16) == 64 and tried == [16, 32, 64, 128]
-    assert largest_that_fits(attempt, 128) == 0
+    assert largest_that_fits(attempt, 16, 1000) == 64 and tried == [16, 32, 64, 128]
+    assert largest_that_fits(attempt, 128, 1000) == 0
+    assert largest_that_fits(attempt, 16, 40) == 32
 
 
 def test_how_often_something_is_done():

@@ -60,21 +60,21 @@ def measure(  # noqa: PLR0913 - a job and all that the loop wants with it
         brief: the time of a step does not matter.
     """
     batch, device = optim.batch_size, fabric.device
-    small = min(batch, 8)
-    flops, seconds = count_flops(resized(job, small), replace(optim, batch_size=small), run, fabric, frozen)
-    chosen = max(small, min(batch, int(BUDGET / 2 * small / seconds)))
-    parts = [max(1, chosen // 4), chosen]
+    least = min(batch, 2)
+    flops, seconds = count_flops(resized(job, least), replace(optim, batch_size=least), run, fabric, frozen)
+    few = max(1, min(2, batch // 2), min(batch // 4, int(BUDGET / 8 * least / seconds)))
 
     def take(size: int, num_steps: int, then: Callable[[Any], None] | None = None) -> Rehearsed:
         return rehearse(resized(job, size), replace(optim, batch_size=size), run, fabric, num_steps, then)
 
-    first = take(parts[0], 3)
-    num_steps = 3 if brief else steps_within_budget(chosen * first.seconds / parts[0])
+    first = take(few, 3)
+    chosen = max(min(batch, 2 * few), min(batch, int(BUDGET / 2 * few / first.seconds)))
+    num_steps = 3 if brief else steps_within_budget(chosen * first.seconds / few)
     second = take(chosen, num_steps, probe)
     line = straight_line((first.batch, first.peak), (second.batch, second.peak))
     peak = max(second.probe_peak, round(line[0] + line[1] * batch))
     if device.type == "cuda":
-        fits, estimated = largest_that_fits(lambda size: take(size, 2), chosen), False
+        fits, estimated = largest_that_fits(lambda size: take(size, 2), chosen, job.steps_per_epoch * batch), False
         torch.cuda.empty_cache()
     else:
         fits, estimated = room_for(line, available_bytes(device)), True

@@ -187,8 +187,8 @@ def seconds_per_image(call: Callable[[int], object], most: int) -> float:
     return seconds_of(lambda: call(count)) / count if count > few else seconds
 
 
-def largest_that_fits(attempt: Callable[[int], object], start: int, stop: int = 2**16) -> int:
-    """Double a batch until the GPU has no room for it; 0 if the first has none."""
+def largest_that_fits(attempt: Callable[[int], object], start: int, stop: int) -> int:
+    """Double a batch until the GPU has no room for it, or there are no more images; 0 if the first has none."""
     fits, batch = 0, start
     while batch <= stop:
         try:
