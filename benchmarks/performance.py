@@ -76,10 +76,22 @@ def data(report: Report) -> list[str]:
     return [table(header, rows), "", f"Alone, per second: {alone} (a whole view of a bundled picture).", ""]
 
 
+def plan(report: Report) -> list[str]:
+    """The forecast beside what came."""
+    rows = [
+        [clock, *(f"{part[key]:.0f}" for key in ("forecast_s", "measured_s")), f"{part['ratio']:.2f}"]
+        for clock, part in (("on the clock", report), ("of this process on a processor", report["cpu"]))
+    ]
+    about = f"The demo with {report['epochs']:g} epochs; load of the machine before, between and after: "
+    load = ", ".join(f"{load:.1f}" for load in report["load"])
+    return [f"{about}{load}.", "", table(["seconds", "forecast", "measured", "ratio"], rows), ""]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
     "throughput": ("The step: 3 × ViT-B/16 → ViT-Ti/16, 224 px", throughput),
     "memory": ("Teachers in memory, or one after another", memory),
     "cache": ("The teacher cache: the same setting, decoding included", cache),
+    "plan": ("`comad plan` for the demo, and the demo", plan),
     "data": ("Reading 500 × 375 JPEG files as 224 px views", data),
 }
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from comad.defaults import detection, distillation, peek, presets_help, read, segmentation, take
+
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
 
 
@@ -42,21 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def distill_command(arguments: list[str]) -> None:
     """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
-    from comad import presets
     from comad.distill.config import DistillConfig
     from comad.distill.run import distill
 
-    preset, recipe_file, rest = _take(arguments, "--preset"), _take(arguments, "--recipe"), arguments
-    own_data = _peek(rest, "--data") not in (None, "stamps")
-    default = presets.recipe(preset or "comad", demo=not own_data)
-    if recipe_file:
-        default = _read(DistillConfig, recipe_file)
-        if preset:
-            default = replace(default, method=presets.METHODS[preset], preset=preset)
-    extra = (
-        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
-    )
-    distill(_parse(DistillConfig, default, rest, "comad distill", f"{distill_command.__doc__} {extra}"))
+    default = distillation(arguments)
+    distill(_parse(DistillConfig, default, arguments, "comad distill", f"{distill_command.__doc__} {presets_help()}"))
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -67,8 +59,8 @@ def pretrain_command(arguments: list[str]) -> None:
     method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if method is None and not {"-h", "--help"} & set(arguments):
         raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
-    recipe_file = _take(arguments, "--recipe")
-    default = _read(PretrainConfig, recipe_file) if recipe_file else recipe(method or "mae")
+    recipe_file = take(arguments, "--recipe")
+    default = read(PretrainConfig, recipe_file) if recipe_file else recipe(method or "mae")
     folder = pretrain(_parse(PretrainConfig, default, arguments, "comad pretrain", pretrain_command.__doc__))
     if folder is not None:
         _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
@@ -94,7 +86,7 @@ def finetune_command(arguments: list[str]) -> None:
     from comad.evaluate.finetune import finetune
     from comad.evaluate.tuning import RECIPES, FinetuneConfig, recipe
 
-    preset, data = _take(arguments, "--preset") or "", _peek(arguments, "--data") or "stamps"
+    preset, data = take(arguments, "--preset") or "", peek(arguments, "--data") or "stamps"
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--backbone", *arguments]
     tuning = recipe(preset, data)
@@ -111,24 +103,23 @@ def finetune_command(arguments: list[str]) -> None:
 
 def segment_command(arguments: list[str]) -> None:
     """Train UPerNet or a linear head on a backbone: comad evaluate segment BACKBONE --data FOLDER [--preset scenes]."""
-    from comad.evaluate.segmentation.config import RECIPES, SegmentConfig, recipe
+    from comad.evaluate.segmentation.config import RECIPES, SegmentConfig
     from comad.evaluate.segmentation.run import segment
     from comad.report.dense import draw_segmentation
 
-    preset = _take(arguments, "--preset") or "ade20k"
-    default = recipe(preset, _peek(arguments, "--head") or "upernet")
-    config = _dense(SegmentConfig, default, arguments, f"{segment_command.__doc__} Presets: {', '.join(RECIPES)}.")
+    about, default = f"{segment_command.__doc__} Presets: {', '.join(RECIPES)}.", segmentation(arguments)
+    config = _dense(SegmentConfig, default, arguments, about, "comad evaluate")
     _finish_dense(config, segment(config), draw_segmentation)
 
 
 def detect_command(arguments: list[str]) -> None:
     """Train Cascade Mask R-CNN on a backbone: comad evaluate detect BACKBONE --data FOLDER [--preset scenes]."""
-    from comad.evaluate.detection.config import RECIPES, DetectConfig, recipe
+    from comad.evaluate.detection.config import RECIPES, DetectConfig
     from comad.evaluate.detection.run import detect
     from comad.report.dense import draw_detection
 
-    default = recipe(_take(arguments, "--preset") or "coco")
-    config = _dense(DetectConfig, default, arguments, f"{detect_command.__doc__} Presets: {', '.join(RECIPES)}.")
+    about, default = f"{detect_command.__doc__} Presets: {', '.join(RECIPES)}.", detection(arguments)
+    config = _dense(DetectConfig, default, arguments, about, "comad evaluate")
     _finish_dense(config, detect(config), draw_detection)
 
 
@@ -151,11 +142,30 @@ def compare_command(arguments: list[str]) -> None:
     from comad.distill.config import DistillConfig
     from comad.evaluate import tuning
 
-    recipe_file, data = _take(arguments, "--recipe"), _peek(arguments, "--data") or "stamps"
-    recipe = _read(DistillConfig, recipe_file) if recipe_file else presets.recipe("comad", demo=data == "stamps")
+    recipe_file, data = take(arguments, "--recipe"), peek(arguments, "--data") or "stamps"
+    recipe = read(DistillConfig, recipe_file) if recipe_file else presets.recipe("comad", demo=data == "stamps")
     recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
     default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", data))
     _print(compare(_parse(CompareConfig, default, arguments, "comad compare", compare_command.__doc__)))
+
+
+def plan_command(arguments: list[str]) -> None:
+    """Say what a run will cost, before it: comad plan [OPTIONS of comad distill], comad plan segment|detect BACKBONE.
+
+    It measures a few real steps and leaves nothing behind. The other machine is --gpus of --gpu-tflops at --mfu.
+    """
+    task = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "distill"
+    defaults = {"distill": distillation, "segment": segmentation, "detect": detection}
+    if task not in defaults:
+        raise ValueError(f"no plan of {task!r}; say what to plan: comad plan {'|'.join(defaults)}.")
+    from comad.plan.command import TASKS, plan
+
+    default = TASKS[task].kind(recipe=defaults[task](arguments))
+    if task == "distill":
+        config = _parse(TASKS[task].kind, default, arguments, "comad plan", f"{plan_command.__doc__} {presets_help()}")
+    else:
+        config = _dense(TASKS[task].kind, default, arguments, plan_command.__doc__, "comad plan")
+    _print(plan(task, config))
 
 
 def data_command(arguments: list[str]) -> None:
@@ -191,6 +201,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
     "evaluate": ("score any backbone: kNN and linear probe, or finetune, segment, detect", evaluate_command),
+    "plan": ("what a run will cost, before it: time, memory, disk, FLOPs, here and on GPUs", plan_command),
     "data": ("make pictures with many objects: scenes", data_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
     "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
@@ -204,16 +215,14 @@ def _parse(kind: type, default: Any, arguments: list[str], program: str, descrip
     return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=arguments, prog=program, description=description, **given)
 
 
-def _dense(kind: type, default: Any, arguments: list[str], description: str) -> Any:
-    """The config of a dense evaluation; the backbone may stand first, without its flag."""
+def _dense(kind: type, default: Any, arguments: list[str], description: str | None, program: str) -> Any:
+    """The config of a dense evaluation, or of its plan; the backbone may stand first, without its flag."""
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--backbone", *arguments]
-    recipe_file = _take(arguments, "--recipe")
-    config = _parse(
-        kind, _read(kind, recipe_file) if recipe_file else default, arguments, "comad evaluate", description
-    )
-    if not {"-h", "--help"} & set(arguments) and not (config.backbone and config.data):
-        raise ValueError("name a backbone and a folder: comad evaluate segment|detect BACKBONE --data FOLDER.")
+    config = _parse(kind, default, arguments, program, description)
+    recipe = getattr(config, "recipe", config)
+    if not (recipe.backbone and recipe.data):
+        raise ValueError(f"name a backbone and a folder: {program} segment|detect BACKBONE --data FOLDER.")
     return config
 
 
@@ -223,34 +232,6 @@ def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) ->
         _print(text)
     if text and config.figures:
         _print("figures: " + ", ".join(map(str, draw(Path(config.run.out)))))
-
-
-def _read(kind: type, path: str) -> Any:
-    from comad.runtime.recipe import read_recipe
-
-    return read_recipe(kind, Path(path))
-
-
-def _peek(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag, given as ``--flag value`` or ``--flag=value``."""
-    for position, argument in enumerate(arguments):
-        if argument == flag and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return None
-
-
-def _take(arguments: list[str], flag: str) -> str | None:
-    """Like `_peek`, and removes the flag and its value."""
-    value = _peek(arguments, flag)
-    if value is not None:
-        if flag in arguments:
-            position = arguments.index(flag)
-            del arguments[position : position + 2]
-        else:
-            arguments.remove(f"{flag}={value}")
-    return value
 
 
 def _print_help() -> None:

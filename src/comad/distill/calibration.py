@@ -22,9 +22,15 @@ CALIBRATION_TOKENS = 16
 HELD_OUT_IMAGES = 256
 
 
-def calibrate(distiller: Distiller, teachers: Sequence[Teacher], views: ViewDataset, seed: int) -> None:
-    """Fit the aligners on the teachers' tokens of whole training views, the same patches for every teacher."""
+def calibrate(
+    distiller: Distiller, teachers: Sequence[Teacher], views: ViewDataset, seed: int, limit: int | None = None
+) -> None:
+    """Fit the aligners on the teachers' tokens of whole training views, the same patches for every teacher.
+
+    ``limit`` takes fewer images than the method asks for.
+    """
     count = min(distiller.method.calibration_images, len(views.images))
+    count = count if limit is None else min(count, limit)
     if not count:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -53,8 +59,10 @@ def _joined(parts: Sequence[Tokens]) -> Tokens:
 
 
 @torch.no_grad()
-def held_out_agreement(distiller: Distiller, teachers: Sequence[Teacher], images: ImageSet) -> dict[str, float]:
-    """How well the student agrees with each teacher on whole images that nobody trained on.
+def held_out_agreement(
+    distiller: Distiller, teachers: Sequence[Teacher], images: ImageSet, limit: int = HELD_OUT_IMAGES
+) -> dict[str, float]:
+    """How well the student agrees with each teacher on the first ``limit`` whole images that nobody trained on.
 
     Mean cosine between its patches and the teacher's where the method brings them to one width; else between their
     rows of cosines to the other patches of the image.
@@ -62,7 +70,7 @@ def held_out_agreement(distiller: Distiller, teachers: Sequence[Teacher], images
     if not len(images):
         return {}
     student, sums = distiller.student, [0.0] * len(teachers)
-    side, indices = student.grid[0] * student.patch_size, torch.arange(min(HELD_OUT_IMAGES, len(images)))
+    side, indices = student.grid[0] * student.patch_size, torch.arange(min(limit, len(images)))
     training = distiller.training
     distiller.eval()
     for batch in evaluation_batches(images, side, indices=indices):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -37,6 +37,24 @@ SAME_RESULT = ("teachers_in", "cache_folder", "split")
 """Options that may change when a run goes on."""
 
 
+class Parts(NamedTuple):
+    """What a run is made of, loaded and checked.
+
+    Attributes:
+        config: with the student's options as the method wants them.
+        splits: the images.
+        teachers: frozen, on the device.
+        start: the student before it learns.
+        distiller: what is to be trained, on the device.
+    """
+
+    config: DistillConfig
+    splits: Splits
+    teachers: list[Teacher]
+    start: TimmBackbone
+    distiller: Distiller
+
+
 def distill(config: DistillConfig) -> Result | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
@@ -48,6 +66,32 @@ def distill(config: DistillConfig) -> Result | None:
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     fabric = start_fabric(config.run)
+    parts = prepare(config, fabric)
+    config, splits, teachers, start, distiller = parts
+    out = open_run(config.run, fabric)
+    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
+        fabric.print(line)
+    views = training_views(parts)
+    cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
+    if not config.run.resume:
+        calibrate(distiller, teachers, views, config.run.seed)
+        if fabric.is_global_zero:
+            write_recipe(config, out / "config.yaml")
+    trained = train(make_job(parts, cache, fabric), config.optim, config.run, fabric)
+    if cache and not config.cache_folder:
+        fabric.barrier()
+        shutil.rmtree(config.cache_in, ignore_errors=True)
+    if not fabric.is_global_zero:
+        return None
+    return finish(config, splits, teachers, (start, trained.student), out, fabric)
+
+
+def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
+    """Load and check everything that a run needs; nothing is written.
+
+    Raises:
+        ValueError: bad data, teachers or recipe.
+    """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
@@ -58,26 +102,11 @@ def distill(config: DistillConfig) -> Result | None:
     if config.method.tap.decoder:
         give_decoders(config.teachers, teachers, precision, fabric.device)
     config = replace(config, student=match(config.method, config.student, student, teachers))
-    out = open_run(config.run, fabric)
     start = copy.deepcopy(student)
-    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        fabric.print(line)
     distiller = Distiller(student, config.method, *widths_and_cls(config.method, teachers))
     distiller.to(fabric.device)
     plain_attention_on_cpu(distiller, fabric.device)
-    views = _views(config, splits, student, len(teachers))
-    cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
-    if not config.run.resume:
-        calibrate(distiller, teachers, views, config.run.seed)
-        if fabric.is_global_zero:
-            write_recipe(config, out / "config.yaml")
-    trained = train(_job(config, splits, distiller, teachers, cache, fabric), config.optim, config.run, fabric)
-    if cache and not config.cache_folder:
-        fabric.barrier()
-        shutil.rmtree(config.cache_in, ignore_errors=True)
-    if not fabric.is_global_zero:
-        return None
-    return finish(config, splits, teachers, (start, trained.student), out, fabric)
+    return Parts(config, splits, teachers, start, distiller)
 
 
 def _check(config: DistillConfig, splits: Splits) -> None:
@@ -96,10 +125,13 @@ def _check(config: DistillConfig, splits: Splits) -> None:
         )
 
 
-def _views(config: DistillConfig, splits: Splits, student: TimmBackbone, num_teachers: int) -> ViewDataset:
+def training_views(parts: Parts) -> ViewDataset:
+    """The training images as views for teachers and student."""
+    config, splits, num_patches = parts.config, parts.splits, parts.distiller.student.num_patches
     size, jitter = config.student.image_size, config.augment.jitter
     colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
-    make = DistillViews(Crop(size=size, scale=config.augment.crop_scale), colour, 1 + num_teachers, student.num_patches)
+    crop = Crop(size=size, scale=config.augment.crop_scale)
+    make = DistillViews(crop, colour, 1 + len(parts.teachers), num_patches)
     return ViewDataset(splits.train, make, config.run.seed, 2 * size)
 
 
@@ -109,7 +141,14 @@ def _open_cache(
     """The cache of what the teachers say of every view, if the run is to have one."""
     if not config.cache_teachers:
         return None
+    keys, shape, example = what_to_cache(config, views, teachers, fabric)
+    return open_cache(config.cache_in, keys, shape, example, config.cache_storage, fabric.print)
 
+
+def what_to_cache(
+    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], fabric: Fabric
+) -> tuple[list[tuple[str, dict[str, Any]]], tuple[int, int], Callable[[int], Said]]:
+    """Keys of all teachers, numbers of images and views, and what a teacher says of one sample; see `open_cache`."""
     method = config.method
 
     def example(m: int) -> Said:
@@ -119,19 +158,13 @@ def _open_cache(
         return ask(teachers[m], m, view, masks.teachers[m], method.masking.teachers_hidden, method.reads)
 
     keys = [(teacher.name, key_of(teacher, m, views, method)) for m, teacher in enumerate(teachers)]
-    shape = len(views.images), config.loader.fixed_views
-    return open_cache(config.cache_in, keys, shape, example, config.cache_storage, fabric.print)
+    return keys, (len(views.images), config.loader.fixed_views), example
 
 
-def _job(
-    config: DistillConfig,
-    splits: Splits,
-    distiller: Distiller,
-    teachers: Sequence[Teacher],
-    cache: TeacherCache | None,
-    fabric: Fabric,
-) -> Job:
-    views = _views(config, splits, distiller.student, len(teachers))
+def make_job(parts: Parts, cache: TeacherCache | None, fabric: Fabric) -> Job:
+    """The job of the loop: batches, the step, the probe, and what a resumed run must share."""
+    config, splits, teachers, _, distiller = parts
+    views = training_views(parts)
     optim, fixed = config.optim, config.loader.fixed_views
     hidden, reads = config.method.masking.teachers_hidden, config.method.reads
     knn = KnnProbe(splits, config.student.image_size)

@@ -80,14 +80,42 @@ def open_cache(
     Raises:
         ValueError: the disk is too small, or the folder cannot be written.
     """
-    rows, stores = shape[0] * shape[1], []
+    stores = closed_stores(folder, keys, shape, example, storage)
+    check_room(folder, [name for name, _ in keys], stores, say)
+    try:
+        return TeacherCache([store.open() for store in stores], shape[0])
+    except OSError as error:
+        raise ValueError(f"cannot write the teacher cache: {error}; name another --cache-folder.") from error
+
+
+def closed_stores(
+    folder: Path,
+    keys: Sequence[tuple[str, Mapping[str, Any]]],
+    shape: tuple[int, int],
+    example: Callable[[int], Any],
+    storage: Storage,
+) -> list[TeacherStore]:
+    """The store of every teacher in a folder, of which nothing is made yet; arguments as of `open_cache`."""
+    stores = []
     for m, (name, key) in enumerate(keys):
         key = {**key, "format": FORMAT, "version": __version__, "shape": shape, "storage": storage}
-        stores.append(TeacherStore(folder / key_name(name, key), rows, storage, lambda m=m: example(m)))
+        path = folder / key_name(name, key)
+        stores.append(TeacherStore(path, shape[0] * shape[1], storage, lambda m=m: example(m)))
+    return stores
+
+
+def check_room(
+    folder: Path, names: Sequence[str], stores: Sequence[TeacherStore], say: Callable[[str], object]
+) -> list[int]:
+    """Say how large the stores are, and look whether the disk has room. Returns how many rows each knows already.
+
+    Raises:
+        ValueError: the disk is too small.
+    """
     known = [store.num_known() for store in stores]
-    needed = sum(store.row_bytes * (rows - count) for store, count in zip(stores, known, strict=True))
-    total = sum(store.num_bytes for store in stores)
-    counts = ", ".join(f"{name} {count}" for (name, _), count in zip(keys, known, strict=True))
+    needed = sum(store.row_bytes * (store.num_rows - count) for store, count in zip(stores, known, strict=True))
+    total, rows = sum(store.num_bytes for store in stores), stores[0].num_rows
+    counts = ", ".join(f"{name} {count}" for name, count in zip(names, known, strict=True))
     say(f"teacher cache: {_size(total)} in {folder}, {_size(needed)} still to write ({rows} rows; known: {counts})")
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
@@ -95,10 +123,7 @@ def open_cache(
             f"the teacher cache needs {_size(needed)} in {str(folder)!r}, where {_size(free)} are free; name another "
             "--cache-folder, lower --loader.fixed-views, set --cache-storage int8, or pass --no-cache-teachers."
         )
-    try:
-        return TeacherCache([store.open() for store in stores], shape[0])
-    except OSError as error:
-        raise ValueError(f"cannot write the teacher cache: {error}; name another --cache-folder.") from error
+    return known
 
 
 def key_of(teacher: Teacher, place: int, views: ViewDataset, method: Method) -> dict[str, Any]:

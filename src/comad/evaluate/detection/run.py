@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
@@ -22,7 +23,7 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import plain_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import open_run, start_fabric, train
+from comad.runtime.train import Job, open_run, start_fabric, train
 
 SHOWN = 0.5
 """Detections with such a score are kept for figures."""
@@ -41,6 +42,22 @@ def detect(config: DetectConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
+    job, splits, card = prepare(config, fabric)
+    out = open_run(config.run, fabric)
+    if fabric.is_global_zero:
+        _tell_skipped(splits)
+        if not config.run.resume:
+            write_recipe(config, out / "config.yaml")
+    trained = train(job, config.optim, config.run, fabric)
+    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+
+
+def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits, TeacherCard]:
+    """Load and check everything that a run needs; nothing is written.
+
+    Raises:
+        ValueError: bad data, or a backbone that cannot be used.
+    """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_coco(config.data)
     splits.validation.check_sizes()
@@ -52,14 +69,7 @@ def detect(config: DetectConfig) -> str:
         score, _ = score_detector(module, splits.validation, config, limit=PROBED)
         return {"box_ap": score.box["ap"], "mask_ap": score.mask["ap"]}
 
-    job = dense_job(config, model, dataset, fabric, card, probe)
-    out = open_run(config.run, fabric)
-    if fabric.is_global_zero:
-        _tell_skipped(splits)
-        if not config.run.resume:
-            write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
-    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+    return dense_job(config, model, dataset, fabric, card, probe), splits, card
 
 
 def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard]:

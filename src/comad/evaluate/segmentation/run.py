@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
@@ -21,7 +22,7 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import plain_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import open_run, start_fabric, train
+from comad.runtime.train import Job, open_run, start_fabric, train
 
 
 def segment(config: SegmentConfig) -> str:
@@ -37,6 +38,20 @@ def segment(config: SegmentConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
+    job, splits, card = prepare(config, fabric)
+    out = open_run(config.run, fabric)
+    if fabric.is_global_zero and not config.run.resume:
+        write_recipe(config, out / "config.yaml")
+    trained = train(job, config.optim, config.run, fabric)
+    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+
+
+def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSplits, TeacherCard]:
+    """Load and check everything that a run needs; nothing is written.
+
+    Raises:
+        ValueError: bad data, or a backbone that cannot be used.
+    """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_ade20k(config.data)
     splits.validation.check_sizes()
@@ -50,12 +65,7 @@ def segment(config: SegmentConfig) -> str:
         scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
         return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
 
-    job = dense_job(config, model, dataset, fabric, card, probe)
-    out = open_run(config.run, fabric)
-    if fabric.is_global_zero and not config.run.resume:
-        write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
-    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+    return dense_job(config, model, dataset, fabric, card, probe), splits, card
 
 
 def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:

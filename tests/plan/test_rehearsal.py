@@ -1,0 +1,120 @@
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from comad.data.loader import Batch, EpochBatches, LoaderConfig, training_batches
+from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
+from comad.plan.assemble import times
+from comad.plan.rehearsal import count_flops, largest_that_fits, rehearse, resized, seconds_per_view
+from comad.runtime.job import Job, RunConfig, Step
+from comad.runtime.optim import OptimConfig
+from comad.runtime.train import start_fabric
+
+SIZE, PATCH, WIDTH, DEPTH = 16, 4, 16, 2
+OPTIM = OptimConfig(batch_size=4, warmup_epochs=0.0)
+RUN = RunConfig(precision="fp32", tensorboard=False)
+
+
+class Views(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        view, index = key
+        image = torch.full((3, SIZE, SIZE), index, dtype=torch.uint8)
+        return Batch((image,), torch.rand(1), torch.tensor(index), torch.tensor(view), torch.tensor(True))
+
+
+def network():
+    return VitConfig(image_size=SIZE, patch_size=PATCH, width=WIDTH, depth=DEPTH, heads=2).build()
+
+
+@pytest.fixture
+def fabric():
+    return start_fabric(RUN)
+
+
+def job(module, step, batch_size=4):
+    def batches(first, last):
+        return training_batches(Views(), EpochBatches(40, batch_size, 0, (first, last)), LoaderConfig(workers=0))
+
+    return Job(
+        module=module,
+        step=step,
+        batches=batches,
+        steps_per_epoch=40 // batch_size,
+        identity={},
+        probe=lambda scored: {},
+        watch=lambda done, metrics: None,
+        name_image=str,
+    )
+
+
+def forward_flops():
+    """Of one image: the patches' embedding, and blocks of queries, keys, values, two products, projection, MLP."""
+    patches = (SIZE // PATCH) ** 2
+    tokens = patches + 1
+    embedding = 2 * patches * 3 * PATCH**2 * WIDTH
+    block = 2 * tokens * WIDTH * 3 * WIDTH + 4 * tokens**2 * WIDTH + 2 * tokens * WIDTH**2 + 16 * tokens * WIDTH**2
+    return embedding, DEPTH * block
+
+
+def test_operations_of_a_vit_are_those_of_the_formula(fabric):
+    student, teacher = network(), network().requires_grad_(False)
+    plain_attention_on_cpu(student, fabric.device)
+
+    def step(module, batch, progress):
+        images = batch.views[0].float() / 255
+        with torch.no_grad():
+            target = teacher(images).patches
+        loss = (module(images).patches - target).square().mean()
+        return Step(loss, lambda: {"waste": (torch.ones(99, 99) @ torch.ones(99, 99)).sum()})
+
+    flops, _ = count_flops(job(student, step), OPTIM, RUN, fabric, [teacher])
+    embedding, blocks = forward_flops()
+    assert flops.teachers == embedding + blocks
+    assert flops.student == 2 * embedding + 3 * blocks  # nobody wants the gradient of the pixels
+
+
+def test_steps_log_lines_and_checkpoints_are_timed_apart(fabric, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, probed = torch.nn.Linear(1, 1), []
+
+    def step(module, batch, progress):
+        time.sleep(0.02)
+
+        def metrics():
+            time.sleep(0.1)
+            return {}
+
+        return Step(module(torch.ones(1)).sum(), metrics)
+
+    took = rehearse(job(module, step), OPTIM, RUN, fabric, 8, probe=lambda scored: probed.append(time.sleep(0.2)))
+    assert probed == [None] and took.batch == 4
+    assert 0.02 <= took.seconds < 0.1 <= took.logging < 0.2
+    assert took.saving < 0.2 and took.checkpoint > 500 and 0 < took.log < 2000
+    assert not list(tmp_path.iterdir()) and not Path(RUN.out).exists()
+
+
+def test_a_job_in_batches_of_another_size(fabric):
+    again = resized(job(torch.nn.Linear(1, 1), lambda *given: Step(torch.zeros(()), dict)), 8)
+    assert again.steps_per_epoch == 5
+    first, *rest = list(again.batches(0, 5))
+    assert len(first.image) == 8 and sorted(torch.cat([b.image for b in (first, *rest)]).tolist()) == list(range(40))
+    assert seconds_per_view(again) > 0
+
+
+def test_doubling_ends_where_memory_does():
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        if size > 100:
+            raise torch.OutOfMemoryError
+
+    assert largest_that_fits(attempt, 16, 1000) == 64 and tried == [16, 32, 64, 128]
+    assert largest_that_fits(attempt, 128, 1000) == 0
+    assert largest_that_fits(attempt, 16, 40) == 32
+
+
+def test_how_often_something_is_done():
+    assert [times(944, 236), times(945, 236), times(100, 0), times(5, 200)] == [4, 5, 1, 1]
