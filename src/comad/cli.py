@@ -47,16 +47,25 @@ def distill_command(arguments: list[str]) -> None:
     from comad.distill.run import distill
 
     preset, recipe_file, rest = _take(arguments, "--preset"), _take(arguments, "--recipe"), arguments
+    students = list(iter(lambda: _take(rest, "--student"), None))
     own_data = _peek(rest, "--data") not in (None, "stamps")
     default = presets.recipe(preset or "comad", demo=not own_data)
     if recipe_file:
         default = _read(DistillConfig, recipe_file)
         if preset:
             default = replace(default, method=presets.METHODS[preset], preset=preset)
+    if students:  # the recipe's image and patches, in the architecture that is named
+        plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
+        default = replace(default, student=plain, beside=())
     extra = (
-        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
+        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
+        "--student NAME names timm's architecture; several times, for several students that share the teachers' "
+        "passes, each in a folder of its own. The options of --student.* then hold for all of them."
     )
-    distill(_parse(DistillConfig, default, rest, "comad distill", f"{distill_command.__doc__} {extra}"))
+    config = _parse(DistillConfig, default, rest, "comad distill", f"{distill_command.__doc__} {extra}")
+    if students:
+        config = replace(config, beside=tuple(replace(config.student, name=name) for name in students[1:]))
+    distill(config)
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -233,24 +242,18 @@ def _read(kind: type, path: str) -> Any:
 
 def _peek(arguments: list[str], flag: str) -> str | None:
     """The value of a flag, given as ``--flag value`` or ``--flag=value``."""
-    for position, argument in enumerate(arguments):
-        if argument == flag and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return None
+    return _take(list(arguments), flag)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
     """Like `_peek`, and removes the flag and its value."""
-    value = _peek(arguments, flag)
-    if value is not None:
-        if flag in arguments:
-            position = arguments.index(flag)
-            del arguments[position : position + 2]
-        else:
-            arguments.remove(f"{flag}={value}")
-    return value
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            del arguments[position]
+            return arguments.pop(position)
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(position).split("=", 1)[1]
+    return None
 
 
 def _print_help() -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -20,27 +20,37 @@ from comad.data.transforms import ColourChange, Crop
 from comad.distill.calibration import calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
-from comad.distill.finish import Result, finish
+from comad.distill.finish import Result, Trained, finish
 from comad.distill.health import Watch
 from comad.distill.matching import give_decoders, match, widths_and_cls
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, ask, hide_nothing_in_vain, load_teachers, teacher_step
+from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
+from comad.runtime.checkpoint import Generators
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
+from comad.runtime.train import Job, Metrics, Step, open_runs, start_fabric, train_together
 
-SAME_RESULT = ("teachers_in", "cache_folder", "split")
+SAME_RESULT = ("teachers_in", "cache_folder", "split", "beside")
 """Options that may change when a run goes on."""
+
+
+class Student(NamedTuple):
+    """A network to be trained, and the generators that it draws from, as it would alone."""
+
+    network: TimmBackbone
+    random: Generators
 
 
 def distill(config: DistillConfig) -> Result | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
-    Of several processes the first does what comes after training; the others return None.
+    Several students share pictures, views and teacher passes; each is trained, scored and exported as it would be
+    alone, in a folder of its own below the run's. Of several processes the first does what comes after training; the
+    others return None.
 
     Raises:
         ValueError: bad data, teachers or recipe, a run folder in use, or a resume that does not fit.
@@ -48,36 +58,74 @@ def distill(config: DistillConfig) -> Result | None:
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     fabric = start_fabric(config.run)
-    fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
-    student = config.student.build()
-    precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    grid = student.grid[0], student.patch_size
-    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
-    if config.method.tap.decoder:
-        give_decoders(config.teachers, teachers, precision, fabric.device)
-    config = replace(config, student=match(config.method, config.student, student, teachers))
-    out = open_run(config.run, fabric)
-    start = copy.deepcopy(student)
+    students = _build(config, fabric)
+    networks = [student.network for student in students]
+    teachers = _load_teachers(config, networks[0], fabric)
+    vits = [match(config.method, vit, own, teachers) for vit, own in zip(config.students, networks, strict=True)]
+    config = replace(config, student=vits[0], beside=tuple(vits[1:]))
+    runs = open_runs(config.run, config.student_folders, fabric)
+    parts = [replace(config, student=vit, beside=(), run=run) for vit, run in zip(vits, runs, strict=True)]
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
-    distiller = Distiller(student, config.method, *widths_and_cls(config.method, teachers))
-    distiller.to(fabric.device)
-    plain_attention_on_cpu(distiller, fabric.device)
-    views = _views(config, splits, student, len(teachers))
+    starts = copy.deepcopy(networks)
+    views = _views(config, splits, networks[0].num_patches, len(teachers))
     cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
-    if not config.run.resume:
-        calibrate(distiller, teachers, views, config.run.seed)
-        if fabric.is_global_zero:
-            write_recipe(config, out / "config.yaml")
-    trained = train(_job(config, splits, distiller, teachers, cache, fabric), config.optim, config.run, fabric)
+    shared = _shared(config, views, teachers, cache, fabric)
+    jobs = [
+        _job(part, student, shared, splits, teachers, fabric) for part, student in zip(parts, students, strict=True)
+    ]
+    begins = [job.module for job, run in zip(jobs, runs, strict=True) if not run.resume]
+    calibrate(cast(list[Distiller], begins), teachers, views, config.run.seed)
+    if fabric.is_global_zero:
+        _write_recipes(config, parts)
+    trained = train_together(jobs, config.optim, runs, fabric)
     if cache and not config.cache_folder:
         fabric.barrier()
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    return finish(config, splits, teachers, (start, trained.student), out, fabric)
+    ends = [Trained(part, start, own.student) for part, start, own in zip(parts, starts, trained, strict=True)]
+    return finish(ends, splits, teachers, fabric)
+
+
+def _build(config: DistillConfig, fabric: Fabric) -> list[Student]:
+    """The students as they are before the run: each begins with the seed."""
+    students = []
+    for vit in config.students:
+        fabric.seed_everything(config.run.seed, verbose=False)
+        random = Generators()
+        with random.turn():
+            students.append(Student(vit.build(), random))
+    seen = [
+        f"{vit.name} sees {vit.image_size} px in patches of {network.patch_size}"
+        for vit, (network, _) in zip(config.students, students, strict=True)
+    ]
+    for vit, other in zip(config.students, seen, strict=True):
+        if other.removeprefix(vit.name) != seen[0].removeprefix(config.student.name):
+            raise ValueError(
+                f"students share their views, but {seen[0]}, {other}; give --student.image-size and "
+                "--student.patch-size, which hold for every --student NAME."
+            )
+    return students
+
+
+def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric) -> list[Teacher]:
+    """The teachers on the students' grid, with their decoders if the method reads them."""
+    precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    grid = student.grid[0], student.patch_size
+    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
+    if config.method.tap.decoder:
+        give_decoders(config.teachers, teachers, precision, fabric.device)
+    return teachers
+
+
+def _write_recipes(config: DistillConfig, parts: Sequence[DistillConfig]) -> None:
+    """The recipe of the run, and of several students each one's own."""
+    for part in (config, *parts):
+        if not part.run.resume:
+            write_recipe(part, Path(part.run.out) / "config.yaml")
 
 
 def _check(config: DistillConfig, splits: Splits) -> None:
@@ -96,10 +144,10 @@ def _check(config: DistillConfig, splits: Splits) -> None:
         )
 
 
-def _views(config: DistillConfig, splits: Splits, student: TimmBackbone, num_teachers: int) -> ViewDataset:
+def _views(config: DistillConfig, splits: Splits, num_patches: int, num_teachers: int) -> ViewDataset:
     size, jitter = config.student.image_size, config.augment.jitter
     colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
-    make = DistillViews(Crop(size=size, scale=config.augment.crop_scale), colour, 1 + num_teachers, student.num_patches)
+    make = DistillViews(Crop(size=size, scale=config.augment.crop_scale), colour, 1 + num_teachers, num_patches)
     return ViewDataset(splits.train, make, config.run.seed, 2 * size)
 
 
@@ -123,25 +171,19 @@ def _open_cache(
     return open_cache(config.cache_in, keys, shape, example, config.cache_storage, fabric.print)
 
 
-def _job(
-    config: DistillConfig,
-    splits: Splits,
-    distiller: Distiller,
-    teachers: Sequence[Teacher],
-    cache: TeacherCache | None,
-    fabric: Fabric,
-) -> Job:
-    views = _views(config, splits, distiller.student, len(teachers))
+def _shared(
+    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], cache: TeacherCache | None, fabric: Fabric
+) -> dict[str, Any]:
+    """What the jobs of all students have in common: batches, and what the teachers say of them."""
     optim, fixed = config.optim, config.loader.fixed_views
     hidden, reads = config.method.masking.teachers_hidden, config.method.reads
-    knn = KnnProbe(splits, config.student.image_size)
 
     def batches(first: int, last: int) -> DataLoader:
         span, share = (first, last), (fabric.global_rank, fabric.world_size)
         order = EpochBatches(len(views.images), optim.batch_size, config.run.seed, span, fixed_views=fixed, share=share)
         return training_batches(views, order, config.loader)
 
-    def step(module: nn.Module, batch: Batch, progress: float) -> Step:
+    def prepare(batch: Batch, progress: float) -> tuple[Tensor, Targets]:
         shared, own = batch.views
         masks = hide_nothing_in_vain(config.method.masking(batch.noise, progress), teachers)
 
@@ -155,21 +197,46 @@ def _job(
             if cache
             else teacher_step(teachers, shared.float() / 255, masks, hidden, reads)
         )
-        loss, metrics = module(own.float() / 255, targets)
+        return own.float() / 255, targets
+
+    return {
+        "batches": batches,
+        "prepare": prepare,
+        "steps_per_epoch": len(views.images) // (optim.batch_size * optim.accumulate),
+        "name_image": views.images.path,
+    }
+
+
+def _job(
+    config: DistillConfig,
+    student: Student,
+    shared: dict[str, Any],
+    splits: Splits,
+    teachers: Sequence[Teacher],
+    fabric: Fabric,
+) -> Job:
+    """The job of one student, whose config is that of a run of its own."""
+    with student.random.turn():
+        distiller = Distiller(student.network, config.method, *widths_and_cls(config.method, teachers))
+    distiller.to(fabric.device)
+    plain_attention_on_cpu(distiller, fabric.device)
+    knn = KnnProbe(splits, config.student.image_size)
+
+    def step(module: nn.Module, batch: tuple[Tensor, Targets], progress: float) -> Step:
+        loss, metrics = module(*batch)
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
         return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(
+        **shared,
         module=distiller,
         step=step,
-        batches=batches,
-        steps_per_epoch=len(views.images) // (optim.batch_size * optim.accumulate),
         identity={**_plain(config), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
         probe=probe,
         watch=Watch(first_metrics(Path(config.run.out)) if config.run.resume else None),
-        name_image=views.images.path,
+        random=student.random,
     )
 
 
