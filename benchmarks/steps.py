@@ -67,7 +67,7 @@ class TimedStep:
         offload_to: see `comad.distill.teaching.load_teachers`.
     """
 
-    def __init__(  # noqa: PLR0913 - one keyword per thing that is compared
+    def __init__(
         self,
         preset: str,
         precision: str,
