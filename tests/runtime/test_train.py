@@ -2,8 +2,6 @@ import json
 import math
 import os
 import signal
-import time
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,20 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from comad.runtime import learner as learner_module
-from comad.runtime.checkpoint import Generators, checkpoints, load_checkpoint
+from comad.runtime.checkpoint import checkpoints, load_checkpoint
 from comad.runtime.optim import OptimConfig
-from comad.runtime.train import (
-    Interrupted,
-    Job,
-    RunConfig,
-    Step,
-    TrainingError,
-    open_run,
-    open_runs,
-    start_fabric,
-    train,
-    train_together,
-)
+from comad.runtime.train import Interrupted, Job, RunConfig, Step, TrainingError, open_run, start_fabric, train
 
 OPTIM = OptimConfig(epochs=3.0, batch_size=4, base_lr=0.5, warmup_epochs=1.0, weight_decay=0.01, clip=0.0)
 
@@ -327,64 +314,3 @@ def test_bf16_keeps_weights_in_float32(tmp_path):
     job.module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     module = fit(tmp_path, job, precision="bf16")
     assert module.weight.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}
-
-
-def fit_together(out, jobs, optim=OPTIM, **run):
-    run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
-    fabric = start_fabric(run)
-    return train_together(jobs, optim, open_runs(run, "ab"[: len(jobs)], fabric), fabric)
-
-
-def noisy_jobs(count, prepared=None, **more):
-    """Jobs that draw noise in their steps, from generators of their own, and learn to different truths."""
-    first = make_job(2, 2, **more)
-    jobs = []
-    for number in range(count):
-        torch.manual_seed(number)
-
-        def step(module, batch, progress, number=number):
-            return Step(F.mse_loss(module(batch.x + torch.rand_like(batch.x)), batch.x[:, :2] + number), dict)
-
-        def prepare(batch, progress):
-            if prepared is not None:
-                prepared.append(progress)
-            return batch
-
-        jobs.append(replace(first, module=nn.Linear(3, 2), step=step, prepare=prepare, random=Generators()))
-    return [replace(job, prepare=jobs[0].prepare) for job in jobs]
-
-
-def test_jobs_that_are_trained_together_are_what_they_are_alone(tmp_path):
-    optim, prepared = change(OPTIM, batch_size=2, accumulate=2, ema=0.5, clip=0.1), []
-    both = fit_together(tmp_path / "both", noisy_jobs(2, prepared), optim)
-    assert len(prepared) == 2 * 18  # once per batch
-    for number, module in enumerate(both):
-        (alone,) = fit_together(tmp_path / str(number), noisy_jobs(2)[number:][:1], optim)
-        assert torch.equal(module.weight, alone.weight)
-        ours, theirs = log_of(tmp_path / "both" / "ab"[number]), log_of(tmp_path / str(number) / "a")
-        assert [line.get("loss") for line in ours] == [line.get("loss") for line in theirs]
-
-
-def test_scores_of_one_job_are_not_in_the_steps_of_another(tmp_path, monkeypatch):
-    ahead, real = [0.0], time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
-
-    def probe(module):
-        ahead[0] += 1000
-        return {}
-
-    fit_together(tmp_path, noisy_jobs(2, probe=probe), change(OPTIM, batch_size=2, accumulate=2), probe_every=9)
-    assert ahead == [4000.0]
-    for name in "ab":
-        lines = [line for line in log_of(tmp_path / name) if "images_per_s" in line]
-        assert len(lines) == 18 and all(4 / line["images_per_s"] < 500 for line in lines)
-
-
-def test_the_job_that_fails_is_named(tmp_path):
-    def watch(step, metrics):
-        return "all tokens are alike" if step == 3 else None
-
-    good, bad = noisy_jobs(2)
-    with pytest.raises(TrainingError, match="b: stopped at step 3: all tokens are alike"):
-        fit_together(tmp_path, [good, replace(bad, watch=watch)], stop_on_collapse=True)
-    assert [len(log_of(tmp_path / name)) for name in "ab"] == [3, 4]
