@@ -148,15 +148,6 @@ def test_students_of_one_recipe_may_differ_in_more_than_the_name(tmp_path):
     assert config.student_folders == (TINY, f"{TINY}-2", SMALL)
 
 
-def test_heads_are_taken_over_by_every_student(command, teacher_specs, tmp_path):
-    options = ["--teachers", teacher_specs[0], "--preset", "tinymim", "--optim.epochs=1", "--run.probe-every=0"]
-    assert main(command(tmp_path / "run", "--student", TINY, "--student", SMALL, *options)) == 0
-    recipe = read_recipe(DistillConfig, tmp_path / "run" / "config.yaml")
-    assert [student.heads for student in recipe.students] == [2, 2]
-    student = timm.create_model(f"local-dir:{tmp_path / 'run' / SMALL / 'student'}", pretrained=True)
-    assert student.blocks[0].attn.num_heads == 2 and student(torch.zeros(1, 3, 16, 16)).shape == (1, 384)
-
-
 def test_students_with_other_patches_are_refused_in_one_line(command, tmp_path, capfd):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("student: {image_size: 16, patch_size: 4}\nbeside: [{image_size: 16, patch_size: 8}]\n")
