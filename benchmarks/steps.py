@@ -56,7 +56,7 @@ class Clock:
 
 
 class TimedStep:
-    """Masks, teachers, student, losses, backward and optimiser of one or several students of the same images.
+    """Masks, teachers, student, losses, backward and optimiser on the same images.
 
     Args:
         preset: of the method.
@@ -64,11 +64,10 @@ class TimedStep:
         batch_size: images of a step, 224 px.
         specs: of the teachers.
         student: the network to train.
-        num_students: that share the teachers.
         offload_to: see `comad.distill.teaching.load_teachers`.
     """
 
-    def __init__(  # noqa: PLR0913 - one keyword per thing that is compared
+    def __init__(
         self,
         preset: str,
         precision: str,
@@ -76,7 +75,6 @@ class TimedStep:
         specs: Sequence[str],
         *,
         student: VitConfig | None = None,
-        num_students: int = 1,
         offload_to: Path | None = None,
     ):
         self.fabric = start_fabric(RunConfig(precision=precision))
@@ -89,9 +87,7 @@ class TimedStep:
             keep_freed_memory()
         self.images = torch.rand(batch_size, 3, config.image_size, config.image_size, device=self.device)
         self.noise = torch.rand(batch_size, 1 + len(specs), rows**2, device=self.device)
-        self.students = [
-            prepare(config, self.method, self.teachers, self.images[:2], self.fabric) for _ in range(num_students)
-        ]
+        self.student = prepare(config, self.method, self.teachers, self.images[:2], self.fabric)
         self.calls = 0
 
     def __call__(self, clock: Clock | None = None) -> None:
@@ -100,21 +96,21 @@ class TimedStep:
         masks = self.method.masking(self.noise)
         targets = self._ask(masks, clock)
         self.calls += 1
-        for module, optimizer in self.students:
-            with timed_networks(module, clock) as reached:
-                with clock.part("align, gate, loss"):
-                    result = module(self.images, targets)
-                if self.calls % LOG_EVERY == 0:
-                    with clock.part("health"):
-                        result.metrics()
-                start = clock.now()
-                self.fabric.backward(result.loss)
-            clock.seconds["align, gate, loss"] += reached[0] - start
-            clock.seconds["student backward"] += clock.now() - reached[0]
-            with clock.part("optimizer"):
-                self.fabric.clip_gradients(module, optimizer, max_norm=3.0, error_if_nonfinite=False)
-                optimizer.step()
-                optimizer.zero_grad()
+        module, optimizer = self.student
+        with timed_networks(module, clock) as reached:
+            with clock.part("align, gate, loss"):
+                result = module(self.images, targets)
+            if self.calls % LOG_EVERY == 0:
+                with clock.part("health"):
+                    result.metrics()
+            start = clock.now()
+            self.fabric.backward(result.loss)
+        clock.seconds["align, gate, loss"] += reached[0] - start
+        clock.seconds["student backward"] += clock.now() - reached[0]
+        with clock.part("optimizer"):
+            self.fabric.clip_gradients(module, optimizer, max_norm=3.0, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def _ask(self, masks: Masks, clock: Clock) -> Targets:
         said, hidden = [], self.method.masking.teachers_hidden

@@ -1,11 +1,12 @@
 """How close a step comes to the machine's limit: 3 × ViT-B/16 → ViT-Ti/16 at 224 px, random weights.
 
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
-`comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with a second student,
-and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product. Ratios are medians
-over the rounds. A short run on a folder of pictures gives the share of time that the loop waits for data. The
-distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is installed. The last line
-printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean nothing.
+`comad-literal` (every network runs on all tokens) in the same precision and in fp32, and the limit: matrix-product
+FLOPs of the `comad` step over the rate of a plain matrix product. Ratios are medians over the rounds. Short runs on a
+folder of pictures, by turns with one student and with two, give what a second ViT-Ti costs, and the share of time that
+the loop waits for data. The distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is
+installed. The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean
+nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +38,6 @@ def measure(precision: str, batch_size: int, rounds: int, tiny: bool) -> dict[st
     """Images per second of all steps and of the limit, medians over interleaved rounds."""
     specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
     steps = {"ours": TimedStep("comad", precision, batch_size, specs, student=student)}
-    steps["two students"] = TimedStep("comad", precision, batch_size, specs, student=student, num_students=2)
     steps["literal"] = TimedStep("comad-literal", precision, batch_size, specs, student=student)
     if precision == "bf16":
         steps["literal fp32"] = TimedStep("comad-literal", "fp32", batch_size, specs, student=student)
@@ -64,7 +65,6 @@ def measure(precision: str, batch_size: int, rounds: int, tiny: bool) -> dict[st
         "limit_images_per_s": limit,
         "times_literal": times("literal"),
         "share_of_limit": rates["ours"] / limit,
-        "second_student_cost": times("two students") - 1,
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
         "gemm_gflops": rate / 1e9,
@@ -76,19 +76,31 @@ def measure(precision: str, batch_size: int, rounds: int, tiny: bool) -> dict[st
     return result
 
 
-def data_wait(batch_size: int, num_steps: int, tiny: bool) -> float:
-    """Percent of a run's time that its loop waits for batches, one worker decoding: the median over steps."""
+def whole_runs(precision: Literal["bf16", "fp32"], batch_size: int, rounds: int, tiny: bool) -> dict[str, float]:
+    """What a second student costs, as a share of the time with one, and percent of the time that the loop waits.
+
+    Medians over rounds of two runs of six steps each, one worker decoding; the first two steps do not count.
+    """
+    costs, waits = [], []
     with TemporaryDirectory() as folder:
         data = write_pictures(Path(folder) / "data" / "train", batch_size * 2).parent
         write_pictures(data / "val", 1)
         config = settings(data, batch_size)
+        config = replace(config, optim=replace(config.optim, epochs=3.0))
         if tiny:
             config = replace(config, teachers=TINY[:1], student=VitConfig(image_size=32, depth=1))
-        optim = replace(config.optim, epochs=num_steps / 2)
-        out = Path(folder) / "run"
-        distill(replace(config, optim=optim, run=replace(config.run, out=str(out))))
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        return statistics.median([line["data_wait"] for line in lines if "data_wait" in line][1:])
+        for number in range(rounds):
+            seconds = []
+            for beside in ((), (config.student,)):
+                out = Path(folder) / f"run-{number}-{len(beside)}"
+                run = replace(config.run, out=str(out), precision=precision)
+                distill(replace(config, beside=beside, run=run, split="none"))
+                log = out / (config.student.name if beside else "") / "log.jsonl"
+                lines = [line for line in map(json.loads, log.read_text().splitlines()) if "data_wait" in line][2:]
+                seconds.append(statistics.median(1 / line["images_per_s"] for line in lines))
+                waits += [] if beside else [line["data_wait"] for line in lines]
+            costs.append(seconds[1] / seconds[0] - 1)
+    return {"second_student_cost": statistics.median(costs), "data_wait": statistics.median(waits)}
 
 
 def lightly_images_per_s(batch_size: int, steps: int = 6) -> float | None:
@@ -129,11 +141,12 @@ def main() -> None:
     results = {}
     for precision in ("bf16", "fp32"):
         results[precision] = measure(precision, options.batch_size, options.rounds, options.tiny)
+        results[precision] |= whole_runs(precision, options.batch_size, max(1, options.rounds // 2), options.tiny)
         print(json.dumps(results[precision]), file=sys.stderr, flush=True)
-    extra = {"data_wait": data_wait(options.batch_size, 3 if options.tiny else 6, options.tiny)}
+    extra = {}
     lightly = lightly_images_per_s(options.batch_size)
     if lightly is not None:
-        extra |= {"lightly_images_per_s": lightly}
+        extra = {"lightly_images_per_s": lightly}
     print(json.dumps({**results["bf16"], **extra, "fp32": results["fp32"], "torch": torch.__version__}))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comad.defaults import detection, distillation, peek, presets_help, read, segmentation, take
+from comad.defaults import beside, detection, distillation, peek, presets_help, read, segmentation, take, take_all
 
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
 
@@ -47,8 +47,9 @@ def distill_command(arguments: list[str]) -> None:
     from comad.distill.config import DistillConfig
     from comad.distill.run import distill
 
-    default = distillation(arguments)
-    distill(_parse(DistillConfig, default, arguments, "comad distill", f"{distill_command.__doc__} {presets_help()}"))
+    students = take_all(arguments, "--student")
+    default, text = distillation(arguments, students), f"{distill_command.__doc__} {presets_help()}"
+    distill(beside(_parse(DistillConfig, default, arguments, "comad distill", text), students))
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -160,11 +161,13 @@ def plan_command(arguments: list[str]) -> None:
         raise ValueError(f"no plan of {task!r}; say what to plan: comad plan {'|'.join(defaults)}.")
     from comad.plan.command import TASKS, plan
 
-    default = TASKS[task].kind(recipe=defaults[task](arguments))
+    kind, text = TASKS[task].kind, f"{plan_command.__doc__} {presets_help()}"
     if task == "distill":
-        config = _parse(TASKS[task].kind, default, arguments, "comad plan", f"{plan_command.__doc__} {presets_help()}")
+        students = take_all(arguments, "--student")
+        config = _parse(kind, kind(recipe=distillation(arguments, students)), arguments, "comad plan", text)
+        config = replace(config, recipe=beside(config.recipe, students))
     else:
-        config = _dense(TASKS[task].kind, default, arguments, plan_command.__doc__, "comad plan")
+        config = _dense(kind, kind(recipe=defaults[task](arguments)), arguments, plan_command.__doc__, "comad plan")
     _print(plan(task, config))
 
 

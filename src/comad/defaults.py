@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 
-def distillation(arguments: list[str]) -> Any:
-    """The recipe that options of a distillation change; takes ``--preset`` and ``--recipe`` away."""
+def distillation(arguments: list[str], students: Sequence[str] = ()) -> Any:
+    """The recipe that options of a distillation change; takes ``--preset`` and ``--recipe`` away.
+
+    ``students``, if named, replace the recipe's: its image and patches, in the architecture of the first.
+    """
     from comad import presets
     from comad.distill.config import DistillConfig
 
@@ -19,14 +23,21 @@ def distillation(arguments: list[str]) -> Any:
         default = read(DistillConfig, recipe_file)
         if preset:
             default = replace(default, method=presets.METHODS[preset], preset=preset)
+    if students:
+        plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
+        default = replace(default, student=plain, beside=())
     return default
 
 
 def presets_help() -> str:
-    """What ``--help`` says about these two options of a distillation."""
+    """What ``--help`` says about the options of a distillation that choose others."""
     from comad.presets import METHODS
 
-    return f"--preset {{{','.join(METHODS)}}} and --recipe FILE.yaml choose the values that the options change."
+    return (
+        f"--preset {{{','.join(METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
+        "--student NAME names timm's architecture; several times, for several students that share the teachers' "
+        "passes, each in a folder of its own. The options of --student.* then hold for all of them."
+    )
 
 
 def segmentation(arguments: list[str]) -> Any:
@@ -55,21 +66,29 @@ def read(kind: type, path: str) -> Any:
 
 def peek(arguments: list[str], flag: str) -> str | None:
     """The value of a flag, given as ``--flag value`` or ``--flag=value``."""
-    for position, argument in enumerate(arguments):
-        if argument == flag and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.split("=", 1)[1]
-    return None
+    return take(list(arguments), flag)
 
 
 def take(arguments: list[str], flag: str) -> str | None:
     """Like `peek`, and removes the flag and its value."""
-    value = peek(arguments, flag)
-    if value is not None:
-        if flag in arguments:
-            position = arguments.index(flag)
-            del arguments[position : position + 2]
-        else:
-            arguments.remove(f"{flag}={value}")
-    return value
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            del arguments[position]
+            return arguments.pop(position)
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(position).split("=", 1)[1]
+    return None
+
+
+def take_all(arguments: list[str], flag: str) -> list[str]:
+    """All values of a flag that may be given several times."""
+    return list(iter(lambda: take(arguments, flag), None))
+
+
+def beside(config: Any, students: Sequence[str]) -> Any:
+    """A distillation with all students that were named, alike but for their architecture."""
+    return (
+        replace(config, beside=tuple(replace(config.student, name=name) for name in students[1:]))
+        if students
+        else config
+    )

@@ -29,6 +29,11 @@ def test_rows_are_presets_by_teacher_sets():
     assert [entry.config.method for entry in found] == [METHODS["mean"]] * 2 + [METHODS["comad"]] * 2
 
 
+def test_a_row_has_one_student():
+    with pytest.raises(ValueError, match="a row has one student; leave `beside` out"):
+        entries("comad", recipe=replace(RECIPE, beside=(RECIPE.student,)))
+
+
 def test_one_teacher_set_is_not_named():
     assert labels(entries("comad", "mean")) == ["comad", "mean"]
 

@@ -203,15 +203,19 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_student(command, plain_folder,
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_two_processes_learn_what_one_learns_and_write_once(command, plain_folder, tmp_path):
+def test_two_processes_with_two_students_learn_what_one_learns_alone_and_write_once(command, plain_folder, tmp_path):
     same = ["--optim.batch-size=12", "--optim.epochs=2", "--method.masking.policy=none"]
+    students = ["vit_tiny_patch16_224", "vit_small_patch16_224"]
+    several = [f"--student={name}" for name in students]
     assert main(command(tmp_path / "one", *same, data=plain_folder)) == 0
-    two = command(tmp_path / "two", *same, "--run.devices=2", data=plain_folder)
+    two = command(tmp_path / "two", *same, *several, "--run.devices=2", data=plain_folder)
     subprocess.run([sys.executable, "-m", "comad.cli", *two], check=True, capture_output=True)
-    assert len(steps(tmp_path / "two")) == len(steps(tmp_path / "one")) == 8
-    one, two = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=0)
+    one = load_file(tmp_path / "one" / "student" / "model.safetensors")
+    for student in students:  # of the same width and depth, so the same network
+        assert len(steps(tmp_path / "two" / student)) == len(steps(tmp_path / "one")) == 8
+        two = load_file(tmp_path / "two" / student / "student" / "model.safetensors")
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=0)
 
 
 @pytest.fixture

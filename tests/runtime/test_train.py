@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from comad.runtime import train as train_module
+from comad.runtime import learner as learner_module
 from comad.runtime.checkpoint import checkpoints, load_checkpoint
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import Interrupted, Job, RunConfig, Step, TrainingError, open_run, start_fabric, train
@@ -75,7 +75,7 @@ def steps_of(out):
 
 def use_sgd(monkeypatch):
     monkeypatch.setattr(
-        train_module, "build_optimizer", lambda module, optim: torch.optim.SGD(module.parameters(), lr=1.0)
+        learner_module, "build_optimizer", lambda module, optim: torch.optim.SGD(module.parameters(), lr=1.0)
     )
 
 

@@ -74,6 +74,8 @@ def _check(config: CompareConfig) -> None:
         raise ValueError("--run.seed is one of many here; pass --seeds.")
     if recipe.run.devices > 1:
         raise ValueError("a comparison runs in one process; leave out --run.devices.")
+    if recipe.beside:
+        raise ValueError("a row has one student; leave `beside` out of the recipe.")
     if recipe.method != presets.METHODS["comad"]:
         raise ValueError(
             'methods come from --presets; change one there, as in --presets "comad --method.masking.student 0.8".'

@@ -39,7 +39,7 @@ ROLES: dict[Kind, Role] = {
     "pixels": "pixels",
 }
 
-SAME_RESULT = ("cache_teachers", "cache_folder", "teachers_in")
+SAME_RESULT = ("cache_teachers", "cache_folder", "teachers_in", "beside")
 """Options of a distillation that change its cost alone."""
 
 

@@ -23,22 +23,32 @@ HELD_OUT_IMAGES = 256
 
 
 def calibrate(
-    distiller: Distiller, teachers: Sequence[Teacher], views: ViewDataset, seed: int, limit: int | None = None
+    distillers: Sequence[Distiller],
+    teachers: Sequence[Teacher],
+    views: ViewDataset,
+    seed: int,
+    limit: int | None = None,
 ) -> None:
     """Fit the aligners on the teachers' tokens of whole training views, the same patches for every teacher.
 
-    ``limit`` takes fewer images than the method asks for.
+    Distillers of one method, on one grid, share what the teachers say. ``limit`` takes fewer images than the method
+    asks for.
     """
-    count = min(distiller.method.calibration_images, len(views.images))
+    count = min(distillers[0].method.calibration_images, len(views.images)) if distillers else 0
     count = count if limit is None else min(count, limit)
     if not count:
         return
+    distiller = distillers[0]
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(views.images), generator=generator)[:count].tolist()
     position = torch.rand(count, distiller.student.num_patches, generator=generator).argsort(dim=1)[
         :, :CALIBRATION_TOKENS
     ]
-    loader = DataLoader(views, batch_sampler=[[(0, i) for i in chosen[s : s + 64]] for s in range(0, count, 64)])
+    loader = DataLoader(
+        views,
+        batch_sampler=[[(0, i) for i in chosen[s : s + 64]] for s in range(0, count, 64)],
+        generator=torch.Generator(),
+    )
     found: list[list[Tokens]] = [[] for _ in teachers]
     for number, batch in enumerate(loader):
         images = batch.views[0].to(distiller.device).float() / 255
@@ -46,7 +56,9 @@ def calibrate(
         rows = position[number * 64 : number * 64 + len(images)].to(distiller.device)
         for kept, (cls, patches) in zip(found, targets.tokens, strict=True):
             kept.append(Tokens(None if cls is None else cls.float(), gather_patches(patches, rows).float()))
-    distiller.calibrate([_joined(kept) for kept in found])
+    tokens = [_joined(kept) for kept in found]
+    for distiller in distillers:
+        distiller.calibrate(tokens)
 
 
 def _whole(teachers: Sequence[Teacher]) -> Masks:

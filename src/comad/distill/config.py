@@ -111,6 +111,7 @@ class DistillConfig:
         data: a folder of images, or the name of a bundled set.
         teachers: each a bundled name, NAME=FILE, or a timm model name.
         student: the network to train.
+        beside: further students that learn from the same teacher passes, each as if it were alone.
         method: the five slots; start from a preset and change single values.
         augment: the views.
         loader: how images are read.
@@ -129,6 +130,7 @@ class DistillConfig:
     data: str = "stamps"
     teachers: tuple[str, ...] = ("mae-stamps", "mocov3-stamps", "ibot-stamps")
     student: VitConfig = field(default_factory=VitConfig)
+    beside: tuple[VitConfig, ...] = ()
     method: Method = field(default_factory=Method)
     augment: Augment = field(default_factory=Augment)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -140,6 +142,19 @@ class DistillConfig:
     cache_storage: Storage = "computed"
     teachers_in: Literal["memory", "offload"] = "memory"
     preset: tyro.conf.Suppress[str] = "comad"
+
+    @property
+    def students(self) -> tuple[VitConfig, ...]:
+        """All students."""
+        return (self.student, *self.beside)
+
+    @property
+    def student_folders(self) -> tuple[str, ...]:
+        """Of each student, below the run's folder: the architecture, numbered if it comes again; one alone has none."""
+        names = [student.name for student in self.students]
+        counts = [names[:place].count(name) for place, name in enumerate(names)]
+        several = [name if not count else f"{name}-{count + 1}" for name, count in zip(names, counts, strict=True)]
+        return tuple(several) if self.beside else ("",)
 
     @property
     def cache_in(self) -> Path:

@@ -23,66 +23,93 @@ from comad.runtime.provenance import code_version, hardware
 
 
 class Result(NamedTuple):
-    """What a run leaves behind."""
+    """What a run leaves behind; ``beside`` are the results of the students beside the first."""
 
     folder: Path
     student: Path
     scores: tuple[Score, ...]
     scoreboard: Scoreboard
+    beside: tuple[Result, ...] = ()
 
 
-def finish(
-    config: DistillConfig,
-    splits: Splits,
-    teachers: Sequence[Teacher],
-    students: tuple[TimmBackbone, TimmBackbone],
-    out: Path,
-    fabric: Fabric,
-) -> Result:
-    """Score everything on the wanted part, write scoreboard and export, and say how to use the student."""
-    untrained, trained = students[0], students[1].to(fabric.device)
-    scores = ()
+class Trained(NamedTuple):
+    """A student at the end of training: the config that it would have alone, and itself as it was before, and now."""
+
+    config: DistillConfig
+    untrained: TimmBackbone
+    student: TimmBackbone
+
+
+def finish(students: Sequence[Trained], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric) -> Result:
+    """Score everything on the wanted part, write scoreboard and export of each student, and say how to use it.
+
+    Pixels and teachers are scored once and stand on the board of every student.
+    """
+    config, scored, others = students[0].config, None, ()
     if config.split != "none":
         scored = splits._replace(test=getattr(splits, config.split))
-        scores = score_all(config, scored, teachers, untrained, trained)
+        others = score_others(config, scored, teachers)
+    results = []
+    for trained in students:
+        student = trained._replace(student=trained.student.to(fabric.device))
+        scores = (*others, *score_student(student, scored)) if scored else ()
+        results.append(_leave(student, splits, teachers, scores, fabric))
+    return results[0]._replace(beside=tuple(results[1:]))
+
+
+def _leave(
+    trained: Trained, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
+) -> Result:
+    """Write what one student leaves behind."""
+    config, out = trained.config, Path(trained.config.run.out)
     board = Scoreboard(tuple(part.row for part in scores))
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
         fabric.print(board.table())
     folder = export_backbone(
-        trained,
+        trained.student,
         out / "student",
         model_args=config.student.arguments,
-        card=_card(config, splits, teachers, board, out, fabric),
+        card=_card(config, splits, teachers, board, fabric),
     )
     fabric.print(f"curves and scores as a picture: {run_figure(out)}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return Result(out, folder, scores, board)
 
 
-def score_all(
-    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], untrained: TimmBackbone, trained: TimmBackbone
-) -> tuple[Score, ...]:
-    """Rows: pixels, every teacher, the student untrained, at its start, and trained."""
-    size = config.student.image_size
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+def score_others(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher]) -> tuple[Score, ...]:
+    """Rows: pixels and every teacher."""
     sizes = [teacher.backbone.grid[0] * teacher.backbone.patch_size for teacher in teachers]
-    rows = [score("pixels", "pixels", None, splits, size)]
-    rows += [score(t.name, "teacher", t.backbone, splits, side, dtype) for t, side in zip(teachers, sizes, strict=True)]
-    init = score("init-only", "init_only", untrained, splits, size, dtype)
+    return (
+        score("pixels", "pixels", None, splits, config.student.image_size),
+        *(
+            score(t.name, "teacher", t.backbone, splits, side, _dtype(config))
+            for t, side in zip(teachers, sizes, strict=True)
+        ),
+    )
+
+
+def score_student(trained: Trained, splits: Splits) -> tuple[Score, ...]:
+    """Rows: the student untrained, at its start, and trained."""
+    config, size, dtype = trained.config, trained.config.student.image_size, _dtype(trained.config)
+    init = score("init-only", "init_only", trained.untrained, splits, size, dtype)
     if config.student.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             random = replace(config.student, pretrained=False).build()
-        rows.append(score("untrained", "untrained", random, splits, size, dtype))
+        untrained = score("untrained", "untrained", random, splits, size, dtype)
     else:
-        rows.append(init._replace(row=replace(init.row, name="untrained", role="untrained")))
-    return (*rows, init, score("student", "student", trained, splits, size, dtype))
+        untrained = init._replace(row=replace(init.row, name="untrained", role="untrained"))
+    return untrained, init, score("student", "student", trained.student, splits, size, dtype)
+
+
+def _dtype(config: DistillConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.run.precision == "bf16" else None
 
 
 def _card(
-    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, out: Path, fabric: Fabric
+    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
 ) -> ModelCard:
     names = ", ".join(teacher.name for teacher in teachers)
     return ModelCard(
@@ -96,7 +123,7 @@ def _card(
         images_seen=round(config.optim.epochs * len(splits.train)),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,

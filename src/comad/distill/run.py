@@ -20,45 +20,60 @@ from comad.data.transforms import ColourChange, Crop
 from comad.distill.calibration import calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
-from comad.distill.finish import Result, finish
+from comad.distill.finish import Result, Trained, finish
 from comad.distill.health import Watch
 from comad.distill.matching import give_decoders, match, widths_and_cls
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, ask, hide_nothing_in_vain, load_teachers, teacher_step
+from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
+from comad.runtime.checkpoint import Generators
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
+from comad.runtime.train import Job, Metrics, RunConfig, Step, open_runs, start_fabric, train_together
 
-SAME_RESULT = ("teachers_in", "cache_folder", "split")
+SAME_RESULT = ("teachers_in", "cache_folder", "split", "beside")
 """Options that may change when a run goes on."""
+
+
+class Student(NamedTuple):
+    """A student of a run.
+
+    Attributes:
+        start: the network before it learns.
+        distiller: what is to be trained, on the device.
+        random: generators of its own, as it would have alone.
+    """
+
+    start: TimmBackbone
+    distiller: Distiller
+    random: Generators
 
 
 class Parts(NamedTuple):
     """What a run is made of, loaded and checked.
 
     Attributes:
-        config: with the student's options as the method wants them.
+        config: with the students' options as the method wants them.
         splits: the images.
         teachers: frozen, on the device.
-        start: the student before it learns.
-        distiller: what is to be trained, on the device.
+        students: in the order of ``config.students``.
     """
 
     config: DistillConfig
     splits: Splits
     teachers: list[Teacher]
-    start: TimmBackbone
-    distiller: Distiller
+    students: list[Student]
 
 
 def distill(config: DistillConfig) -> Result | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
-    Of several processes the first does what comes after training; the others return None.
+    Several students share pictures, views and teacher passes; each is trained, scored and exported as it would be
+    alone, in a folder of its own below the run's. Of several processes the first does what comes after training; the
+    others return None.
 
     Raises:
         ValueError: bad data, teachers or recipe, a run folder in use, or a resume that does not fit.
@@ -67,23 +82,25 @@ def distill(config: DistillConfig) -> Result | None:
     """
     fabric = start_fabric(config.run)
     parts = prepare(config, fabric)
-    config, splits, teachers, start, distiller = parts
-    out = open_run(config.run, fabric)
+    config, splits, teachers, students = parts
+    runs = open_runs(config.run, config.student_folders, fabric)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
     views = training_views(parts)
     cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
-    if not config.run.resume:
-        calibrate(distiller, teachers, views, config.run.seed)
-        if fabric.is_global_zero:
-            write_recipe(config, out / "config.yaml")
-    trained = train(make_job(parts, cache, fabric), config.optim, config.run, fabric)
+    begins = [student.distiller for student, run in zip(students, runs, strict=True) if not run.resume]
+    calibrate(begins, teachers, views, config.run.seed)
+    configs = _alone(config, runs)
+    if fabric.is_global_zero:
+        _write_recipes(config, configs)
+    trained = train_together(make_jobs(parts, runs, cache, fabric), config.optim, runs, fabric)
     if cache and not config.cache_folder:
         fabric.barrier()
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    return finish(config, splits, teachers, (start, trained.student), out, fabric)
+    ends = zip(configs, students, trained, strict=True)
+    return finish([Trained(own, student.start, end.student) for own, student, end in ends], splits, teachers, fabric)
 
 
 def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
@@ -92,21 +109,65 @@ def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
     Raises:
         ValueError: bad data, teachers or recipe.
     """
-    fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
-    student = config.student.build()
+    built = _build(config, fabric)
+    networks = [network for network, _ in built]
+    teachers = _load_teachers(config, networks[0], fabric)
+    vits = [match(config.method, vit, own, teachers) for vit, own in zip(config.students, networks, strict=True)]
+    students = []
+    for network, random in built:
+        start = copy.deepcopy(network)
+        with random.turn():
+            distiller = Distiller(network, config.method, *widths_and_cls(config.method, teachers))
+        distiller.to(fabric.device)
+        plain_attention_on_cpu(distiller, fabric.device)
+        students.append(Student(start, distiller, random))
+    return Parts(replace(config, student=vits[0], beside=tuple(vits[1:])), splits, teachers, students)
+
+
+def _build(config: DistillConfig, fabric: Fabric) -> list[tuple[TimmBackbone, Generators]]:
+    """The students as they are before the run, each with generators that begin with the seed."""
+    built = []
+    for vit in config.students:
+        fabric.seed_everything(config.run.seed, verbose=False)
+        random = Generators()
+        with random.turn():
+            built.append((vit.build(), random))
+    seen = [
+        f"{vit.image_size} px in patches of {network.patch_size}"
+        for vit, (network, _) in zip(config.students, built, strict=True)
+    ]
+    for vit, other in zip(config.students, seen, strict=True):
+        if other != seen[0]:
+            raise ValueError(
+                f"students share their views, but {config.student.name} sees {seen[0]}, {vit.name} sees {other}; give "
+                "--student.image-size and --student.patch-size, which hold for every --student NAME."
+            )
+    return built
+
+
+def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric) -> list[Teacher]:
+    """The teachers on the students' grid, with their decoders if the method reads them."""
     precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     grid = student.grid[0], student.patch_size
     teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
     if config.method.tap.decoder:
         give_decoders(config.teachers, teachers, precision, fabric.device)
-    config = replace(config, student=match(config.method, config.student, student, teachers))
-    start = copy.deepcopy(student)
-    distiller = Distiller(student, config.method, *widths_and_cls(config.method, teachers))
-    distiller.to(fabric.device)
-    plain_attention_on_cpu(distiller, fabric.device)
-    return Parts(config, splits, teachers, start, distiller)
+    return teachers
+
+
+def _alone(config: DistillConfig, runs: Sequence[RunConfig]) -> list[DistillConfig]:
+    """The config that each student would have alone."""
+    pairs = zip(config.students, runs, strict=True)
+    return [replace(config, student=vit, beside=(), run=run) for vit, run in pairs]
+
+
+def _write_recipes(config: DistillConfig, parts: Sequence[DistillConfig]) -> None:
+    """The recipe of the run, and of several students each one's own."""
+    for part in (config, *parts):
+        if not part.run.resume:
+            write_recipe(part, Path(part.run.out) / "config.yaml")
 
 
 def _check(config: DistillConfig, splits: Splits) -> None:
@@ -126,13 +187,12 @@ def _check(config: DistillConfig, splits: Splits) -> None:
 
 
 def training_views(parts: Parts) -> ViewDataset:
-    """The training images as views for teachers and student."""
-    config, splits, num_patches = parts.config, parts.splits, parts.distiller.student.num_patches
-    size, jitter = config.student.image_size, config.augment.jitter
+    """The training images as views for teachers and students."""
+    config, size, jitter = parts.config, parts.config.student.image_size, parts.config.augment.jitter
     colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
     crop = Crop(size=size, scale=config.augment.crop_scale)
-    make = DistillViews(crop, colour, 1 + len(parts.teachers), num_patches)
-    return ViewDataset(splits.train, make, config.run.seed, 2 * size)
+    make = DistillViews(crop, colour, 1 + len(parts.teachers), parts.students[0].start.num_patches)
+    return ViewDataset(parts.splits.train, make, config.run.seed, 2 * size)
 
 
 def _open_cache(
@@ -161,20 +221,29 @@ def what_to_cache(
     return keys, (len(views.images), config.loader.fixed_views), example
 
 
-def make_job(parts: Parts, cache: TeacherCache | None, fabric: Fabric) -> Job:
-    """The job of the loop: batches, the step, the probe, and what a resumed run must share."""
-    config, splits, teachers, _, distiller = parts
-    views = training_views(parts)
+def make_jobs(parts: Parts, runs: Sequence[RunConfig], cache: TeacherCache | None, fabric: Fabric) -> list[Job]:
+    """The jobs of the loop, one per student: batches, the step, the probe, and what a resumed run must share."""
+    shared = _shared(parts.config, training_views(parts), parts.teachers, cache, fabric)
+    configs = _alone(parts.config, runs)
+    return [
+        _job(config, student, shared, parts.splits, parts.teachers)
+        for config, student in zip(configs, parts.students, strict=True)
+    ]
+
+
+def _shared(
+    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], cache: TeacherCache | None, fabric: Fabric
+) -> dict[str, Any]:
+    """What the jobs of all students have in common: batches, and what the teachers say of them."""
     optim, fixed = config.optim, config.loader.fixed_views
     hidden, reads = config.method.masking.teachers_hidden, config.method.reads
-    knn = KnnProbe(splits, config.student.image_size)
 
     def batches(first: int, last: int) -> DataLoader:
         span, share = (first, last), (fabric.global_rank, fabric.world_size)
         order = EpochBatches(len(views.images), optim.batch_size, config.run.seed, span, fixed_views=fixed, share=share)
         return training_batches(views, order, config.loader)
 
-    def step(module: nn.Module, batch: Batch, progress: float) -> Step:
+    def prepare(batch: Batch, progress: float) -> tuple[Tensor, Targets]:
         shared, own = batch.views
         masks = hide_nothing_in_vain(config.method.masking(batch.noise, progress), teachers)
 
@@ -188,21 +257,37 @@ def make_job(parts: Parts, cache: TeacherCache | None, fabric: Fabric) -> Job:
             if cache
             else teacher_step(teachers, shared.float() / 255, masks, hidden, reads)
         )
-        loss, metrics = module(own.float() / 255, targets)
+        return own.float() / 255, targets
+
+    return {
+        "batches": batches,
+        "prepare": prepare,
+        "steps_per_epoch": len(views.images) // (optim.batch_size * optim.accumulate),
+        "name_image": views.images.path,
+    }
+
+
+def _job(
+    config: DistillConfig, student: Student, shared: dict[str, Any], splits: Splits, teachers: Sequence[Teacher]
+) -> Job:
+    """The job of one student, whose config is that of a run of its own."""
+    knn = KnnProbe(splits, config.student.image_size)
+
+    def step(module: nn.Module, batch: tuple[Tensor, Targets], progress: float) -> Step:
+        loss, metrics = module(*batch)
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
         return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(
-        module=distiller,
+        **shared,
+        module=student.distiller,
         step=step,
-        batches=batches,
-        steps_per_epoch=len(views.images) // (optim.batch_size * optim.accumulate),
         identity={**_plain(config), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
         probe=probe,
         watch=Watch(first_metrics(Path(config.run.out)) if config.run.resume else None),
-        name_image=views.images.path,
+        random=student.random,
     )
 
 

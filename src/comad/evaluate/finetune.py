@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,10 +16,8 @@ from comad.evaluate.scores import write_scores
 from comad.evaluate.trial import Subject, Trial, answers, run_trial, top1
 from comad.evaluate.tuning import FinetuneConfig
 from comad.evaluate.views import load_one, view_size
-from comad.runtime.checkpoint import checkpoints
-from comad.runtime.log import forget_after
 from comad.runtime.provenance import code_version, hardware
-from comad.runtime.train import RunConfig, open_run, start_fabric
+from comad.runtime.train import RunConfig, open_runs, start_fabric
 
 
 class Finetuned(NamedTuple):
@@ -89,9 +86,7 @@ def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) 
         splits: the images.
     """
     fabric = start_fabric(config.run)
-    settings = _settings(config)
-    _open([setting.run for setting in settings], config.run, fabric)
-    trials = [run_trial(_with_checkpoint(setting), subject, splits, fabric) for setting in settings]
+    trials = [run_trial(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
     if not fabric.is_global_zero:
         return None
     best = max(trials, key=lambda trial: trial.validation["fine"])
@@ -111,37 +106,14 @@ def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) 
     return Finetuned(score, best)
 
 
-def _settings(config: FinetuneConfig) -> list[FinetuneConfig]:
+def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
     """One config per setting to try, each with a folder of its own if there are several."""
-    tuning, run = config.tuning, config.run
+    tuning = config.tuning
     pairs = list(product(config.try_lr or (tuning.optim.base_lr,), config.try_epochs or (tuning.optim.epochs,)))
-    settings = []
-    for lr, epochs in pairs:
-        out = run.out if len(pairs) == 1 else f"{run.out}/lr-{lr:g}-epochs-{epochs:g}"
-        optim = replace(tuning.optim, base_lr=lr, epochs=epochs)
-        settings.append(replace(config, tuning=replace(tuning, optim=optim), run=replace(run, out=out)))
-    return settings
-
-
-def _open(parts: Sequence[RunConfig], whole: RunConfig, fabric: Fabric) -> None:
-    """Make the folders; see `open_run`."""
-    if not whole.resume:
-        open_run(whole, fabric)
-    elif not any(_resumable(part) for part in parts):
-        raise ValueError(f"no checkpoint to resume in {whole.out!r}; start without --run.resume, in a new folder.")
-    for part in parts if fabric.is_global_zero else ():
-        Path(part.out).mkdir(exist_ok=True)
-        if not _resumable(part):
-            forget_after(Path(part.out), 0)  # what a run wrote that was killed before its first checkpoint
-
-
-def _resumable(run: RunConfig) -> bool:
-    return bool(checkpoints(Path(run.out) / "checkpoints"))
-
-
-def _with_checkpoint(setting: FinetuneConfig) -> FinetuneConfig:
-    """Go on where there is something to go on from: of several settings the later ones may not have begun."""
-    return replace(setting, run=replace(setting.run, resume=setting.run.resume and _resumable(setting.run)))
+    names = [""] if len(pairs) == 1 else [f"lr-{lr:g}-epochs-{epochs:g}" for lr, epochs in pairs]
+    tunings = [replace(tuning, optim=replace(tuning.optim, base_lr=lr, epochs=epochs)) for lr, epochs in pairs]
+    runs = open_runs(config.run, names, fabric)
+    return [replace(config, tuning=tuning, run=run) for tuning, run in zip(tunings, runs, strict=True)]
 
 
 def _score(subject: Subject, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:

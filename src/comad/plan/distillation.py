@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from comad.data.images import Splits
 from comad.distill.calibration import HELD_OUT_IMAGES, calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
-from comad.distill.run import Parts, make_job, prepare, training_views, what_to_cache
+from comad.distill.run import Parts, make_jobs, prepare, training_views, what_to_cache
 from comad.distill.teacher_cache import TeacherCache, check_room, closed_stores
 from comad.evaluate.features import Features, FeatureSplits, extract_features, labelled_indices, pixel_features
 from comad.evaluate.knn import NearestNeighbours
@@ -36,8 +36,10 @@ def plan_distillation(config: DistillConfig) -> Plan:
     """Set a run up as `distill` does, take a few steps of each kind, and add up what is to come. Nothing is left.
 
     Raises:
-        ValueError: bad data, teachers or recipe, or a disk that is too small for the teacher cache.
+        ValueError: several students, bad data, teachers or recipe, or a disk too small for the teacher cache.
     """
+    if config.beside:
+        raise ValueError("a plan is of one student; name one --student. A second costs its own part of a step alone.")
     start, devices = now(), config.run.devices
     config, fabric = engine(config)
     parts = prepare(config, fabric)
@@ -45,7 +47,7 @@ def plan_distillation(config: DistillConfig) -> Plan:
     unknown, cache_bytes = _what_the_cache_lacks(parts, fabric)
     calibration = _calibration_seconds(parts)
     probing: list[float] = []
-    optim, job = share_of(config.optim, devices), make_job(parts, None, fabric)
+    optim, (job,) = share_of(config.optim, devices), make_jobs(parts, [config.run], None, fabric)
     measured = measure(
         job,
         optim,
@@ -74,7 +76,7 @@ def plan_distillation(config: DistillConfig) -> Plan:
         phases=Phases(loading, calibration, probing[0], scoring),
         devices=devices,
         cache=cache_bytes,
-        export=sum(part.numel() * 4 for part in parts.distiller.student.state_dict().values()),
+        export=sum(part.numel() * 4 for part in parts.students[0].distiller.student.state_dict().values()),
     )
 
 
@@ -98,19 +100,19 @@ def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[Rehea
     with tempfile.TemporaryDirectory(prefix="comad-plan-") as folder:
         stores = closed_stores(Path(folder), keys, shape, example, config.cache_storage)
         cache = TeacherCache([store.open() for store in stores], shape[0])
-        job = resized(make_job(parts, cache, fabric), size)
+        job = resized(make_jobs(parts, [config.run], cache, fabric)[0], size)
         live, cached = (rehearse(job, optim, config.run, fabric, count) for _ in range(2))
     return live, cached
 
 
 def _calibration_seconds(parts: Parts) -> float:
     """Calibrate on a few images, and say how long all will take: a straight line through two times."""
-    config, views, total = parts.config, training_views(parts), parts.distiller.method.calibration_images
-    total = min(total, len(views.images))
+    config, views, distiller = parts.config, training_views(parts), parts.students[0].distiller
+    total = min(distiller.method.calibration_images, len(views.images))
     took = []
     for count in CALIBRATED:
         start = now()
-        calibrate(parts.distiller, parts.teachers, views, config.run.seed, count)
+        calibrate([distiller], parts.teachers, views, config.run.seed, count)
         took.append(now() - start)
     few, more = CALIBRATED
     if total <= more:
@@ -140,7 +142,7 @@ def _scoring_seconds(parts: Parts) -> float:
     splits = splits._replace(test=getattr(splits, config.split))
     dtype = torch.bfloat16 if config.run.precision == "bf16" else None
     count = sum(len(labelled_indices(images)) for images in splits[:3])
-    student = parts.distiller.student
+    student = parts.students[0].distiller.student
     own = [student] * (3 if config.student.pretrained else 2)
     sizes: dict[tuple[int, int], float] = {}
     total = 0.0

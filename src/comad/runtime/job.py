@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from comad.runtime.checkpoint import Generators
+
 Metrics = Mapping[str, Any]
 
 
@@ -64,11 +66,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained.
+    """What is to be trained. Jobs that are trained together share ``batches`` and ``prepare``.
 
     Attributes:
         module: exactly what training changes; its state is the checkpoint.
-        step: (module as the engine wrapped it, batch on the device, share of the run that is done) → loss and metrics.
+        step: (module as the engine wrapped it, prepared batch, share of the run that is done) → loss and metrics.
         batches: (first, last) forward pass → a loader of these batches in order.
         steps_per_epoch: optimiser steps per epoch.
         identity: nested plain values that a resumed run must share: config, teacher hashes.
@@ -77,6 +79,8 @@ class Job:
         name_image: the file of an image, for the list of unreadable ones.
         groups: groups of parameters for AdamW; ``lr_scale`` is a group's share of the learning rate. None: all of
             ``module``, decayed as `build_optimizer` says.
+        prepare: (batch on the device, share of the run that is done) → what the steps get; called once per batch.
+        random: generators of its own, for one of several; None draws from the process's.
     """
 
     module: nn.Module
@@ -88,3 +92,5 @@ class Job:
     watch: Callable[[int, Metrics], str | None]
     name_image: Callable[[int], str]
     groups: Sequence[dict[str, Any]] | None = None
+    prepare: Callable[[Any, float], Any] = lambda batch, progress: batch
+    random: Generators | None = None

@@ -52,6 +52,7 @@ class RunLog:
         total_steps: optimiser steps of the whole run, for the ETA.
         tensorboard, wandb: also write there.
         stream: where the progress line goes; None is silent.
+        name: of the run, if several run beside each other; then each has lines of its own on a terminal, too.
     """
 
     def __init__(
@@ -61,9 +62,12 @@ class RunLog:
         tensorboard: bool = True,
         wandb: bool = False,
         stream: TextIO | None = sys.stderr,
+        name: str = "",
     ):
         self.total_steps = total_steps
         self.stream = stream
+        self.title = f"{name}: " if name else ""
+        self.in_place = stream is not None and stream.isatty() and not name
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8") if folder else None
         self.writer = _tensorboard_writer(folder) if folder and tensorboard else None
         self.wandb = _wandb_run(folder) if folder and wandb else None
@@ -74,7 +78,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.stream and self.stream.isatty():
+        if self.in_place:
             print(file=self.stream)
         if self.file:
             self.file.close()
@@ -104,10 +108,10 @@ class RunLog:
         left = (self.total_steps - step) / max(steps_per_s, 1e-9)
         knn = f"  knn {self.last_knn:.1f}" if self.last_knn is not None else ""
         line = (
-            f"step {step}/{self.total_steps}  ETA {_clock(left)}  {metrics['images_per_s']:.0f} img/s  "
+            f"{self.title}step {step}/{self.total_steps}  ETA {_clock(left)}  {metrics['images_per_s']:.0f} img/s  "
             f"{metrics['memory_gib']:.1f} GiB  loss {metrics['loss']:.4f}  data_wait {metrics['data_wait']:.1f} %{knn}"
         )
-        if self.stream.isatty():
+        if self.in_place:
             print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
         else:
             print(line, file=self.stream, flush=True)
@@ -115,7 +119,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Show a message on a line of its own."""
         if self.stream:
-            print(("\r\033[K" if self.stream.isatty() else "") + message, file=self.stream, flush=True)
+            print(("\r\033[K" if self.in_place else "") + message, file=self.stream, flush=True)
 
 
 def memory_gib() -> float:
@@ -145,4 +149,4 @@ def _wandb_run(folder: Path) -> Any:
         raise ValueError(
             "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --wandb."
         ) from error
-    return wandb.init(project="comad", name=folder.name, dir=str(folder))
+    return wandb.init(project="comad", name=folder.name, dir=str(folder), reinit="create_new")

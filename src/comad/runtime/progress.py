@@ -16,12 +16,13 @@ from comad.runtime.log import RunLog, memory_gib
 
 
 class Stream:
-    """Batches on the device; it counts the seconds that the loop waits for them."""
+    """Batches on the device; it counts the seconds that the loop waits for them, and those that count for no step."""
 
     def __init__(self, loader: DataLoader, fabric: Fabric):
         self.batches = iter(loader)
         self.fabric = fabric
         self.waited = 0.0
+        self.paused = 0.0
         self.unreadable: set[int] = set()
 
     def __next__(self) -> Any:
@@ -53,10 +54,10 @@ class Report:
         metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise TrainingError(
-                f"loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint is kept in "
-                f"{self.run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
+                f"{self.log.title}loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint "
+                f"is kept in {self.run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
             )
-        now, (before, waited, step) = time.monotonic(), self.since
+        now, (before, waited, step) = time.monotonic() - self.stream.paused, self.since
         self.since = (now, self.stream.waited, done)
         steps_per_s = (done - step) / max(now - before, 1e-9)
         metrics["images_per_s"] = steps_per_s * self.images_per_step
@@ -72,7 +73,7 @@ class Report:
         """Score the weights and log it; the time that it takes counts for no step."""
         start = time.monotonic()
         self.log.write(done, self.job.probe(module))
-        self.since = (self.since[0] + time.monotonic() - start, *self.since[1:])
+        self.stream.paused += time.monotonic() - start
 
     def _warn(self, done: int, warning: str | None) -> None:
         if warning is None:
@@ -80,10 +81,10 @@ class Report:
         self.log.write(done, {"warning": warning})
         kind = warning.partition(":")[0]  # the numbers after it change from step to step
         if kind not in self.told:
-            self.log.say(f"WARNING at step {done}: {warning}")
+            self.log.say(f"{self.log.title}WARNING at step {done}: {warning}")
             self.told.add(kind)
         if self.run.stop_on_collapse:
-            raise TrainingError(f"stopped at step {done}: {warning}")
+            raise TrainingError(f"{self.log.title}stopped at step {done}: {warning}")
 
     def _list_unreadable(self) -> None:
         if len(self.stream.unreadable) > self.skipped:

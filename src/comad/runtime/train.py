@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from comad.runtime.checkpoint import (
-    checkpoints,
-    differences,
-    load_checkpoint,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-)
+from comad.runtime.checkpoint import checkpoints
 from comad.runtime.job import Interrupted, Job, Metrics, RunConfig, Step, TrainingError
+from comad.runtime.learner import Due, Learner
 from comad.runtime.log import RunLog, forget_after
 from comad.runtime.memory import keep_freed_memory
-from comad.runtime.optim import OptimConfig, adamw, build_optimizer
+from comad.runtime.optim import OptimConfig
 from comad.runtime.progress import Report, Stream
 
 __all__ = [
@@ -40,8 +30,10 @@ __all__ = [
     "Step",
     "TrainingError",
     "open_run",
+    "open_runs",
     "start_fabric",
     "train",
+    "train_together",
 ]
 
 
@@ -62,8 +54,21 @@ def open_run(run: RunConfig, fabric: Fabric) -> Path:
     Raises:
         ValueError: it holds a run already and ``resume`` is off, or there is nothing to resume.
     """
-    out = Path(run.out)
-    if run.resume and not checkpoints(out / "checkpoints"):
+    (own,) = open_runs(run, [""], fabric)
+    return Path(own.out)
+
+
+def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunConfig]:
+    """Make the folders of the parts of a run, below its own. Returns the run of each part.
+
+    A part that was killed before its first checkpoint does not go on, but begins again.
+
+    Raises:
+        ValueError: see `open_run`; to be resumed, one part at least must have a checkpoint.
+    """
+    out, runs = Path(run.out), [replace(run, out=str(Path(run.out, name))) for name in names]
+    begun = [run.resume and bool(checkpoints(Path(own.out) / "checkpoints")) for own in runs]
+    if run.resume and not any(begun):
         raise ValueError(f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder.")
     fabric.barrier()  # every process looks before one writes
     if out.exists() and not out.is_dir():
@@ -71,8 +76,11 @@ def open_run(run: RunConfig, fabric: Fabric) -> Path:
     if not run.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
     fabric.barrier()
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    for own, going_on in zip(runs, begun, strict=True):
+        Path(own.out).mkdir(parents=True, exist_ok=True)
+        if run.resume and not going_on and fabric.is_global_zero:
+            forget_after(Path(own.out), 0)
+    return [replace(own, resume=going_on) for own, going_on in zip(runs, begun, strict=True)]
 
 
 def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
@@ -83,115 +91,75 @@ def train(job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> Any:
         TrainingError: the loss is not finite, or the run has collapsed and ``run.stop_on_collapse`` is set.
         ValueError: the checkpoint to resume belongs to another configuration or other teachers.
     """
-    total = optim.total_steps(job.steps_per_epoch)
+    (scored,) = train_together([job], optim, [run], fabric)
+    return scored
+
+
+def train_together(jobs: Sequence[Job], optim: OptimConfig, runs: Sequence[RunConfig], fabric: Fabric) -> list[Any]:
+    """Train several jobs on the same batches, each as `train` would alone, in the folder of its own run.
+
+    They go on from the earliest of their checkpoints; one that was ahead waits. An error in one ends all.
+    """
+    shared, run, steps_per_epoch = jobs[0], runs[0], jobs[0].steps_per_epoch
+    assert all((job.batches, job.prepare) == (shared.batches, shared.prepare) for job in jobs)
+    total = optim.total_steps(steps_per_epoch)
     if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
         keep_freed_memory()
-    state = _State.create(job, optim, run, fabric)
-    first = state.restore() if run.resume else 0
-    if run.resume and fabric.is_global_zero:
-        forget_after(Path(run.out), first)
-    stream = Stream(job.batches(first * optim.accumulate, total * optim.accumulate), fabric)
-    folder, screen = (Path(run.out), sys.stderr) if fabric.is_global_zero else (None, None)
-    with RunLog(folder, total, run.tensorboard, run.wandb, screen) as log:
-        report = Report(job, run, log, optim.batch_size * optim.accumulate, stream, first)
-        with _threads(run.threads), _signals() as received:
-            for step in range(first, total):
-                lr = state.set_lr(optim.lr(step, job.steps_per_epoch))
-                result = _accumulate(job, state, stream, optim.accumulate, step / total)
-                norm = fabric.clip_gradients(
-                    state.module, state.optimizer, max_norm=optim.clip or math.inf, error_if_nonfinite=False
+    learners = [Learner.create(job, optim, own, fabric) for job, own in zip(jobs, runs, strict=True)]
+    first = min(learner.first for learner in learners)
+    stream = Stream(shared.batches(first * optim.accumulate, total * optim.accumulate), fabric)
+    with ExitStack() as logs, _threads(run.threads), _signals() as received:
+        for learner in learners:
+            log = logs.enter_context(_open_log(learner.run, total, fabric, named=len(jobs) > 1))
+            learner.report = Report(
+                learner.job, learner.run, log, optim.batch_size * optim.accumulate, stream, learner.first
+            )
+        for step in range(first, total):
+            learning = [learner for learner in learners if learner.first <= step]
+            results = _accumulate(shared, learning, stream, optim.accumulate, step / total)
+            lr, done = optim.lr(step, steps_per_epoch), step + 1
+            norms = [learner.update(lr) for learner in learning]
+
+            stopped = _agreed(received, fabric, done % run.log_every == 0)
+            due = _due(run, done, total, stopped)
+            for learner, result, norm in zip(learning, results, norms, strict=True):
+                learner.record(done, due, result, {"lr": lr, "grad_norm": norm})
+            if stopped and done < total:
+                learners[0].report.log.say(
+                    f"stopped at step {done}, checkpoint written. Go on: the same command with --run.resume."
                 )
-                state.optimizer.step()
-                state.optimizer.zero_grad()
-                state.update_average()
-
-                done = step + 1
-                stopped = _agreed(received, fabric, done % run.log_every == 0)
-                saving = stopped or done == total or done % run.checkpoint_every == 0
-                if saving or done == 1 or done % run.log_every == 0:
-                    report.step(done, result, {"lr": lr, "grad_norm": norm})
-                if done == total or (run.probe_every and done % run.probe_every == 0):
-                    report.probe(done, state.scored)
-                if saving:
-                    state.save(done)
-                if stopped and done < total:
-                    log.say(f"stopped at step {done}, checkpoint written. Go on: the same command with --run.resume.")
-                    raise Interrupted(run.out)
-    return state.scored
+                raise Interrupted(run.out)
+    return [learner.scored for learner in learners]
 
 
-def _accumulate(job: Job, state: _State, stream: Stream, count: int, progress: float) -> Step:
-    """Add up the gradients of ``count`` batches; processes exchange them with the last one. Returns its result."""
+def _due(run: RunConfig, done: int, total: int, stopped: bool) -> Due:
+    save = stopped or done == total or done % run.checkpoint_every == 0
+    return Due(
+        log=save or done == 1 or done % run.log_every == 0,
+        probe=done == total or (run.probe_every > 0 and done % run.probe_every == 0),
+        save=save,
+    )
+
+
+def _open_log(run: RunConfig, total: int, fabric: Fabric, named: bool) -> RunLog:
+    """The log of one job; the first process alone writes and shows it."""
+    folder, screen = (Path(run.out), sys.stderr) if fabric.is_global_zero else (None, None)
+    return RunLog(folder, total, run.tensorboard, run.wandb, screen, Path(run.out).name if named else "")
+
+
+def _accumulate(job: Job, learners: Sequence[Learner], stream: Stream, count: int, progress: float) -> list[Step]:
+    """Add up the gradients of ``count`` batches; processes exchange them with the last one. Returns its results."""
     for _ in range(count - 1):
-        with stream.fabric.no_backward_sync(state.module):
-            stream.fabric.backward(job.step(state.module, next(stream), progress).loss / count)
-    result = job.step(state.module, next(stream), progress)
-    stream.fabric.backward(result.loss / count)
-    return result
+        _learn(job, learners, stream, count, progress, last=False)
+    return _learn(job, learners, stream, count, progress, last=True)
 
 
-@dataclass
-class _State:
-    """Everything that a checkpoint holds, and what of it the loop works on."""
-
-    job: Job
-    run: RunConfig
-    module: Any
-    optimizer: Any
-    average: AveragedModel | None
-    main_process: bool
-
-    @classmethod
-    def create(cls, job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric) -> _State:
-        average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
-        if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
-            nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
-        optimizer = build_optimizer(job.module, optim) if job.groups is None else adamw(job.groups, optim)
-        module, optimizer = fabric.setup(job.module, optimizer)
-        if average is not None:
-            average.to(fabric.device)
-        return cls(job, run, module, optimizer, average, fabric.is_global_zero)
-
-    @property
-    def scored(self) -> Any:
-        return self.average.module if self.average is not None else self.job.module
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.run.out) / "checkpoints"
-
-    def set_lr(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        return lr
-
-    def update_average(self) -> None:
-        if self.average is not None:
-            self.average.update_parameters(self.job.module)
-
-    def save(self, step: int) -> Path:
-        state = {
-            "step": step,
-            "module": self.job.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
-            "random": random_states(),
-            "identity": json.dumps(self.job.identity),
-        }
-        return save_checkpoint(self.folder, step, state, self.run.keep) if self.main_process else self.folder
-
-    def restore(self) -> int:
-        path = checkpoints(self.folder)[-1]
-        stored = load_checkpoint(path)
-        changed = differences(json.loads(stored["identity"]), json.loads(json.dumps(self.job.identity)))
-        if changed:
-            raise ValueError(f"cannot resume {self.run.out!r}: it was started with another setup: {'; '.join(changed)}")
-        self.job.module.load_state_dict(stored["module"])
-        self.optimizer.load_state_dict(stored["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(stored["average"])
-        restore_random_states(stored["random"])
-        return stored["step"]
+def _learn(
+    job: Job, learners: Sequence[Learner], stream: Stream, count: int, progress: float, *, last: bool
+) -> list[Step]:
+    """Forward and backward of everyone on the next batch, which is prepared once."""
+    batch = job.prepare(next(stream), progress)
+    return [learner.learn(batch, count, progress, last) for learner in learners]
 
 
 def _agreed(received: Sequence[int], fabric: Fabric, now: bool) -> bool:
