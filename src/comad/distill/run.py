@@ -24,9 +24,10 @@ from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
 from comad.distill.matching import give_decoders, match, widths_and_cls
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, ask, hide_nothing_in_vain, load_teachers, teacher_step
+from comad.distill.teaching import Said, ask, blocks_read, hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
+from comad.models.compiling import as_written, compile_blocks, need_compiler
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.runtime.log import first_metrics
@@ -71,16 +72,29 @@ def distill(config: DistillConfig) -> Result | None:
         calibrate(distiller, teachers, views, config.run.seed)
         if fabric.is_global_zero:
             write_recipe(config, out / "config.yaml")
+    if config.compile:
+        compile_step(distiller, teachers)
     trained = train(_job(config, splits, distiller, teachers, cache, fabric), config.optim, config.run, fabric)
     if cache and not config.cache_folder:
         fabric.barrier()
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    return finish(config, splits, teachers, (start, trained.student), out, fabric)
+    with as_written(config.compile):
+        return finish(config, splits, teachers, (start, trained.student), out, fabric)
+
+
+def compile_step(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
+    """Compile the blocks that a step runs; not those which the method reads inside."""
+    for number, teacher in enumerate(teachers):
+        if isinstance(teacher.backbone, TimmBackbone):
+            compile_blocks(teacher.backbone.vit, blocks_read(teacher, distiller.method.reads, number))
+    compile_blocks(distiller.student.vit, (distiller.tapped, *distiller.rungs, distiller.qkv))
 
 
 def _check(config: DistillConfig, splits: Splits) -> None:
+    if config.compile:
+        need_compiler()
     if config.cache_teachers and not config.loader.fixed_views:
         raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
     count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
@@ -159,7 +173,8 @@ def _job(
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
-        return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
+        with as_written(config.compile):
+            return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(
         module=distiller,
