@@ -17,6 +17,7 @@ from comad.distill.config import Method
 from comad.distill.distiller import Distiller
 from comad.distill.masking import Masks
 from comad.distill.matching import widths_and_cls
+from comad.distill.speed import compile_step
 from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
 from comad.models.backbone import Tokens
 from comad.models.teachers import Teacher
@@ -70,9 +71,10 @@ class TimedStep:
         teachers: see `load`.
         student: the network to train.
         num_students: that share the teachers.
+        compiled: as by ``--compile``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per thing that is compared
         self,
         method: Method,
         precision: str,
@@ -81,6 +83,7 @@ class TimedStep:
         *,
         student: VitConfig | None = None,
         num_students: int = 1,
+        compiled: bool = False,
     ):
         self.fabric = start_fabric(RunConfig(precision=precision))
         self.device = self.fabric.device
@@ -92,6 +95,8 @@ class TimedStep:
         self.students = [
             prepare(config, self.method, self.teachers, self.images[:2], self.fabric) for _ in range(num_students)
         ]
+        for module, _ in self.students if compiled else ():
+            compile_step(module.module, teachers)
         self.calls = 0
 
     def __call__(self, clock: Clock | None = None) -> None:

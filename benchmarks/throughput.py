@@ -117,7 +117,7 @@ def data_wait(batch_size: int, num_steps: int, tiny: bool) -> float:
         return statistics.median([line["data_wait"] for line in lines if "data_wait" in line][1:])
 
 
-def lightly_images_per_s(batch_size: int, timer: Timer, tiny: bool, steps: int = 4) -> float | None:
+def lightly_images_per_s(batch_size: int, timer: Timer, tiny: bool, steps: int = 3) -> float | None:
     """LightlyTrain's step, one teacher on whole views, from the difference of a run with one epoch and one with two."""
     if importlib.util.find_spec("lightly_train") is None:
         return None
@@ -136,6 +136,7 @@ def lightly_images_per_s(batch_size: int, timer: Timer, tiny: bool, steps: int =
                 method_args={"teacher": f"dinov3/vit{'t' if tiny else 'b'}16-notpretrained"},
                 epochs=epochs,
                 batch_size=batch_size,
+                accelerator="gpu" if device.type == "cuda" else "cpu",  # "auto" computes in fp32 on a CPU
                 precision="bf16-mixed",
                 num_workers=1,
             )

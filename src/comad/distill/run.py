@@ -23,11 +23,13 @@ from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, finish
 from comad.distill.health import Watch
 from comad.distill.matching import give_decoders, match, widths_and_cls
+from comad.distill.speed import compile_step, quantize_teachers
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, ask, blocks_read, hide_nothing_in_vain, load_teachers, teacher_step
+from comad.distill.teaching import Said, ask, hide_nothing_in_vain, load_teachers, teacher_step
 from comad.distill.views import DistillViews
 from comad.evaluate.probe import KnnProbe
-from comad.models.compiling import as_written, compile_blocks, need_compiler
+from comad.models.compiling import as_written, need_compiler
+from comad.models.quantized import check_quantized
 from comad.models.teachers import Teacher, licence_notice
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.runtime.log import first_metrics
@@ -53,11 +55,7 @@ def distill(config: DistillConfig) -> Result | None:
     splits = load_images(config.data)
     _check(config, splits)
     student = config.student.build()
-    precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    grid = student.grid[0], student.patch_size
-    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
-    if config.method.tap.decoder:
-        give_decoders(config.teachers, teachers, precision, fabric.device)
+    teachers = _load_teachers(config, student, fabric)
     config = replace(config, student=match(config.method, config.student, student, teachers))
     out = open_run(config.run, fabric)
     start = copy.deepcopy(student)
@@ -67,6 +65,8 @@ def distill(config: DistillConfig) -> Result | None:
     distiller.to(fabric.device)
     plain_attention_on_cpu(distiller, fabric.device)
     views = _views(config, splits, student, len(teachers))
+    for line in quantize_teachers(teachers, config.quantized, views, fabric.device):
+        fabric.print(line)
     cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
     if not config.run.resume:
         calibrate(distiller, teachers, views, config.run.seed)
@@ -84,12 +84,15 @@ def distill(config: DistillConfig) -> Result | None:
         return finish(config, splits, teachers, (start, trained.student), out, fabric)
 
 
-def compile_step(distiller: Distiller, teachers: Sequence[Teacher]) -> None:
-    """Compile the blocks that a step runs; not those which the method reads inside."""
-    for number, teacher in enumerate(teachers):
-        if isinstance(teacher.backbone, TimmBackbone):
-            compile_blocks(teacher.backbone.vit, blocks_read(teacher, distiller.method.reads, number))
-    compile_blocks(distiller.student.vit, (distiller.tapped, *distiller.rungs, distiller.qkv))
+def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric) -> list[Teacher]:
+    """Teachers on the student's grid, with their decoders where the method learns from them."""
+    if config.quantized:
+        check_quantized(config.quantized, fabric.device, config.compile)
+    grid, dtype = (student.grid[0], student.patch_size), config.teacher_dtype
+    teachers = load_teachers(config.teachers, *grid, dtype, fabric.device, config.offload_to)
+    if config.method.tap.decoder:
+        give_decoders(config.teachers, teachers, dtype, fabric.device)
+    return teachers
 
 
 def _check(config: DistillConfig, splits: Splits) -> None:
@@ -102,6 +105,11 @@ def _check(config: DistillConfig, splits: Splits) -> None:
         raise ValueError(
             f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
             f"--optim.batch-size {max(1, count // config.optim.accumulate)}."
+        )
+    if config.quantized and config.teachers_in == "offload":
+        raise ValueError(
+            f"--teacher-precision {config.quantized} keeps teachers in memory, at half the room; leave out "
+            "--teachers-in offload."
         )
     if config.cache_teachers and config.method.masking.student_end is not None:
         raise ValueError(
