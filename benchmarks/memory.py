@@ -44,14 +44,15 @@ def measure(mode: str, batch_size: int, steps: int) -> dict[str, float]:
     floor = resident_gib()
 
     from comad.distill.config import DistillConfig
+    from comad.presets import METHODS
     from comad.runtime.log import memory_gib
-    from steps import TimedStep
+    from steps import TimedStep, load
 
     with TemporaryDirectory() as folder:
         config = DistillConfig(teachers_in=mode)
         config = replace(config, run=replace(config.run, out=f"{folder}/run"))
         specs = ["vit_base_patch16_224:random"] * 3
-        step = TimedStep("comad", "bf16", batch_size, specs, offload_to=config.offload_to)
+        step = TimedStep(METHODS["comad"], "bf16", batch_size, load(specs, "bf16", offload_to=config.offload_to))
         loaded = memory_gib()
         seconds = []
         for _ in range(steps):

@@ -17,30 +17,36 @@ from comad.distill.config import Method
 from comad.distill.distiller import Distiller
 from comad.distill.masking import Masks
 from comad.distill.matching import widths_and_cls
+from comad.distill.speed import compile_step
 from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
 from comad.models.backbone import Tokens
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
-from comad.presets import METHODS
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
 from comad.runtime.train import RunConfig, start_fabric
 
 LOG_EVERY = RunConfig().log_every
+Timer = Callable[[], float]
 
 
 class Clock:
-    """Seconds of each part of the steps so far; a GPU's parts are waited for, so measure whole steps without it."""
+    """Seconds of each part of the steps so far; a GPU's parts are waited for, so measure whole steps without it.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Args:
+        device: that computes.
+        timer: gives seconds; `time.process_time` counts those that this process computed, on a CPU that others use too.
+    """
+
+    def __init__(self, device: torch.device, timer: Timer = time.perf_counter):
+        self.device, self.timer = device, timer
         self.seconds: dict[str, float] = defaultdict(float)
 
     def now(self) -> float:
         """Seconds, when all that was asked of the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.timer()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -59,35 +65,34 @@ class TimedStep:
     """Masks, teachers, student, losses, backward and optimiser on the same images.
 
     Args:
-        preset: of the method.
+        method: what is learnt.
         precision: ``bf16`` or ``fp32``.
         batch_size: images of a step, 224 px.
-        specs: of the teachers.
+        teachers: see `load`.
         student: the network to train.
-        offload_to: see `comad.distill.teaching.load_teachers`.
+        compiled: as by ``--compile``.
     """
 
     def __init__(
         self,
-        preset: str,
+        method: Method,
         precision: str,
         batch_size: int,
-        specs: Sequence[str],
+        teachers: Sequence[Teacher],
         *,
         student: VitConfig | None = None,
-        offload_to: Path | None = None,
+        compiled: bool = False,
     ):
         self.fabric = start_fabric(RunConfig(precision=precision))
         self.device = self.fabric.device
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        config, self.method = student or VitConfig(), METHODS[preset]
-        rows, patch = config.image_size // 16, 16
-        self.teachers = [load_teachers([spec], rows, patch, dtype, self.device, offload_to)[0] for spec in specs]
+        config, self.method, self.teachers = student or VitConfig(), method, teachers
         if self.device.type == "cpu":
             keep_freed_memory()
         self.images = torch.rand(batch_size, 3, config.image_size, config.image_size, device=self.device)
-        self.noise = torch.rand(batch_size, 1 + len(specs), rows**2, device=self.device)
+        self.noise = torch.rand(batch_size, 1 + len(teachers), (config.image_size // 16) ** 2, device=self.device)
         self.student = prepare(config, self.method, self.teachers, self.images[:2], self.fabric)
+        if compiled:
+            compile_step(self.student[0].module, teachers)
         self.calls = 0
 
     def __call__(self, clock: Clock | None = None) -> None:
@@ -118,6 +123,12 @@ class TimedStep:
             with clock.part(f"teacher {m}"):
                 said.append(ask(teacher, m, self.images, visible, hidden, self.method.reads))
         return gathered(said, masks)
+
+
+def load(specs: Sequence[str], precision: str, image_size: int = 224, offload_to: Path | None = None) -> list[Teacher]:
+    """Teachers with 16-pixel patches, as a run loads them; a name may come more than once."""
+    device, dtype = start_fabric(RunConfig()).device, torch.bfloat16 if precision == "bf16" else torch.float32
+    return [load_teachers([spec], image_size // 16, 16, dtype, device, offload_to)[0] for spec in specs]
 
 
 def prepare(
@@ -160,18 +171,20 @@ def timed_networks(module: nn.Module, clock: Clock) -> Iterator[list[float]]:
             handle.remove()
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device, timer: Timer = time.perf_counter) -> float:
     """Seconds of one call."""
-    clock = Clock(device)
+    clock = Clock(device, timer)
     start = clock.now()
     run()
     return clock.now() - start
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 3.0) -> float:
+def gemm_rate(
+    dtype: torch.dtype, device: torch.device, seconds: float = 1.0, timer: Timer = time.perf_counter
+) -> float:
     """FLOP/s of the largest matrix product of a ViT-B block, (tokens, 768) × (768, 3072): the best of several."""
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((4096, 768), (768, 3072)))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, seconds_of(lambda: a @ b, device))
+    best, end = float("inf"), timer() + seconds
+    while timer() < end:
+        best = min(best, seconds_of(lambda: a @ b, device, timer))
     return 2 * 4096 * 768 * 3072 / best

@@ -1,12 +1,13 @@
 """How close a step comes to the machine's limit: 3 × ViT-B/16 → ViT-Ti/16 at 224 px, random weights.
 
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
-`comad-literal` (every network runs on all tokens) in the same precision and in fp32, and the limit: matrix-product
-FLOPs of the `comad` step over the rate of a plain matrix product. Ratios are medians over the rounds. Short runs on a
-folder of pictures, by turns with one student and with two, give what a second ViT-Ti costs, and the share of time that
-the loop waits for data. The distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is
-installed. The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean
-nothing.
+`comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
+or on whole views, and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product.
+Ratios are medians over the rounds. Short runs on a folder of pictures, by turns with one student and with two, give
+what a second ViT-Ti costs, and the share of time that the loop waits for data. The distillation of one teacher by
+LightlyTrain is measured beside it where `lightly-train` is installed. The last line printed is one JSON object;
+`--tiny` tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time`
+counts the seconds of one thread of this process in place of those on the wall, and leaves the short runs out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,54 +27,78 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import settings
+from comad.distill.config import Method
 from comad.distill.run import distill
 from comad.models.timm_backbone import VitConfig
+from comad.presets import METHODS
 from pictures import write_pictures
-from steps import Clock, TimedStep, gemm_rate, seconds_of
+from steps import Clock, TimedStep, Timer, gemm_rate, load, seconds_of
 
 TEACHERS = ("vit_base_patch16_224:random",) * 3
 TINY = ("vit_tiny_patch16_224:random",) * 3
 
 
-def measure(precision: str, batch_size: int, rounds: int, tiny: bool) -> dict[str, object]:
-    """Images per second of all steps and of the limit, medians over interleaved rounds."""
+def whole(method: Method) -> Method:
+    """The method with teachers that see whole images; the student's mask stays."""
+    return replace(method, masking=replace(method.masking, teachers=(0.0,)))
+
+
+def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedStep]:
+    """The steps to compare, those of one precision with the same teachers."""
     specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
-    steps = {"ours": TimedStep("comad", precision, batch_size, specs, student=student)}
-    steps["literal"] = TimedStep("comad-literal", precision, batch_size, specs, student=student)
+    teachers, ours, literal = load(specs, precision, student.image_size), METHODS["comad"], METHODS["comad-literal"]
+
+    def step(method: Method, count: int = 3) -> TimedStep:
+        return TimedStep(method, precision, batch_size, teachers[:count], student=student)
+
+    steps = {"ours": step(ours), "literal": step(literal)}
+    steps |= {"one masked teacher": step(ours, 1), "one whole teacher": step(whole(ours), 1)}
     if precision == "bf16":
-        steps["literal fp32"] = TimedStep("comad-literal", "fp32", batch_size, specs, student=student)
+        slow = load(specs, "fp32", student.image_size)
+        steps["literal fp32"] = TimedStep(literal, "fp32", batch_size, slow, student=student)
+    return steps
+
+
+def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
+    """Images per second of all steps and of the limit, medians over interleaved rounds."""
+    timer: Timer = time.process_time if options.cpu_time else time.perf_counter
+    batch_size, steps = options.batch_size, all_steps(precision, options.batch_size, options.tiny)
     device, ours = steps["ours"].device, steps["ours"]
     with FlopCounterMode(display=False) as counter:
         ours()
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    clock = Clock(device)
-    for _ in range(rounds):
+    seconds: dict[str, list[float]] = {name: [] for name in (*steps, "limit")}
+    clock, rates = Clock(device, timer), []
+    for _ in range(options.rounds):
         for name, step in steps.items():
-            seconds[name].append(seconds_of(step, device))
+            seconds[name].append(seconds_of(step, device, timer))
         ours(clock)
-    rate = gemm_rate(torch.bfloat16 if precision == "bf16" else torch.float32, device, 0.1 if tiny else 3.0)
-    limit = batch_size * rate / counter.get_total_flops()
-    rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        rates.append(gemm_rate(dtype, device, 0.1 if options.tiny else 1.0, timer))
+        seconds["limit"].append(counter.get_total_flops() / rates[-1])
 
     def times(name: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
 
+    cpu = f"cpu, {torch.get_num_threads()} thread(s)" + (", time of the processor" if options.cpu_time else "")
     result: dict[str, object] = {
-        "images_per_s": rates["ours"],
-        "literal_images_per_s": rates["literal"],
-        "limit_images_per_s": limit,
+        "batch_size": batch_size,
+        "images_per_s": batch_size / statistics.median(seconds["ours"]),
+        "limit_images_per_s": batch_size / statistics.median(seconds["limit"]),
         "times_literal": times("literal"),
-        "share_of_limit": rates["ours"] / limit,
+        "share_of_limit": times("limit"),
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
-        "gemm_gflops": rate / 1e9,
+        "gemm_gflops": statistics.median(rates) / 1e9,
         "precision": precision,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
     }
+    for name in ("literal", "literal fp32", "one masked teacher", "one whole teacher"):
+        if name in seconds:
+            result[f"{name.replace(' ', '_')}_images_per_s"] = batch_size / statistics.median(seconds[name])
     if "literal fp32" in steps:
-        result |= {"literal_fp32_images_per_s": rates["literal fp32"], "times_literal_fp32": times("literal fp32")}
+        result["times_literal_fp32"] = times("literal fp32")
     return result
 
 
@@ -103,51 +129,57 @@ def whole_runs(precision: Literal["bf16", "fp32"], batch_size: int, rounds: int,
     return {"second_student_cost": statistics.median(costs), "data_wait": statistics.median(waits)}
 
 
-def lightly_images_per_s(batch_size: int, steps: int = 6) -> float | None:
-    """LightlyTrain's step, one teacher on whole views, from the difference of a longer and a shorter run."""
+def lightly_images_per_s(batch_size: int, timer: Timer, tiny: bool, steps: int = 3) -> float | None:
+    """LightlyTrain's step, one teacher on whole views, from the difference of a run with one epoch and one with two."""
     if importlib.util.find_spec("lightly_train") is None:
         return None
     import lightly_train
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as folder:
-        data = write_pictures(Path(folder) / "data", batch_size * 2)
+        data = write_pictures(Path(folder) / "data", batch_size * steps)
 
-        def run(count: int) -> None:
+        def run(epochs: int) -> None:
             lightly_train.pretrain(
-                out=f"{folder}/out-{count}",
+                out=f"{folder}/out-{epochs}",
                 data=str(data),
                 model="dinov3/vitt16-notpretrained",
                 method="distillation",
-                method_args={"teacher": "dinov3/vitb16-notpretrained"},
-                steps=count,
+                method_args={"teacher": f"dinov3/vit{'t' if tiny else 'b'}16-notpretrained"},
+                epochs=epochs,
                 batch_size=batch_size,
+                accelerator="gpu" if device.type == "cuda" else "cpu",  # "auto" computes in fp32 on a CPU
                 precision="bf16-mixed",
                 num_workers=1,
             )
 
-        cpu = torch.device("cpu")
-        short, long = (seconds_of(lambda n=n: run(n), cpu) for n in (2, 2 + steps))
+        short, long = (seconds_of(lambda n=n: run(n), device, timer) for n in (1, 2))
     return steps * batch_size / (long - short)
 
 
 def main() -> None:
-    """Measure both precisions; bf16's numbers are the top level of the JSON object."""
+    """Measure all; the numbers of the first precision are the top level of the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
     torch.manual_seed(0)
-    results = {}
-    for precision in ("bf16", "fp32"):
-        results[precision] = measure(precision, options.batch_size, options.rounds, options.tiny)
-        results[precision] |= whole_runs(precision, options.batch_size, max(1, options.rounds // 2), options.tiny)
-        print(json.dumps(results[precision]), file=sys.stderr, flush=True)
-    extra = {}
-    lightly = lightly_images_per_s(options.batch_size)
-    if lightly is not None:
-        extra = {"lightly_images_per_s": lightly}
-    print(json.dumps({**results["bf16"], **extra, "fp32": results["fp32"], "torch": torch.__version__}))
+    timer = time.process_time if options.cpu_time else time.perf_counter
+    result: dict[str, object] = {"torch": torch.__version__}
+    if (lightly := lightly_images_per_s(options.batch_size, timer, options.tiny)) is not None:
+        result["lightly_images_per_s"] = lightly
+    for number, precision in enumerate(options.precisions):
+        found = measure(precision, options)
+        if not options.cpu_time:
+            found |= whole_runs(precision, options.batch_size, max(1, options.rounds // 2), options.tiny)
+        result |= {precision: found} if number else found
+        print(json.dumps(found), file=sys.stderr, flush=True)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,38 @@ def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
     assert main(command(tmp_path / "run", "--teachers-in=offload", "--run.probe-every=5")) == 0
     assert weights(tmp_path / "run") == weights(finished)
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+
+
+@pytest.fixture
+def compiled_eagerly(monkeypatch):
+    """torch.compile without its compiler, which takes long."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **named: real(self, backend="eager", **named))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_teachers_in_8_bits(command, finished, tmp_path, capfd, compiled_eagerly):
+    more = "--compile", "--teacher-precision=int8", "--optim.ema=0.9", "--run.probe-every=10", "--split=none"
+    assert main(command(tmp_path / "run", *more)) == 0
+    said = capfd.readouterr().out
+    cosines = dict(re.findall(r"(\w+): int8, tokens at a cosine of ([\d.]+) to bf16", said))
+    assert list(cosines) == ["first", "second"] and all(0.998 < float(cosine) <= 1 for cosine in cosines.values()), said
+    for ours, theirs in zip(steps(tmp_path / "run"), steps(finished), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+
+
+def test_8_bits_are_not_offloaded(command, tmp_path, capfd):
+    line = failure(capfd, command(tmp_path / "run", "--teacher-precision=int8", "--compile", "--teachers-in=offload"))
+    assert "leave out --teachers-in offload" in line
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_what_plain_ones_do(command, finished, tmp_path):
+    assert main(command(tmp_path / "run", "--compile")) == 0
+    for ours, theirs in zip(steps(tmp_path / "run"), steps(finished), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, monkeypatch, capfd):

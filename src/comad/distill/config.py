@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from comad.data.loader import LoaderConfig
@@ -18,6 +19,7 @@ from comad.distill.normalize import Normalize, Plain
 from comad.distill.objectives import Term, Which
 from comad.distill.taps import Reads, Tap
 from comad.distill.teacher_store import Storage
+from comad.models.quantized import Quantized
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import RunConfig
@@ -125,6 +127,10 @@ class DistillConfig:
         cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
         teachers_in: ``memory`` keeps all teachers there; ``offload`` keeps one at a time, and the others in a file on
             the disk of the run (beside a GPU in host memory), for the same result in less memory.
+        compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
+            for long runs on a GPU. On a CPU it gains nothing by itself.
+        teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512) and ``fp8`` (GPUs such as H100)
+            need --compile; how near their tokens are to those of bf16 is measured at the start and said.
     """
 
     data: str = "stamps"
@@ -141,6 +147,8 @@ class DistillConfig:
     cache_folder: str = ""
     cache_storage: Storage = "computed"
     teachers_in: Literal["memory", "offload"] = "memory"
+    compile: bool = False
+    teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
     preset: tyro.conf.Suppress[str] = "comad"
 
     @property
@@ -160,6 +168,17 @@ class DistillConfig:
     def cache_in(self) -> Path:
         """Folder of the teacher cache."""
         return Path(self.cache_folder or Path(self.run.out) / "teacher-cache").expanduser()
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Type in which teachers are loaded."""
+        chosen = self.run.precision if self.teacher_precision == "auto" else self.teacher_precision
+        return torch.float32 if chosen == "fp32" else torch.bfloat16
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """The kind of 8 bits that teachers compute in."""
+        return self.teacher_precision if self.teacher_precision in ("int8", "fp8") else None
 
     @property
     def offload_to(self) -> Path | None:

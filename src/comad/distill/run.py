@@ -2,70 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
 from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
-from comad.data.transforms import ColourChange, Crop
 from comad.distill.calibration import calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
 from comad.distill.finish import Result, Trained, finish
 from comad.distill.health import Watch
-from comad.distill.matching import give_decoders, match, widths_and_cls
+from comad.distill.parts import Parts, Student, prepare
+from comad.distill.speed import compile_step
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, load_teachers, teacher_step
-from comad.distill.views import DistillViews
+from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, teacher_step
 from comad.evaluate.probe import KnnProbe
+from comad.models.compiling import as_written
 from comad.models.teachers import Teacher, licence_notice
-from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
-from comad.runtime.checkpoint import Generators
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, RunConfig, Step, open_runs, start_fabric, train_together
 
 SAME_RESULT = ("teachers_in", "cache_folder", "split", "beside")
 """Options that may change when a run goes on."""
-
-
-class Student(NamedTuple):
-    """A student of a run.
-
-    Attributes:
-        start: the network before it learns.
-        distiller: what is to be trained, on the device.
-        random: generators of its own, as it would have alone.
-    """
-
-    start: TimmBackbone
-    distiller: Distiller
-    random: Generators
-
-
-class Parts(NamedTuple):
-    """What a run is made of, loaded and checked.
-
-    Attributes:
-        config: with the students' options as the method wants them.
-        splits: the images.
-        teachers: frozen, on the device.
-        students: in the order of ``config.students``.
-    """
-
-    config: DistillConfig
-    splits: Splits
-    teachers: list[Teacher]
-    students: list[Student]
 
 
 def distill(config: DistillConfig) -> Result | None:
@@ -86,7 +53,7 @@ def distill(config: DistillConfig) -> Result | None:
     runs = open_runs(config.run, config.student_folders, fabric)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
-    views = training_views(parts)
+    views = parts.views
     cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
     begins = [student.distiller for student, run in zip(students, runs, strict=True) if not run.resume]
     calibrate(begins, teachers, views, config.run.seed)
@@ -99,62 +66,9 @@ def distill(config: DistillConfig) -> Result | None:
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    ends = zip(configs, students, trained, strict=True)
-    return finish([Trained(own, student.start, end.student) for own, student, end in ends], splits, teachers, fabric)
-
-
-def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
-    """Load and check everything that a run needs; nothing is written.
-
-    Raises:
-        ValueError: bad data, teachers or recipe.
-    """
-    splits = load_images(config.data)
-    _check(config, splits)
-    built = _build(config, fabric)
-    networks = [network for network, _ in built]
-    teachers = _load_teachers(config, networks[0], fabric)
-    vits = [match(config.method, vit, own, teachers) for vit, own in zip(config.students, networks, strict=True)]
-    students = []
-    for network, random in built:
-        start = copy.deepcopy(network)
-        with random.turn():
-            distiller = Distiller(network, config.method, *widths_and_cls(config.method, teachers))
-        distiller.to(fabric.device)
-        plain_attention_on_cpu(distiller, fabric.device)
-        students.append(Student(start, distiller, random))
-    return Parts(replace(config, student=vits[0], beside=tuple(vits[1:])), splits, teachers, students)
-
-
-def _build(config: DistillConfig, fabric: Fabric) -> list[tuple[TimmBackbone, Generators]]:
-    """The students as they are before the run, each with generators that begin with the seed."""
-    built = []
-    for vit in config.students:
-        fabric.seed_everything(config.run.seed, verbose=False)
-        random = Generators()
-        with random.turn():
-            built.append((vit.build(), random))
-    seen = [
-        f"{vit.image_size} px in patches of {network.patch_size}"
-        for vit, (network, _) in zip(config.students, built, strict=True)
-    ]
-    for vit, other in zip(config.students, seen, strict=True):
-        if other != seen[0]:
-            raise ValueError(
-                f"students share their views, but {config.student.name} sees {seen[0]}, {vit.name} sees {other}; give "
-                "--student.image-size and --student.patch-size, which hold for every --student NAME."
-            )
-    return built
-
-
-def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric) -> list[Teacher]:
-    """The teachers on the students' grid, with their decoders if the method reads them."""
-    precision = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
-    grid = student.grid[0], student.patch_size
-    teachers = load_teachers(config.teachers, *grid, precision, fabric.device, config.offload_to)
-    if config.method.tap.decoder:
-        give_decoders(config.teachers, teachers, precision, fabric.device)
-    return teachers
+    ends = [Trained(own, part.start, end.student) for own, part, end in zip(configs, students, trained, strict=True)]
+    with as_written(config.compile):
+        return finish(ends, splits, teachers, fabric)
 
 
 def _alone(config: DistillConfig, runs: Sequence[RunConfig]) -> list[DistillConfig]:
@@ -168,31 +82,6 @@ def _write_recipes(config: DistillConfig, parts: Sequence[DistillConfig]) -> Non
     for part in (config, *parts):
         if not part.run.resume:
             write_recipe(part, Path(part.run.out) / "config.yaml")
-
-
-def _check(config: DistillConfig, splits: Splits) -> None:
-    if config.cache_teachers and not config.loader.fixed_views:
-        raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
-    count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
-    if count < batch:
-        raise ValueError(
-            f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
-            f"--optim.batch-size {max(1, count // config.optim.accumulate)}."
-        )
-    if config.cache_teachers and config.method.masking.student_end is not None:
-        raise ValueError(
-            "--cache-teachers needs masks that repeat; add --no-cache-teachers, or leave out "
-            "--method.masking.student-end."
-        )
-
-
-def training_views(parts: Parts) -> ViewDataset:
-    """The training images as views for teachers and students."""
-    config, size, jitter = parts.config, parts.config.student.image_size, parts.config.augment.jitter
-    colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
-    crop = Crop(size=size, scale=config.augment.crop_scale)
-    make = DistillViews(crop, colour, 1 + len(parts.teachers), parts.students[0].start.num_patches)
-    return ViewDataset(parts.splits.train, make, config.run.seed, 2 * size)
 
 
 def _open_cache(
@@ -223,7 +112,10 @@ def what_to_cache(
 
 def make_jobs(parts: Parts, runs: Sequence[RunConfig], cache: TeacherCache | None, fabric: Fabric) -> list[Job]:
     """The jobs of the loop, one per student: batches, the step, the probe, and what a resumed run must share."""
-    shared = _shared(parts.config, training_views(parts), parts.teachers, cache, fabric)
+    shared = _shared(parts.config, parts.views, parts.teachers, cache, fabric)
+    if parts.config.compile:
+        for student in parts.students:
+            compile_step(student.distiller, parts.teachers)
     configs = _alone(parts.config, runs)
     return [
         _job(config, student, shared, parts.splits, parts.teachers)
@@ -278,7 +170,8 @@ def _job(
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
-        return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
+        with as_written(config.compile):
+            return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(
         **shared,

@@ -19,6 +19,7 @@ from comad.distill.config import Method
 from comad.distill.masking import Masks
 from comad.distill.teacher_store import Storage, TeacherStore, key_name, leaves
 from comad.distill.teaching import Said, Targets, gathered
+from comad.models.quantized import precision_of
 from comad.models.teachers import Teacher
 
 FORMAT = 1
@@ -132,12 +133,12 @@ def key_of(teacher: Teacher, place: int, views: ViewDataset, method: Method) -> 
     The number of teachers is not part of it: masks are drawn row by row, so that a further teacher leaves the others'
     alone. Its own place is.
     """
-    card, network = teacher.card.as_dict(), next(teacher.backbone.parameters(), torch.empty(0))
+    card = teacher.card.as_dict()
     make = {name: repr(value) for name, value in vars(views.make).items() if name != "noise_rows"}
     return {
         "teacher": {name: value for name, value in card.items() if name not in NOT_OF_THE_OUTPUT},
         "image_size": teacher.backbone.grid[0] * teacher.backbone.patch_size,
-        "dtype": str(network.dtype),
+        "dtype": precision_of(teacher.backbone),
         "place": place,
         "masking": repr(method.masking),
         "reads": repr(method.reads),

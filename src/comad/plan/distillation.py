@@ -13,7 +13,8 @@ from lightning_fabric import Fabric
 from comad.data.images import Splits
 from comad.distill.calibration import HELD_OUT_IMAGES, calibrate, held_out_agreement
 from comad.distill.config import DistillConfig
-from comad.distill.run import Parts, make_jobs, prepare, training_views, what_to_cache
+from comad.distill.parts import Parts, prepare
+from comad.distill.run import make_jobs, what_to_cache
 from comad.distill.teacher_cache import TeacherCache, check_room, closed_stores
 from comad.evaluate.features import Features, FeatureSplits, extract_features, labelled_indices, pixel_features
 from comad.evaluate.knn import NearestNeighbours
@@ -85,7 +86,7 @@ def _what_the_cache_lacks(parts: Parts, fabric: Fabric) -> tuple[float, int]:
     config = parts.config
     if not config.cache_teachers:
         return 1.0, 0
-    keys, shape, example = what_to_cache(config, training_views(parts), parts.teachers, fabric)
+    keys, shape, example = what_to_cache(config, parts.views, parts.teachers, fabric)
     stores = closed_stores(config.cache_in, keys, shape, example, config.cache_storage)
     known = check_room(config.cache_in, [name for name, _ in keys], stores, lambda text: None)
     return 1 - sum(known) / (len(known) * shape[0] * shape[1]), sum(store.num_bytes for store in stores)
@@ -94,7 +95,7 @@ def _what_the_cache_lacks(parts: Parts, fabric: Fabric) -> tuple[float, int]:
 def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[Rehearsed, Rehearsed]:
     """Steps that fill an empty cache, and the same steps from it; it lies in a temporary folder."""
     config, size = parts.config, measured.steps.batch
-    keys, shape, example = what_to_cache(config, training_views(parts), parts.teachers, fabric)
+    keys, shape, example = what_to_cache(config, parts.views, parts.teachers, fabric)
     count = steps_within_budget(measured.steps.seconds)
     optim = replace(config.optim, batch_size=size)
     with tempfile.TemporaryDirectory(prefix="comad-plan-") as folder:
@@ -107,7 +108,7 @@ def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[Rehea
 
 def _calibration_seconds(parts: Parts) -> float:
     """Calibrate on a few images, and say how long all will take: a straight line through two times."""
-    config, views, distiller = parts.config, training_views(parts), parts.students[0].distiller
+    config, views, distiller = parts.config, parts.views, parts.students[0].distiller
     total = min(distiller.method.calibration_images, len(views.images))
     took = []
     for count in CALIBRATED:
