@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,12 +51,23 @@ class LoaderConfig:
     """How training images are read.
 
     Args:
-        workers: processes that decode and augment; 0 does it in the training process.
+        workers: processes that decode and augment; 0 does it in the training process, -1 takes the cores that the
+            training processes of this machine leave free: each at least one, at most eight.
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
     """
 
-    workers: int = 2
+    workers: int = -1
     fixed_views: int = 0
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of this training process."""
+        if self.workers >= 0:
+            return self.workers
+        together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", together))  # torchrun says it; Fabric starts one machine's
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(cores // here - 1, 1), 8)
 
 
 class ViewDataset(Dataset[Batch]):
@@ -150,8 +162,8 @@ def training_batches(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
