@@ -21,7 +21,7 @@ from pictures import write_pictures
 def rate(data: Path, out: Path, processes: int) -> float:
     """Median images per second of a run's steps, all processes together, without the first two steps."""
     flags = [f"--data={data}", f"--run.out={out}", f"--run.devices={processes}", f"--run.threads={2 // processes}"]
-    student = ["--student.name=", "--student.image-size=48", "--student.patch-size=8", "--student.width=96"]
+    student = ["--student.image-size=48", "--student.patch-size=8", "--student.width=96"]
     student += ["--student.depth=6", "--student.heads=3"]
     teachers = ["--teachers", "mae-stamps", "mocov3-stamps", "ibot-stamps"]
     length = ["--optim.epochs=3", "--optim.batch-size=64", "--optim.warmup-epochs=1", "--loader.workers=0"]

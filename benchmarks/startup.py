@@ -18,7 +18,7 @@ import torch
 
 from pictures import write_pictures
 
-STEP = ["--teachers", "mae-stamps", "--student.name=", "--student.image-size=48", "--student.patch-size=8"]
+STEP = ["--teachers", "mae-stamps", "--student.image-size=48", "--student.patch-size=8"]
 STEP += ["--student.width=24", "--student.depth=1", "--student.heads=2", "--optim.epochs=1", "--optim.batch-size=8"]
 STEP += ["--optim.warmup-epochs=0", "--loader.workers=0", "--run.log-every=1", "--run.no-tensorboard"]
 
