@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +20,7 @@ import torchvision
 from torchvision.transforms import InterpolationMode, v2
 
 from comad.data.bundled import load_stamps
-from comad.data.images import FolderImages
+from comad.data.images import FolderImages, jpeg_library
 from comad.data.loader import ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distill.views import DistillViews
@@ -29,24 +29,24 @@ from pictures import write_pictures
 SCALE, STRENGTH, HUE, SIZE = (0.25, 1.0), 0.4, 0.1, 224
 
 
-def theirs(folder: Path, colours: bool) -> Callable[[int], object]:
+def theirs(folder: Path, colours: bool) -> Callable[[Sequence[int]], object]:
     """torchvision as its documentation has it: decoded by Pillow, transformed as tensors."""
     crop = v2.RandomResizedCrop(SIZE, SCALE, interpolation=InterpolationMode.BICUBIC, antialias=True)
     jitter = [v2.RandomApply([v2.ColorJitter(STRENGTH, STRENGTH, STRENGTH, HUE)], 0.8)] if colours else []
     data = torchvision.datasets.ImageFolder(
         str(folder), v2.Compose([v2.ToImage(), crop, v2.RandomHorizontalFlip(), *jitter])
     )
-    return lambda i: data[i]
+    return lambda numbers: [data[i] for i in numbers]
 
 
-def ours(images: FolderImages, colours: bool) -> Callable[[int], object]:
+def ours(images: FolderImages, colours: bool) -> Callable[[Sequence[int]], object]:
     """What a worker of a distillation does: also the noise of the masks, and a random state per sample."""
     colour = ColourChange(strength=STRENGTH, hue=HUE) if colours else None
     data = ViewDataset(images, DistillViews(Crop(size=SIZE, scale=SCALE), colour, 4, 196), 0, 2 * SIZE)
-    return lambda i: data[0, i]
+    return lambda numbers: data.__getitems__([(0, i) for i in numbers])
 
 
-def parts(images: FolderImages) -> dict[str, Callable[[int], object]]:
+def parts(images: FolderImages) -> dict[str, Callable[[Sequence[int]], object]]:
     """Our pipeline piece by piece, and a stamp as the demo sees it."""
     stamps, crop = load_stamps().train, Crop(size=SIZE, scale=SCALE)
     small = ViewDataset(stamps, DistillViews(Crop(size=48), ColourChange(), 4, 36), 0, 96)
@@ -55,10 +55,10 @@ def parts(images: FolderImages) -> dict[str, Callable[[int], object]]:
     for i in range(len(images)):
         small[0, i]  # a stamp is decoded once
     return {
-        "decode": lambda i: images.load(i, 2 * SIZE),
-        "crop": lambda i: crop(picture),
-        "colour": lambda i: colour(view),
-        "stamp": lambda i: small[0, i],
+        "decode": lambda numbers: [images.load(i, 2 * SIZE) for i in numbers],
+        "crop": lambda numbers: [crop(picture) for _ in numbers],
+        "colour": lambda numbers: [colour(view) for _ in numbers],
+        "stamp": lambda numbers: small.__getitems__([(0, i) for i in numbers]),
     }
 
 
@@ -84,14 +84,14 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, run in measured.items():
                 start = time.process_time()
-                for i in range(options.images):
-                    run(i)
+                run(range(options.images))
                 seconds[name].append((time.process_time() - start) / options.images)
     result: dict[str, object] = {f"{name}_per_s": 1 / statistics.median(values) for name, values in seconds.items()}
     for kind in ("", "_colours"):
         pairs = zip(seconds[f"torchvision{kind}"], seconds[f"ours{kind}"], strict=True)
         result[f"times_torchvision{kind}"] = statistics.median(other / own for other, own in pairs)
-    print(json.dumps({**result, "torch": torch.__version__, "device": "cpu, 1 thread"}))
+    decoder = "simplejpeg" if jpeg_library() else "Pillow"
+    print(json.dumps({**result, "decoder": decoder, "torch": torch.__version__, "device": "cpu, 1 thread"}))
 
 
 if __name__ == "__main__":

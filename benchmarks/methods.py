@@ -1,8 +1,8 @@
 """Methods side by side on the bundled pictures: what the default of `comad` rests on, one `comad compare` a question.
 
 `python benchmarks/methods.py repairs` answers one, without a name all of them. What is done is not done again, and
-teacher outputs are shared between the questions. Each table goes to `benchmarks/results/methods-NAME.json`, whose content
-is printed as one JSON object.
+teacher outputs are shared between the questions. Each table goes to `benchmarks/results/methods-NAME.json`; the last
+line printed is all of them as one JSON object.
 """
 
 from __future__ import annotations
@@ -90,7 +90,20 @@ QUESTIONS = {
         split="test",
         seeds=(0,),
         epochs=8,
-        rows=("--presets", "comad", *"tinymim m-tinymim tinymim-feat dmae g2sd dmjd hybrid dmt-like".split()),
+        rows=(
+            "--presets",
+            "comad",
+            "tinymim",
+            "tinymim-feat",
+            "dmae",
+            "g2sd",
+            "dmjd",
+            "hybrid",
+            "dmt-like",
+            "unic",
+            "dune",
+        )
+        + ("radio", "phi-s", "eupe", "gram"),
         baselines=("untrained", "supervised"),
     ),
 }

@@ -101,12 +101,38 @@ def plan(report: Report) -> list[str]:
     return [f"{about}{load}.", "", table(["seconds", "forecast", "measured", "ratio"], rows), ""]
 
 
+def tokens(report: Report) -> list[str]:
+    """Tokens per second by share of the patches."""
+    shares = ["25", "50", "75", "100"]
+    row = [f"{report[f'tokens_per_s_{share}']:.0f}" for share in shares]
+    return [table(["patches", *(f"{share} %" for share in shares)], [["tokens/s", *row]]), ""]
+
+
+def processes(report: Report) -> list[str]:
+    """One and two processes."""
+    row = [f"{report['one_images_per_s']:.0f}", f"{report['two_images_per_s']:.0f}", f"{report['times_one']:.2f} ×"]
+    return [table(["one process, images/s", "two", "ratio"], [row]), ""]
+
+
+def startup(report: Report) -> list[str]:
+    """CPU seconds of fresh processes."""
+    seconds = report["seconds"]
+    rows = [
+        [name, f"{value:.2f}", *(f"{value / seconds[other]:.1f} ×" for other in ("python", "import torch"))]
+        for name, value in seconds.items()
+    ]
+    return [table(["", "CPU seconds", "times `python -c pass`", "times `import torch`"], rows), ""]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
     "throughput": ("The step: 3 × ViT-B/16 → ViT-Ti/16, 224 px", throughput),
     "memory": ("Teachers in memory, or one after another", memory),
     "cache": ("The teacher cache: the same setting, decoding included", cache),
     "plan": ("`comad plan` for the demo, and the demo", plan),
     "data": ("Reading 500 × 375 JPEG files as 224 px views", data),
+    "tokens": ("A teacher by the number of its tokens: ViT-B/16, bf16", tokens),
+    "processes": ("Two processes against one: the demo's networks", processes),
+    "startup": ("Until something happens", startup),
 }
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> Path:
-    """Write JPEG files of about 80 KB each: noise whose power falls with frequency as a photograph's does."""
+    """Write JPEG files of about 140 KB each: noise whose power falls with frequency as a photograph's does."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     columns, rows = size

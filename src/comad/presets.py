@@ -243,7 +243,6 @@ IMAGES = DistillConfig(
     teachers=(),
     student=VitConfig(name="vit_tiny_patch16_224", image_size=224),
     optim=OptimConfig(epochs=300.0, batch_size=256, base_lr=1.5e-4, warmup_epochs=15.0),
-    loader=LoaderConfig(workers=4),
 )
 """The paper's recipe: ViT-Ti/16 at 224 pixels, 300 epochs, learning rate 1.5e-4 per 256 images; name your teachers."""
 

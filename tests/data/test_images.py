@@ -231,15 +231,31 @@ def test_a_file_that_is_gone_or_empty_is_unreadable(tmp_path, write_images):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("min_side", [0, 20, 40])
 def test_a_faster_decoder_gives_the_same_pixels(tmp_path, monkeypatch, mode, orientation, min_side):
-    pytest.importorskip("torchcodec.decoders")
+    pytest.importorskip("simplejpeg")
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x112] = orientation
     Image.fromarray(noise).convert(mode).save(tmp_path / "a.jpg", exif=exif)
     images = FolderImages("one", tmp_path, ["a.jpg"], None)
     fast = images.load(0, min_side)
-    monkeypatch.setattr(images_module, "jpeg_decoder", lambda: None)
+    monkeypatch.setattr(images_module, "jpeg_library", lambda: None)
     assert torch.equal(images.load(0, min_side), fast)
+
+
+def test_a_comment_or_a_profile_before_the_orientation_does_not_hide_it(tmp_path):
+    pytest.importorskip("simplejpeg")
+    exif = Image.Exif()
+    exif[0x112] = 6
+    profile = b"\xff\xda" * 40_000  # in two segments, full of what ends the header
+    Image.new("RGB", (60, 90)).save(tmp_path / "a.jpg", exif=exif, comment=b"\xff\xda", icc_profile=profile)
+    content = (tmp_path / "a.jpg").read_bytes()
+    start = content.index(b"\xff\xe1")
+    stop = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+    quantization = content.index(b"\xff\xdb")
+    moved = content[:start] + content[stop:quantization] + content[start:stop] + content[quantization:]
+    (tmp_path / "a.jpg").write_bytes(moved)
+    images = FolderImages("one", tmp_path, ["a.jpg"], None)
+    assert images.load(0).shape == (3, 60, 90)
 
 
 def test_a_truncated_jpeg_is_unreadable_with_either_decoder(tmp_path, monkeypatch):
@@ -247,7 +263,7 @@ def test_a_truncated_jpeg_is_unreadable_with_either_decoder(tmp_path, monkeypatc
     Image.fromarray(noise).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:3000])
     images = FolderImages("one", tmp_path, ["a.jpg"], None)
-    for decoder in (images_module.jpeg_decoder, lambda: None):
-        monkeypatch.setattr(images_module, "jpeg_decoder", decoder)
+    for library in (images_module.jpeg_library, lambda: None):
+        monkeypatch.setattr(images_module, "jpeg_library", library)
         with pytest.raises(UnreadableImageError, match=r"a\.jpg"):
             images.load(0)

@@ -79,6 +79,19 @@ def test_views_depend_on_seed_view_and_image_but_not_on_workers_or_place(train):
     assert not torch.equal(by_key[0, 1], by_key[1, 1])
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, None, 1), (2, None, 1), (8, None, 7), (64, None, 8), (16, "4", 3), (8, "8", 1)],
+)
+def test_workers_take_the_cores_that_are_left(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(loader_module.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert LoaderConfig().num_workers == workers
+    assert LoaderConfig(workers=0).num_workers == 0 and LoaderConfig(workers=3).num_workers == 3
+
+
 def test_fixed_views_repeat(train):
     batches = read(train, EpochBatches(len(train), 9, 0, (0, 4), fixed_views=2))
     rows = [b.views[0][b.image.argsort()] for b in batches]

@@ -2,7 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
+from comad.data.colours import change_colours
 from comad.data.transforms import ColourChange, Crop, evaluation_view, paste, random_backdrop, random_views
 
 
@@ -74,6 +77,24 @@ def test_every_draw_comes_from_the_generator_of_torch():
 def test_colour_change_of_strength_zero_is_no_change():
     view = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
     assert torch.equal(ColourChange(strength=0.0, hue=0.0, jitter=1.0)(view), view)
+
+
+@pytest.mark.parametrize("kind", ["any", "few levels", "corners of the cube"])
+def test_colours_change_as_in_torchvision(kind):
+    levels = {"any": (256, 1), "few levels": (5, 60), "corners of the cube": (2, 255)}[kind]
+    view = (torch.randint(0, levels[0], (3, 40, 30)) * levels[1]).to(torch.uint8)
+    nothing = [None, None, None]
+    for hue in torch.linspace(-0.5, 0.5, 25).tolist():
+        difference = change_colours(view, [3], [*nothing, hue]).int() - F.adjust_hue(view, hue).int()
+        assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.002
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    for seed in range(24):
+        torch.manual_seed(seed)
+        torch.rand(())  # whether to change at all
+        expected = jitter(view)
+        torch.manual_seed(seed)
+        difference = ColourChange(jitter=1.0)(view).int() - expected.int()
+        assert (difference != 0).float().mean() < 0.002
 
 
 def test_colour_change_goes_grey_and_blurs():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from comad.data.transforms import evaluation_view
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
+DECODED_TOGETHER = 4
+"""More images at a time would push each other out of the cache."""
 
 
 class Sample(NamedTuple):
@@ -48,12 +51,23 @@ class LoaderConfig:
     """How training images are read.
 
     Args:
-        workers: processes that decode and augment; 0 does it in the training process.
+        workers: processes that decode and augment; 0 does it in the training process, -1 takes the cores that the
+            training processes of this machine leave free: each at least one, at most eight.
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
     """
 
-    workers: int = 2
+    workers: int = -1
     fixed_views: int = 0
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of this training process."""
+        if self.workers >= 0:
+            return self.workers
+        together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", together))  # torchrun says it; Fabric starts one machine's
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(cores // here - 1, 1), 8)
 
 
 class ViewDataset(Dataset[Batch]):
@@ -66,8 +80,19 @@ class ViewDataset(Dataset[Batch]):
         self.min_side = min_side
 
     def __getitem__(self, key: tuple[int, int]) -> Batch:
+        return self._sample(key, *self._load(key[1]))
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Batch]:
+        """What the loader asks for. A few images are decoded, then viewed: each finds its code in the CPU's cache."""
+        samples = []
+        for first in range(0, len(keys), DECODED_TOGETHER):
+            group = keys[first : first + DECODED_TOGETHER]
+            loaded = [self._load(index) for _, index in group]
+            samples += [self._sample(key, *image) for key, image in zip(group, loaded, strict=True)]
+        return samples
+
+    def _sample(self, key: tuple[int, int], image: Tensor, readable: bool) -> Batch:
         view, index = key
-        image, readable = self._load(index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
             sample = self.make(image)
@@ -137,8 +162,8 @@ def training_batches(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,

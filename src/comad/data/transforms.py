@@ -11,6 +11,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from comad.data.colours import change_colours
+
 BICUBIC = InterpolationMode.BICUBIC
 
 
@@ -31,9 +33,9 @@ class Crop:
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3 or 4, h, w) → uint8 (3, size, size)."""
         top, left, height, width = _cropper(self.size, self.scale).make_params([image]).values()
-        view = F.resized_crop(image, top, left, height, width, [self.size, self.size], BICUBIC, antialias=True)
-        if torch.rand(()) < self.flip:
-            view = F.horizontal_flip(view)
+        view = F.resized_crop_image(image, top, left, height, width, [self.size, self.size], BICUBIC, antialias=True)
+        if torch.rand(()).item() < self.flip:
+            view = view.flip(-1)
         return view if len(view) == 3 else paste(view, random_backdrop(self.size))
 
 
@@ -49,8 +51,9 @@ class ColourChange:
 
     def __call__(self, view: Tensor) -> Tensor:
         """uint8 (3, H, W) → the same shape."""
-        if torch.rand(()) < self.jitter:
-            view = _jitterer(self.strength, self.hue)(view)
+        if torch.rand(()).item() < self.jitter:
+            order, *factors = _jitterer(self.strength, self.hue).make_params([]).values()
+            view = change_colours(view, order.tolist(), factors)
         if self.grey and torch.rand(()) < self.grey:
             view = F.rgb_to_grayscale(view, num_output_channels=3)
         if self.blur and torch.rand(()) < self.blur:

@@ -87,7 +87,7 @@ def score_detector(
     """Scores and results on the first ``limit`` pictures, all if None."""
     results, count = [], min(len(images), limit or len(images))
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
-        pictures = in_order(images.load_picture, count, config.loader.workers)
+        pictures = in_order(images.load_picture, count, config.loader.num_workers)
         for image, listed in zip(pictures, images.pictures, strict=False):
             results += as_results(detect_in_picture(module, image, config.image_size), listed.id, images.categories)
     return score_results(images, results, [picture.id for picture in images.pictures[:count]]), results

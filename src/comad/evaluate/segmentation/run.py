@@ -83,7 +83,7 @@ def count_answers(
     """Count the pixels of the first ``limit`` pictures, all if None; see `count_pixels`."""
     counts = []
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
-        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.workers):
+        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
             answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
             counts.append(count_pixels(answer, truth, images.num_classes))
     return torch.stack(counts)

@@ -1,0 +1,42 @@
+"""What a teacher's tokens cost: a ViT-B/16 on 25, 50, 75 and 100 % of the patches of 224 px images, random weights.
+
+The rounds are interleaved and count the CPU seconds of this process. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from comad.distill.teaching import ask, load_teachers
+
+SHARES = (25, 50, 75, 100)
+
+
+def main() -> None:
+    """Measure every share in turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    (teacher,) = load_teachers(["vit_base_patch16_224:random"], 14, 16, torch.bfloat16, torch.device("cpu"))
+    images = torch.rand(options.batch_size, 3, 224, 224)
+    order = torch.rand(options.batch_size, 196).argsort(dim=1)
+    seconds: dict[int, list[float]] = {share: [] for share in SHARES}
+    for _ in range(options.rounds):
+        for share in SHARES:
+            start = time.process_time()
+            ask(teacher, 0, images, order[:, : 196 * share // 100].sort().values if share < 100 else None)
+            seconds[share].append(time.process_time() - start)
+    tokens = {share: options.batch_size * (196 * share // 100) for share in SHARES}
+    result = {f"tokens_per_s_{share}": tokens[share] / statistics.median(seconds[share]) for share in SHARES}
+    device = "cpu, per second of one core"
+    print(json.dumps({**result, "batch_size": options.batch_size, "torch": torch.__version__, "device": device}))
+
+
+if __name__ == "__main__":
+    main()
