@@ -102,8 +102,11 @@ QUESTIONS = {
             "dmt-like",
             "unic",
             "dune",
-        )
-        + ("radio", "phi-s", "eupe", "gram"),
+            "radio",
+            "phi-s",
+            "eupe",
+            "gram",
+        ),
         baselines=("untrained", "supervised"),
     ),
 }

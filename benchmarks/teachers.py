@@ -181,8 +181,8 @@ def main() -> None:
         train()
     report = evaluate()
     RESULTS.mkdir(exist_ok=True)
-    draw(RESULTS.parents[1] / "docs" / "teachers.png")
     (RESULTS / "teachers.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(RESULTS.parents[1] / "docs" / "teachers.png")
     print(json.dumps(report))
 
 
