@@ -85,6 +85,13 @@ QUESTIONS = {
         ),
         baselines=("teachers", "untrained"),
     ),
+    "convolutional": Question(
+        title="Three convolutional teachers in place of the bundled trio",
+        split="test",
+        seeds=(0, 1, 2),
+        rows=("--presets", "comad", "--teachers", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
+        baselines=("untrained", "pixels"),
+    ),
     "field": Question(
         title="The field, every method by the same loop, views and schedule",
         split="test",

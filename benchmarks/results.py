@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from methods import QUESTIONS, Question
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCORES = ("knn", "linear", "knn_coarse", "linear_coarse")
@@ -74,6 +76,43 @@ def run_section(title: str, command: str, report: dict[str, Any] | None) -> str:
             "",
         ]
     )
+
+
+def question_section(name: str, question: Question) -> str:
+    """One comparison of methods."""
+    command, report = f"python benchmarks/methods.py {name}", read(f"methods-{name}")
+    if report is None:
+        return f"## {question.title}\n\nNot run yet: `{command}`.\n"
+    rows = [
+        [
+            f"`{row['label']}`",
+            " ".join(teacher.removesuffix("-stamps") for teacher in row["teachers"]),
+            *(compared(row, score) for score in ("knn", "linear")),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in report["rows"]
+    ]
+    images = max(row["images_seen"] for row in report["rows"])
+    seeds = max((row["seeds"] for row in report["rows"]), key=len)
+    return "\n".join(
+        [
+            f"## {question.title}",
+            "",
+            f"`{command}`: {report['split']} concepts, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
+            f"differences to `{report['reference']}`, paired by seed and image, 95 % intervals over seeds and concepts.",
+            "",
+            table(["row", "teachers", "kNN", "linear", "seconds"], rows),
+            "",
+        ]
+    )
+
+
+def compared(row: dict[str, Any], score: str) -> str:
+    """A mean, and its difference to the reference."""
+    if row[f"{score}_interval"] is None:
+        return f"{row[score]:.1f}"
+    (low, high), difference = row[f"{score}_interval"], row[f"{score}_minus_reference"]
+    return f"{row[score]:.1f}, {interval({'difference': difference, 'low': low, 'high': high})}"
 
 
 def teacher_section(report: dict[str, Any]) -> str:
@@ -149,11 +188,7 @@ def main() -> None:
     parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
     long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
     parts.append(run_section("A longer run of the same command", long, read("long")))
-    lite = "python benchmarks/demo.py --name efficientnet-lite -- --teachers "
-    lite += " ".join(f"efficientnet-lite{size}" for size in range(3))
-    parts.append(
-        run_section("Three convolutional teachers in place of the bundled trio", lite, read("efficientnet-lite"))
-    )
+    parts += [question_section(name, question) for name, question in QUESTIONS.items()]
     parts += [teacher_section(teachers)] if teachers else []
     if teachers:
         intro = (RESULTS / "teachers.md").read_text()
