@@ -99,7 +99,7 @@ def question_section(name: str, question: Question) -> str:
             f"## {question.title}",
             "",
             f"`{command}`: {report['split']} concepts, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
-            f"differences to `{report['reference']}`, paired by seed and image, 95 % intervals over seeds and concepts.",
+            f"differences to `{report['reference']}`, by seed and image, 95 % intervals over seeds and concepts.",
             "",
             table(["row", "teachers", "kNN", "linear", "seconds"], rows),
             "",
