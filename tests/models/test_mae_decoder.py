@@ -50,7 +50,7 @@ def test_a_file_with_other_tensors_is_refused(tmp_path, decoder):
         load_decoder(f"mae={tmp_path / 'full.pth'}", (4, 4))
 
 
-@pytest.mark.parametrize("spec", ["mae-stamps", "vit_tiny_patch16_224:random", "a=nowhere.pth"])
+@pytest.mark.parametrize("spec", ["ibot-stamps", "vit_tiny_patch16_224:random", "a=nowhere.pth"])
 def test_a_teacher_without_decoder_is_told_where_to_get_one(spec):
     with pytest.raises(ValueError, match=r"no MAE decoder lies with this teacher.*comad pretrain mae"):
         load_decoder(spec, (6, 6))
