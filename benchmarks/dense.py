@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,6 +47,7 @@ BACKBONES = (
     "single=single:ibot-stamps",
     "untrained=untrained:runs/benchmarks/demo-{seed}/student",
 )
+SECONDS = "cpu_seconds.txt"
 DRAWS = {"segment": 2000, "linear": 2000, "detect": 300}
 METRICS = {"segment": ("miou", "aacc"), "linear": ("linear_miou", "linear_aacc"), "detect": ("box_ap", "mask_ap")}
 RECALLS = np.linspace(0, 1, 101)
@@ -68,14 +70,16 @@ def main() -> None:
     if not Path(options.scenes).exists():
         write_scenes(ScenesConfig(out=options.scenes))
     path = RESULTS / "dense.json"
-    report: dict[str, Any] = {"backbones": named, "seconds": known_seconds(path), "tasks": {}}
+    report: dict[str, Any] = {"backbones": named, "seconds": {}, "tasks": {}}
     for task in options.tasks:
         scores: Scores = {}
         for number, seed in enumerate(options.seeds, start=1):
             for name, spec in named.items():
                 out = RUNS / f"{task}-{name}-{seed}"
-                took = run(task, named_network(spec, seed), options.scenes, seed, out)
-                report["seconds"] |= {out.name: took} if took else {}
+                if not (out / "scores.json").is_file():
+                    run(task, named_network(spec, seed), options.scenes, seed, out)
+                if (out / SECONDS).is_file():
+                    report["seconds"][out.name] = float((out / SECONDS).read_text())
                 for metric, score in read_scores(task, out, options.scenes).items():
                     scores[metric, name, seed] = score
             done = options.seeds[:number]
@@ -83,12 +87,6 @@ def main() -> None:
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
-
-
-def known_seconds(path: Path) -> dict[str, float]:
-    """CPU seconds of the runs that an earlier call made."""
-    known = json.loads(path.read_text())["seconds"] if path.is_file() else {}
-    return {name: seconds for name, seconds in known.items() if (RUNS / name).is_dir()}
 
 
 def named_network(spec: str, seed: int) -> str:
@@ -138,17 +136,18 @@ def untrained(export: Path, seed: int) -> str:
     return str(out)
 
 
-def run(task: str, spec: str, scenes: str, seed: int, out: Path) -> float | None:
-    """Train and score unless it is done; returns the CPU seconds, None if nothing was to do or a run went on."""
-    if (out / "scores.json").is_file():
-        return None
+def run(task: str, spec: str, scenes: str, seed: int, out: Path) -> None:
+    """Train and score; of a run that was not stopped the CPU seconds are kept."""
     resume = any((out / "checkpoints").glob("step-*.pt"))
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
     head = "linear" if task == "linear" else "upernet"
     config: Any = detection.recipe("scenes") if task == "detect" else segmentation.recipe("scenes", head)
     place = replace(config.run, out=str(out), seed=seed, resume=resume, probe_every=0, tensorboard=False)
     start = time.process_time()
     (detect if task == "detect" else segment)(replace(config, backbone=spec, data=scenes, run=place))
-    return None if resume else time.process_time() - start
+    if not resume:
+        (out / SECONDS).write_text(f"{time.process_time() - start:.0f}\n")
 
 
 def read_scores(task: str, out: Path, scenes: str) -> dict[str, Score]:

@@ -172,10 +172,8 @@ def dense_section(report: dict[str, Any] | None) -> str:
         first, *others = part["means"]
         metrics = list(part["means"][first])
         seconds = [value for name, value in report["seconds"].items() if name.startswith(f"{task}-")]
-        lines += [
-            f"{DENSE_TASKS[task]}, seeds {part['seeds']}, {statistics.median(seconds) / 60:.1f} core minutes a run:",
-            "",
-        ]
+        cost = f", {statistics.median(seconds) / 60:.1f} core minutes a run" if seconds else ""
+        lines += [f"{DENSE_TASKS[task]}, seeds {part['seeds']}{cost}:", ""]
         rows = []
         for name, means in part["means"].items():
             values = (means[metric] for metric in metrics)

@@ -79,6 +79,7 @@ def test_mistakes_are_told_in_one_line(capfd, command, teacher_specs, dense_fold
     assert "no multiple" in failure(capfd, *command, "--crop=30")
     assert "leaves gaps" in failure(capfd, *command, "--stride=40")
     assert "--optim.batch-size 8" in failure(capfd, *command, "--optim.batch-size=9")
+    assert "two views or more" in failure(capfd, *command, "--optim.batch-size=1")
 
 
 def test_the_standard_recipe_is_160000_steps_at_1e_4(teacher_specs):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from comad.data.ade20k import IGNORED
-from comad.evaluate.segmentation.heads import LinearHead, UPerHead
+from comad.evaluate.segmentation.heads import LinearHead, UPerHead, conv_block
 from comad.evaluate.segmentation.segmenter import Segmenter, _starts, segment_picture
 from comad.models.maps import load_maps
 
@@ -27,13 +27,18 @@ def batch(count=2, seed=0):
     "widths, strides", [((24,) * 4, (4,) * 4), ((24,) * 4, (16,) * 4), ((8, 16, 24, 32), (4, 8, 16, 32))]
 )
 def test_upernet_answers_at_its_finest_level(widths, strides):
-    maps = [torch.rand(1, width, 64 // stride, 64 // stride) for width, stride in zip(widths, strides, strict=True)]
-    assert UPerHead(widths, strides, 16, 5)(maps).shape == (1, 5, 16, 16)
+    maps = [torch.rand(2, width, 64 // stride, 64 // stride) for width, stride in zip(widths, strides, strict=True)]
+    assert UPerHead(widths, strides, 16, 5)(maps).shape == (2, 5, 16, 16)
 
 
-def test_every_weight_learns_at_batch_1(segmenter):
+def test_strong_features_stay_stronger_than_weak_ones():
+    block, part = conv_block(8, 16, 3).eval(), torch.rand(1, 8, 6, 6)
+    assert not torch.allclose(block(part), block(3 * part), atol=1e-2)  # a norm of each view makes them equal
+
+
+def test_every_weight_learns(segmenter):
     segmenter.train().zero_grad()
-    segmenter(*batch(1)).loss.backward()
+    segmenter(*batch(2)).loss.backward()
     assert [name for name, weight in segmenter.named_parameters() if weight.grad is None] == []
 
 
@@ -53,8 +58,8 @@ def test_it_can_learn_a_picture_by_heart(teacher_specs):
     torch.manual_seed(0)
     maps, _ = load_maps(teacher_specs[0], 32)
     model = Segmenter(maps, 5, 16, 0.4)
-    images, _ = batch(1)
-    classes = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    images = batch(1)[0].repeat(2, 1, 1, 1)
+    classes = torch.zeros(2, 32, 32, dtype=torch.uint8)
     classes[:, :16, 8:], classes[:, 20:] = 2, 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):

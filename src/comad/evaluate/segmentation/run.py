@@ -63,6 +63,8 @@ def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCa
     if config.stride > config.crop:
         raise ValueError(f"--stride {config.stride} leaves gaps between windows of {config.crop}; use a smaller one.")
     linear = config.head == "linear"
+    if not linear and config.optim.batch_size < 2:
+        raise ValueError("UPerNet's batch norm needs two views or more; set --optim.batch-size 2.")
     maps, card = load_maps(config.backbone, config.crop, drop_path=config.drop_path, frozen=linear)
     return Segmenter(maps, num_classes, 0 if linear else config.channels, config.auxiliary), card
 
