@@ -1,12 +1,15 @@
 """Which backbone serves segmentation and detection best, on composed scenes? Train and score each, over seeds.
 
-Name the backbones as NAME=SPEC; ``{seed}`` in SPEC is the seed, and ``untrained:FOLDER`` the network of an export with
-random weights. The first one is compared with the others:
+Name the backbones as NAME=SPEC; ``{seed}`` in SPEC is the seed. Beside what `comad evaluate segment` takes, SPEC may be
+``single:TEACHER``, the demo's student of that teacher alone, distilled if it is not there, and ``untrained:FOLDER``,
+the network of an export with the random weights that a student of that seed starts from: untrained and init-only in
+one. The first one is compared with the others; by default these are
 
-    python benchmarks/dense.py comad=runs/benchmarks/demo-{seed}/student untrained=untrained:runs/demo/student
+    comad=runs/benchmarks/demo-{seed}/student single=single:ibot-stamps
+    untrained=untrained:runs/benchmarks/demo-{seed}/student
 
-Runs that are done are not repeated, those that were stopped go on. Prints one JSON object and writes it to
-`benchmarks/results/dense.json`. Intervals: 95 %, paired bootstrap over seeds and validation scenes.
+Runs that are done are not repeated, those that were stopped go on. `benchmarks/results/dense.json` is written anew when
+all backbones have done a task with one more seed. Intervals: 95 %, paired bootstrap over seeds and validation scenes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,60 +31,87 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from comad.data.scene_files import ScenesConfig, write_scenes
+from comad.distill.run import distill
 from comad.evaluate.detection import config as detection
 from comad.evaluate.detection.run import detect
 from comad.evaluate.segmentation import config as segmentation
 from comad.evaluate.segmentation.run import segment
 from comad.export.package import ModelCard, export_backbone
 from comad.models.timm_backbone import VitConfig
+from comad.presets import recipe
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "benchmarks" / "dense"
-DRAWS = {"segment": 2000, "detect": 300}
+BACKBONES = (
+    "comad=runs/benchmarks/demo-{seed}/student",
+    "single=single:ibot-stamps",
+    "untrained=untrained:runs/benchmarks/demo-{seed}/student",
+)
+SECONDS = "cpu_seconds.txt"
+DRAWS = {"segment": 2000, "linear": 2000, "detect": 300}
+METRICS = {"segment": ("miou", "aacc"), "linear": ("linear_miou", "linear_aacc"), "detect": ("box_ap", "mask_ap")}
 RECALLS = np.linspace(0, 1, 101)
 
 Score = Callable[[np.ndarray], float]
 """Weights of the validation pictures → a score in percent."""
+Scores = dict[tuple[str, str, int], Score]
+"""By metric, backbone and seed."""
 
 
 def main() -> None:
     """Run what is missing, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbones", nargs="+", metavar="NAME=SPEC")
-    parser.add_argument("--tasks", nargs="+", default=["segment", "detect"], choices=["segment", "detect"])
+    parser.add_argument("backbones", nargs="*", metavar="NAME=SPEC", default=BACKBONES)
+    parser.add_argument("--tasks", nargs="+", default=list(METRICS), choices=list(METRICS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", default="runs/scenes")
     options = parser.parse_args()
     named = dict(backbone.split("=", 1) for backbone in options.backbones)
     if not Path(options.scenes).exists():
         write_scenes(ScenesConfig(out=options.scenes))
-    seconds, scores = {}, {}
+    path = RESULTS / "dense.json"
+    report: dict[str, Any] = {"backbones": named, "seconds": {}, "tasks": {}}
     for task in options.tasks:
-        for seed in options.seeds:
+        scores: Scores = {}
+        for number, seed in enumerate(options.seeds, start=1):
             for name, spec in named.items():
                 out = RUNS / f"{task}-{name}-{seed}"
-                seconds[out.name] = run(task, named_network(spec, seed), options.scenes, seed, out)
+                if not (out / "scores.json").is_file():
+                    run(task, named_network(spec, seed), options.scenes, seed, out)
+                if (out / SECONDS).is_file():
+                    report["seconds"][out.name] = float((out / SECONDS).read_text())
                 for metric, score in read_scores(task, out, options.scenes).items():
                     scores[metric, name, seed] = score
-    report = {
-        "seeds": options.seeds,
-        "backbones": named,
-        "seconds": seconds,
-        **compare(scores, list(named), options.seeds),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "dense.json").write_text(json.dumps(report, indent=1) + "\n")
+            done = options.seeds[:number]
+            report["tasks"][task] = {"seeds": done, **compare(task, scores, list(named), done)}
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 
 
 def named_network(spec: str, seed: int) -> str:
-    """What `load_teacher` takes; for ``untrained:FOLDER`` an export with random weights is made."""
-    spec = spec.replace("{seed}", str(seed))
-    if not spec.startswith("untrained:"):
-        return spec
+    """What `load_teacher` takes; a student of one teacher and an export with random weights are made if missing."""
+    kind, _, rest = spec.replace("{seed}", str(seed)).partition(":")
+    if kind == "single":
+        return single_student(rest, seed)
+    return untrained(Path(rest), seed) if kind == "untrained" else spec.replace("{seed}", str(seed))
+
+
+def single_student(teacher: str, seed: int) -> str:
+    """What `comad distill --teachers TEACHER` exports."""
+    out = RUNS.parent / f"{teacher}-{seed}"
+    if not (out / "student").is_dir():
+        config = recipe("comad", demo=True)
+        resume = any((out / "checkpoints").glob("step-*.pt"))
+        distill(replace(config, teachers=(teacher,), run=replace(config.run, seed=seed, out=str(out), resume=resume)))
+    return str(out / "student")
+
+
+def untrained(export: Path, seed: int) -> str:
+    """An export of the same network with random weights."""
     out = RUNS / f"untrained-{seed}"
     if not out.is_dir():
-        known = json.loads((Path(spec.removeprefix("untrained:")) / "config.json").read_text())
+        known = json.loads((export / "config.json").read_text())
         sizes = known["model_args"]
         vit = VitConfig(
             name=known["architecture"],
@@ -105,37 +136,38 @@ def named_network(spec: str, seed: int) -> str:
     return str(out)
 
 
-def run(task: str, spec: str, scenes: str, seed: int, out: Path) -> float | None:
-    """Train and score unless it is done; returns the CPU seconds, None if nothing was to do or a run went on."""
-    if (out / "scores.json").is_file():
-        return None
+def run(task: str, spec: str, scenes: str, seed: int, out: Path) -> None:
+    """Train and score; of a run that was not stopped the CPU seconds are kept."""
     resume = any((out / "checkpoints").glob("step-*.pt"))
-    recipe, evaluate = (segmentation.recipe, segment) if task == "segment" else (detection.recipe, detect)
-    config: Any = recipe("scenes")
+    if not resume:
+        shutil.rmtree(out, ignore_errors=True)
+    head = "linear" if task == "linear" else "upernet"
+    config: Any = detection.recipe("scenes") if task == "detect" else segmentation.recipe("scenes", head)
     place = replace(config.run, out=str(out), seed=seed, resume=resume, probe_every=0, tensorboard=False)
     start = time.process_time()
-    evaluate(replace(config, backbone=spec, data=scenes, run=place))
-    return None if resume else time.process_time() - start
+    (detect if task == "detect" else segment)(replace(config, backbone=spec, data=scenes, run=place))
+    if not resume:
+        (out / SECONDS).write_text(f"{time.process_time() - start:.0f}\n")
 
 
 def read_scores(task: str, out: Path, scenes: str) -> dict[str, Score]:
     """The scores of a run as functions of the weights of the pictures, checked against what the run itself said."""
     told = json.loads((out / "scores.json").read_text())
     pictures = told["pictures"]
-    if task == "segment":
+    if task != "detect":
         counts = np.load(out / "counts.npz")["counts"].astype(np.float64)
-        found: dict[str, Score] = {
-            "miou": lambda weights: mean_iou(np.tensordot(weights, counts, 1)),
-            "aacc": lambda weights: pixel_accuracy(np.tensordot(weights, counts, 1)),
-        }
-        expected = {"miou": told["miou"], "aacc": told["aacc"]}
+        found: list[Score] = [
+            lambda weights: mean_iou(np.tensordot(weights, counts, 1)),
+            lambda weights: pixel_accuracy(np.tensordot(weights, counts, 1)),
+        ]
+        expected = [told["miou"], told["aacc"]]
     else:
         results = json.loads((out / "results.json").read_text())
-        found = {name: precision_of(scenes, results, kind) for name, kind in (("box_ap", "bbox"), ("mask_ap", "segm"))}
-        expected = {"box_ap": told["box"]["ap"], "mask_ap": told["mask"]["ap"]}
-    for name, value in expected.items():
-        assert abs(found[name](np.ones(pictures)) - value) < 0.01, f"{out}: {name} differs from the run's own"
-    return found
+        found = [precision_of(scenes, results, kind) for kind in ("bbox", "segm")]
+        expected = [told["box"]["ap"], told["mask"]["ap"]]
+    for name, score, value in zip(METRICS[task], found, expected, strict=True):
+        assert abs(score(np.ones(pictures)) - value) < 0.01, f"{out}: {name} differs from the run's own"
+    return dict(zip(METRICS[task], found, strict=True))
 
 
 def mean_iou(sums: np.ndarray) -> float:
@@ -200,14 +232,12 @@ def table_of(entries: list[dict | None]) -> Callable[[np.ndarray], float | None]
     return precision
 
 
-def compare(scores: dict[tuple[str, str, int], Score], names: list[str], seeds: list[int]) -> dict[str, Any]:
+def compare(task: str, scores: Scores, names: list[str], seeds: list[int]) -> dict[str, Any]:
     """Means over seeds, and the first network minus each other one on the same scenes and seeds."""
-    metrics = list(dict.fromkeys(metric for metric, _, _ in scores))
+    pictures = json.loads((RUNS / f"{task}-{names[0]}-{seeds[0]}" / "scores.json").read_text())["pictures"]
     means: dict[str, dict[str, Any]] = {name: {} for name in names}
     gains = {}
-    for metric in metrics:
-        task = "segment" if metric in ("miou", "aacc") else "detect"
-        pictures = json.loads((RUNS / f"{task}-{names[0]}-{seeds[0]}" / "scores.json").read_text())["pictures"]
+    for metric in METRICS[task]:
         whole = {name: [scores[metric, name, seed](np.ones(pictures)) for seed in seeds] for name in names}
         for name, values in whole.items():
             means[name][metric] = {"mean": float(np.mean(values)), "per_seed": values}
@@ -220,12 +250,7 @@ def compare(scores: dict[tuple[str, str, int], Score], names: list[str], seeds: 
 
 
 def resample(
-    scores: dict[tuple[str, str, int], Score],
-    metric: str,
-    names: list[str],
-    seeds: list[int],
-    pictures: int,
-    draws: int,
+    scores: Scores, metric: str, names: list[str], seeds: list[int], pictures: int, draws: int
 ) -> dict[str, np.ndarray]:
     """Name → the mean score over drawn seeds on drawn pictures, the same draws for every name."""
     generator = np.random.default_rng(0)

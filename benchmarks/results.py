@@ -12,6 +12,19 @@ from methods import QUESTIONS, Question
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCORES = ("knn", "linear", "knn_coarse", "linear_coarse")
+DENSE_TASKS = {
+    "segment": "Segmentation, UPerNet",
+    "linear": "Segmentation, linear head on frozen features",
+    "detect": "Detection, Cascade Mask R-CNN",
+}
+METRIC_NAMES = {
+    "miou": "mIoU",
+    "aacc": "aAcc",
+    "linear_miou": "mIoU",
+    "linear_aacc": "aAcc",
+    "box_ap": "box AP",
+    "mask_ap": "mask AP",
+}
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 
 
@@ -27,9 +40,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def interval(gain: dict[str, float]) -> str:
+def interval(gain: dict[str, float], digits: int = 1) -> str:
     """A difference with its interval, in points."""
-    return f"{gain['difference']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]"
+    difference, low, high = (f"{gain[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{difference} [{low}, {high}]"
 
 
 def run_table(report: dict[str, Any]) -> str:
@@ -181,6 +195,35 @@ def teacher_page(report: dict[str, Any]) -> str:
     )
 
 
+def dense_section(report: dict[str, Any] | None) -> str:
+    """Segmentation and detection on composed scenes."""
+    command = "python benchmarks/dense.py"
+    title = "## Segmentation and detection on composed scenes"
+    if report is None:
+        return f"{title}\n\nNot run yet: `{command}`.\n"
+    lines = [
+        title,
+        "",
+        f"`{command}`, `--preset scenes`, test scenes; percent, mean over seeds, and the values of each.",
+    ]
+    lines += ["Differences in points with 95 % intervals, paired bootstrap over seeds and scenes.", ""]
+    for task, part in report["tasks"].items():
+        first, *others = part["means"]
+        metrics = list(part["means"][first])
+        seconds = [value for name, value in report["seconds"].items() if name.startswith(f"{task}-")]
+        cost = f", {statistics.median(seconds) / 60:.1f} core minutes a run" if seconds else ""
+        lines += [f"{DENSE_TASKS[task]}, seeds {part['seeds']}{cost}:", ""]
+        rows = []
+        for name, means in part["means"].items():
+            values = (means[metric] for metric in metrics)
+            cells = [f"{v['mean']:.2f} ({', '.join(f'{s:.2f}' for s in v['per_seed'])})" for v in values]
+            gaps = [interval(part["gains"][f"{m}_over_{name}"], 2) if name in others else "" for m in metrics]
+            rows.append([name, *cells, *gaps])
+        heads = [METRIC_NAMES[metric] for metric in metrics]
+        lines += [table(["backbone", *heads, *(f"{first} minus it, {head}" for head in heads)], rows), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write both files."""
     demo, teachers = read("demo"), read("teachers")
@@ -189,6 +232,7 @@ def main() -> None:
     long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
     parts.append(run_section("A longer run of the same command", long, read("long")))
     parts += [question_section(name, question) for name, question in QUESTIONS.items()]
+    parts.append(dense_section(read("dense")))
     parts += [teacher_section(teachers)] if teachers else []
     if teachers:
         intro = (RESULTS / "teachers.md").read_text()

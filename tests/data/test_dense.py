@@ -48,6 +48,16 @@ def test_crops_with_one_class_alone_are_avoided():
     assert mixed >= 10  # by chance 3
 
 
+def test_a_crop_without_labels_is_not_taken_while_another_has_some():
+    classes = torch.full((60, 60), IGNORED, dtype=torch.uint8)
+    classes[:15, :15] = 3  # the only object: no crop has a second class
+    view, labelled = SegmentationView(crop=30, short_side=60, scale=(1.0, 1.0)), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        labelled += bool((view(torch.zeros(3, 60, 60, dtype=torch.uint8), classes)[1] == 3).any())
+    assert labelled >= 18  # a single try: 5
+
+
 @pytest.mark.parametrize("scale", [(0.4, 0.4), (1.0, 1.0), (2.0, 2.0)])
 def test_masks_and_boxes_move_with_the_picture(scale):
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)

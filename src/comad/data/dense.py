@@ -62,7 +62,8 @@ class SegmentationView:
         crop: pixels on the side of the view.
         short_side: pixels on the shorter side of the picture before ``scale``.
         scale: smallest and largest factor.
-        largest_share: a crop whose commonest class has more of the labelled pixels is drawn again, ten times at most.
+        largest_share: a crop whose commonest class has more of the labelled pixels is drawn again; after ten tries the
+            one with the most labelled pixels is taken, for one without any teaches nothing.
     """
 
     crop: int
@@ -86,14 +87,17 @@ class SegmentationView:
         return v2.RandomPhotometricDistort(p=0.5)(image), classes[0]
 
     def _corner(self, classes: Tensor) -> tuple[int, int]:
-        """Where to crop: a place with more than one class, if tries find one."""
-        top = left = 0
+        """Where to crop: a place with more than one class if tries find one, else the one with most labelled pixels."""
+        best, most = (0, 0), -1
         for _ in range(CROP_TRIES):
             top, left = (int(torch.randint(0, side - self.crop + 1, ())) for side in classes.shape)
             counts = classes[top : top + self.crop, left : left + self.crop].flatten().bincount(minlength=256)[:IGNORED]
-            if counts.max() < self.largest_share * counts.sum():
-                break
-        return top, left
+            labelled = int(counts.sum())
+            if counts.max() < self.largest_share * labelled:
+                return top, left
+            if labelled > most:
+                best, most = (top, left), labelled
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)

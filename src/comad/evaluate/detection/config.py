@@ -101,11 +101,11 @@ SCENES = replace(
     scale=(0.6, 1.4),
     window=0,
     drop_path=0.0,
-    layer_decay=0.8,
+    layer_decay=0.5,
     loader=LoaderConfig(workers=0),
     optim=replace(
         COCO.optim,
-        epochs=1.5,
+        epochs=2.0,
         batch_size=8,
         base_lr=3.2e-2,
         warmup_epochs=0.2,
