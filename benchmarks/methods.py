@@ -55,6 +55,7 @@ QUESTIONS = {
             "--presets",
             "comad",
             both("temperature 0.5"),
+            both("temperature 0.25"),
             "comad-mse",
             "comad --method.masking.unmasked-share 0.3",
             "comad-student-side",

@@ -35,8 +35,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "aligner": {"kind": "trained", "calibration_images": 0},
         "fusion.detached": False,
         "terms.token.distance": "kl-student-teacher",
+        "terms.token.temperature": 1.0,
         "terms.token.projection": True,
         "terms.spatial.distance": "kl-student-teacher",
+        "terms.spatial.temperature": 1.0,
         "terms.spatial.projection": True,
     },
 }

@@ -49,7 +49,10 @@ class Method:
     aligner: Aligner = field(default_factory=Frozen)
     fusion: Fusion = field(default_factory=Gate)
     terms: Mapping[str, Term] = field(
-        default_factory=lambda: {"token": Term(where="visible"), "spatial": Term(where="all", cls=False)}
+        default_factory=lambda: {
+            "token": Term(where="visible", temperature=0.25),
+            "spatial": Term(where="all", cls=False, temperature=0.25),
+        }
     )
     single: bool = False
     decoder_width: int = 128
