@@ -54,11 +54,10 @@ QUESTIONS = {
         rows=(
             "--presets",
             "comad",
+            both("temperature 1"),
             both("temperature 0.5"),
-            both("temperature 0.25"),
+            "comad --method.fusion.renormalise",
             "comad-mse",
-            "comad --method.masking.unmasked-share 0.3",
-            "comad-student-side",
         ),
     ),
     "default": Question(
@@ -79,7 +78,14 @@ QUESTIONS = {
         title="Three convolutional teachers in place of the bundled trio",
         split="test",
         seeds=(0, 1, 2),
-        rows=("--presets", "comad", "--teachers", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
+        rows=(
+            "--presets",
+            both("temperature 1"),
+            "--teachers",
+            "efficientnet-lite0",
+            "efficientnet-lite1",
+            "efficientnet-lite2",
+        ),
         baselines=("untrained", "pixels"),
     ),
     "field": Question(
