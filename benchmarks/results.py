@@ -102,7 +102,6 @@ def question_section(name: str, question: Question) -> str:
             f"`{row['label']}`",
             " ".join(teacher.removesuffix("-stamps") for teacher in row["teachers"]),
             *(compared(row, score) for score in ("knn", "linear")),
-            f"{row['seconds']:.0f}",
         ]
         for row in report["rows"]
     ]
@@ -115,7 +114,7 @@ def question_section(name: str, question: Question) -> str:
             f"`{command}`: {report['split']} concepts, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
             f"differences to `{report['reference']}`, by seed and image, 95 % intervals over seeds and concepts.",
             "",
-            table(["row", "teachers", "kNN", "linear", "seconds"], rows),
+            table(["row", "teachers", "kNN", "linear"], rows),
             "",
         ]
     )
