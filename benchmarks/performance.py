@@ -34,6 +34,13 @@ def throughput(report: Report) -> list[str]:
     ]
     header = ["precision", "images/s", "of the limit", "against literal", "against literal fp32", "second student"]
     lines = [f"Batch {report.get('batch_size', 16)}.", "", table(header, rows), ""]
+    if "int8_images_per_s" in report:
+        rate, times = report["int8_images_per_s"], report["int8_times_literal_fp32"]
+        lines += [
+            f"With `--teacher-precision int8 --compile`: {rate:.2f} images/s, {rate / report['images_per_s']:.2f} × bf16 "
+            f"and {times:.2f} × the literal step in fp32.",
+            "",
+        ]
     if "shares" in report:
         shares = ", ".join(f"{name} {share:.1f} %" for name, share in report["shares"].items())
         lines += [f"Where the time of the bf16 step goes: {shares}.", ""]
@@ -52,7 +59,9 @@ def beside_lightly(report: Report) -> list[str]:
             ("ours, one teacher on whole views", "one_whole_teacher_images_per_s"),
             ("ours, one masked teacher", "one_masked_teacher_images_per_s"),
             ("ours, three masked teachers", "images_per_s"),
+            ("ours, three masked teachers in int8", "int8_images_per_s"),
         )
+        if key in report
     ]
     said = "Its loop reads and augments in workers, whose time is not counted; in ours images stand ready."
     return [table([report["precision"], "images/s", "against LightlyTrain"], rows), "", said, ""]

@@ -2,7 +2,7 @@
 
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
 `comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
-or on whole views, and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product.
+or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product.
 Ratios are medians over the rounds. Short runs on a folder of pictures, by turns with one student and with two, give
 what a second ViT-Ti costs, and the share of time that the loop waits for data. The distillation of one teacher by
 LightlyTrain is measured beside it where `lightly-train` is installed. The last line printed is one JSON object;
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache import settings
 from comad.distill.config import Method
 from comad.distill.run import distill
+from comad.models.quantized import quantize
 from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS
 from pictures import write_pictures
@@ -56,6 +57,11 @@ def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedSte
     if precision == "bf16":
         slow = load(specs, "fp32", student.image_size)
         steps["literal fp32"] = TimedStep(literal, "fp32", batch_size, slow, student=student)
+        if torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not torch.cuda.is_available():
+            small = load(specs, precision, student.image_size)
+            for teacher in small:
+                quantize(teacher.backbone, "int8")
+            steps["int8"] = TimedStep(ours, precision, batch_size, small, student=student, compiled=True)
     return steps
 
 
@@ -94,11 +100,13 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
     }
-    for name in ("literal", "literal fp32", "one masked teacher", "one whole teacher"):
-        if name in seconds:
-            result[f"{name.replace(' ', '_')}_images_per_s"] = batch_size / statistics.median(seconds[name])
+    for name in [name for name in steps if name != "ours"]:
+        result[f"{name.replace(' ', '_')}_images_per_s"] = batch_size / statistics.median(seconds[name])
     if "literal fp32" in steps:
         result["times_literal_fp32"] = times("literal fp32")
+    if "int8" in steps:
+        pairs = zip(seconds["literal fp32"], seconds["int8"], strict=True)
+        result["int8_times_literal_fp32"] = statistics.median(literal / quick for literal, quick in pairs)
     return result
 
 

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def key_of(teacher: Teacher, place: int, views: ViewDataset, method: Method) -> 
         "image_size": teacher.backbone.grid[0] * teacher.backbone.patch_size,
         "dtype": precision_of(teacher.backbone),
         "place": place,
-        "masking": repr(method.masking),
+        "masking": repr(replace(method.masking, hidden="drop", unmasked_share=0.0)),  # these are the student's alone
         "reads": repr(method.reads),
         "views": make,
         "seed": views.seed,
