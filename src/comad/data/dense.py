@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from comad.data.ade20k import IGNORED
 from comad.data.images import UnreadableImageError
-from comad.data.loader import MAX_UNREADABLE_RUN
+from comad.data.loader import MAX_UNREADABLE_RUN, randomness_of
 
 GREY = [124.0, 116.0, 104.0]
 """What fills a view beyond its picture: the mean of ImageNet."""
@@ -152,8 +152,7 @@ class DenseDataset(Dataset[DenseBatch]):
     def __getitem__(self, key: tuple[int, int]) -> DenseBatch:
         view, index = key
         (image, target), readable = self._load(index)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
+        with randomness_of(self.seed, view, index):
             image, target = self.view(image, target)
         return DenseBatch(image, target, torch.tensor(index), torch.tensor(readable))
 

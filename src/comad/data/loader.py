@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,6 +71,15 @@ class LoaderConfig:
         return min(max(cores // here - 1, 1), 8)
 
 
+@contextmanager
+def randomness_of(seed: int, view: int, index: int) -> Iterator[None]:
+    """Random numbers that are a function of a sample alone; those outside go on undisturbed."""
+    with torch.random.fork_rng(devices=[]):
+        # the generator itself: torch.manual_seed also asks every kind of accelerator, which takes longer than a view
+        torch.default_generator.manual_seed((seed * 1_000_003 + view) * 1_000_000_007 + index)
+        yield
+
+
 class ViewDataset(Dataset[Batch]):
     """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
 
@@ -93,8 +103,7 @@ class ViewDataset(Dataset[Batch]):
 
     def _sample(self, key: tuple[int, int], image: Tensor, readable: bool) -> Batch:
         view, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 1_000_003 + view) * 1_000_000_007 + index)
+        with randomness_of(self.seed, view, index):
             sample = self.make(image)
         return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
