@@ -8,6 +8,7 @@ import pytest
 
 from comad.cli import VERBS, main
 from comad.models.teachers import load_teacher
+from comad.runtime.train import Interrupted
 
 RANDOM = "vit_tiny_patch16_224:random"
 
@@ -50,6 +51,16 @@ def test_help_in_all_its_ways(capsys, arguments):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+@pytest.mark.parametrize(("verb", "command"), [("distill", "command with --run.resume"), ("compare", "command")])
+def test_a_stopped_run_says_how_to_go_on(capsys, monkeypatch, verb, command):
+    def stop(arguments):
+        raise Interrupted("runs/mine")
+
+    monkeypatch.setitem(VERBS, verb, (VERBS[verb][0], stop))
+    assert main([verb]) == 130
+    assert capsys.readouterr().err == f"Go on: the same {command}.\n"
 
 
 @pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate", "evaluate finetune", "compare"])

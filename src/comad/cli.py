@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         VERBS[verb][1](rest)
     except (ValueError, TrainingError) as error:
         return _fail(str(error))
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
+        sys.stderr.write(f"Go on: the same command{'' if verb == 'compare' else ' with --run.resume'}.\n")
+        return 130
+    except KeyboardInterrupt:
         return 130
     return 0
 

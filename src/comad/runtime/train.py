@@ -125,9 +125,7 @@ def train_together(jobs: Sequence[Job], optim: OptimConfig, runs: Sequence[RunCo
             for learner, result, norm in zip(learning, results, norms, strict=True):
                 learner.record(done, due, result, {"lr": lr, "grad_norm": norm})
             if stopped and done < total:
-                learners[0].report.log.say(
-                    f"stopped at step {done}, checkpoint written. Go on: the same command with --run.resume."
-                )
+                learners[0].report.log.say(f"stopped at step {done}, checkpoint written.")
                 raise Interrupted(run.out)
     return [learner.scored for learner in learners]
 
