@@ -49,7 +49,7 @@ def naive_loss(setting, images: Tensor, masks: Masks) -> float:
         for n in range(-1, 16):
             student, teachers = cls[0] if n < 0 else patches[0, n], [tokens[n] for tokens in aligned if n in tokens]
             if teachers:
-                p, q = ((tokens / 0.25).softmax(dim=0) for tokens in (naive_target(student, teachers), student))
+                p, q = ((tokens / 10).softmax(dim=0) for tokens in (naive_target(student, teachers), student))
                 losses["visible"] += [float((p * (p / q).log()).sum())] * (n in (-1, *own.student[0].tolist()))
                 losses["all"] += [float((p * (p / q).log()).sum())] * (n >= 0)
     return sum(sum(part) / len(part) for part in losses.values())

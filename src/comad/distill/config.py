@@ -50,8 +50,8 @@ class Method:
     fusion: Fusion = field(default_factory=Gate)
     terms: Mapping[str, Term] = field(
         default_factory=lambda: {
-            "token": Term(where="visible", temperature=0.25),
-            "spatial": Term(where="all", cls=False, temperature=0.25),
+            "token": Term(where="visible", temperature=10.0),
+            "spatial": Term(where="all", cls=False, temperature=10.0),
         }
     )
     single: bool = False

@@ -67,7 +67,7 @@ class BoxStage(RoIHeads):
             batch_size_per_image=config.regions,
             positive_fraction=0.25,
             bbox_reg_weights=OFFSET_SCALES[number],
-            score_thresh=0.05,
+            score_thresh=config.least_score,
             nms_thresh=0.5,
             detections_per_img=config.detections,
         )

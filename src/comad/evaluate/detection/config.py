@@ -24,6 +24,7 @@ class DetectorConfig:
         proposals: regions from the first stage, per image, in training and in the test.
         regions: of these, how many the second stage learns from.
         detections: most detections per image.
+        least_score: of a detection; a lower one adds to average precision where no class is sure, and takes time.
     """
 
     kind: Literal["cascade", "plain"] = "cascade"
@@ -34,6 +35,7 @@ class DetectorConfig:
     proposals: tuple[int, int] = (2000, 1000)
     regions: int = 512
     detections: int = 100
+    least_score: float = 0.05
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -95,7 +97,14 @@ COCO = DetectConfig(backbone="", data="")
 SCENES = replace(
     COCO,
     detector=DetectorConfig(
-        channels=48, num_convs=(0, 2), hidden=256, anchor=4, proposals=(100, 100), regions=32, detections=30
+        channels=48,
+        num_convs=(0, 2),
+        hidden=256,
+        anchor=4,
+        proposals=(100, 100),
+        regions=32,
+        detections=30,
+        least_score=0.005,
     ),
     image_size=128,
     scale=(0.6, 1.4),
