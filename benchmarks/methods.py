@@ -1,8 +1,8 @@
 """Methods side by side on the bundled pictures: what the default of `comad` rests on, one `comad compare` a question.
 
-`python benchmarks/methods.py repairs` answers one, without a name all of them. What is done is not done again, and
-teacher outputs are shared between the questions. Each table goes to `benchmarks/results/methods-NAME.json`; the last
-line printed is all of them as one JSON object.
+`python benchmarks/methods.py masks` answers one, without a name all of them. What is done is not done again, and
+students and teacher outputs are shared between the questions. Each table goes to
+`benchmarks/results/methods-NAME.json`; the last line printed is all of them as one JSON object.
 """
 
 from __future__ import annotations
@@ -27,76 +27,108 @@ class Question:
         title: what it asks.
         split: val while choices are made, test for what is reported once.
         seeds: of every row.
-        rows: options of `comad compare`.
+        rows: presets with their options.
         epochs: of every run.
         baselines: rows without distillation.
+        options: further ones of `comad compare`.
     """
 
     title: str
     split: str
     seeds: tuple[int, ...]
     rows: tuple[str, ...]
-    epochs: int = 16
+    epochs: int = 8
     baselines: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
-def both(options: str) -> str:
-    """`comad` with the same options for its two terms."""
-    return "comad " + " ".join(f"--method.terms.{term}.{options}" for term in ("token", "spatial"))
+def warm(temperature: float, preset: str = "comad") -> str:
+    """The preset with this temperature in both terms."""
+    return " ".join([preset, *(f"--method.terms.{term}.temperature {temperature:g}" for term in ("token", "spatial"))])
 
+
+REVERSE = " ".join(f"--method.terms.{term}.distance kl-student-teacher" for term in ("token", "spatial"))
 
 QUESTIONS = {
-    "repairs": Question(
-        title="Which repair of the printed method",
+    "losses": Question(
+        title="Temperature and kind of the losses",
+        split="val",
+        seeds=(0, 1),
+        rows=("comad", warm(4), warm(0.25), "comad-mse"),
+    ),
+    "losses-once": Question(
+        title="Further losses, one seed each",
         split="val",
         seeds=(0,),
-        epochs=8,
         rows=(
-            "--presets",
-            "comad",
-            both("temperature 1"),
-            both("temperature 0.5"),
-            "comad --method.fusion.renormalise",
-            "comad-mse",
+            warm(0.25),
+            warm(0.5),
+            warm(1),
+            f"{warm(0.25)} {REVERSE}",
+            f"{warm(0.25)} --method.fusion.renormalise",
         ),
+    ),
+    "masks": Question(
+        title="What the student sees, at a temperature of 0.25",
+        split="val",
+        seeds=(0, 1),
+        rows=(
+            warm(0.25),
+            f"{warm(0.25)} --method.masking.unmasked-share 0.5",
+            f"{warm(0.25)} --method.masking.policy none",
+        ),
+    ),
+    "masks-again": Question(
+        title="What the student sees, at a temperature of 4",
+        split="val",
+        seeds=(0, 1),
+        rows=(
+            warm(4),
+            f"{warm(4)} --method.masking.unmasked-share 0.5",
+            f"{warm(4)} --method.masking.policy none",
+        ),
+    ),
+    "repairs": Question(
+        title="Other masks, aligners and rules, one seed each",
+        split="val",
+        seeds=(0,),
+        rows=(
+            "comad",
+            "comad --method.masking.policy independent",
+            "comad --method.masking.hidden token",
+            "comad --method.masking.student-end 0.5",
+            "comad --method.terms.token.no-cls",
+            "comad-anchor",
+        ),
+    ),
+    "gate-of-losses": Question(
+        title="A gate of losses with heads on the student's side, at a temperature of 0.25",
+        split="val",
+        seeds=(0, 1),
+        rows=(warm(0.25), warm(0.25, "comad-student-side"), warm(0.25, "mean")),
     ),
     "default": Question(
-        title="The gate against the mean and a uniform gate",
+        title="The gate against the mean, and three teachers against one",
         split="test",
-        seeds=(0, 1, 2),
-        epochs=8,
-        rows=("--presets", "comad", "mean", "comad-uniform"),
+        seeds=(0, 1, 2, 3, 4),
+        rows=("comad", "mean", "comad --teachers ibot-stamps"),
+        baselines=("teachers", "untrained", "pixels"),
     ),
     "single": Question(
-        title="All teachers against the best one",
+        title="Each teacher alone",
         split="test",
-        seeds=(0, 1, 2),
-        epochs=8,
-        rows=("--presets", "comad", "--teacher-sets", "mae,mocov3,ibot", "ibot"),
-    ),
-    "convolutional": Question(
-        title="Three convolutional teachers in place of the bundled trio",
-        split="test",
-        seeds=(0, 1, 2),
-        rows=(
-            "--presets",
-            both("temperature 1"),
-            "--teachers",
-            "efficientnet-lite0",
-            "efficientnet-lite1",
-            "efficientnet-lite2",
-        ),
-        baselines=("untrained", "pixels"),
+        seeds=(0, 1),
+        rows=("comad", *(f"comad --teachers {name}-stamps" for name in ("ibot", "mocov3", "mae"))),
     ),
     "field": Question(
         title="The field, every method by the same loop, views and schedule",
         split="test",
         seeds=(0,),
-        epochs=8,
         rows=(
-            "--presets",
             "comad",
+            "mean",
             "tinymim",
+            "m-tinymim",
             "tinymim-feat",
             "dmae",
             "g2sd",
@@ -110,16 +142,26 @@ QUESTIONS = {
             "eupe",
             "gram",
         ),
-        baselines=("untrained", "supervised"),
+        baselines=("untrained",),
+    ),
+    "convolutional": Question(
+        title="Three convolutional teachers in place of the bundled trio",
+        split="test",
+        seeds=(0, 1, 2),
+        rows=(warm(1),),
+        epochs=16,
+        baselines=("untrained", "pixels"),
+        options=("--teachers", "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
     ),
 }
 
 
 def ask(name: str) -> dict[str, object]:
-    """Run one comparison, or go on with it, and keep its table."""
-    question, out = QUESTIONS[name], RUNS / name
-    command = [sys.executable, "-m", "comad.cli", "compare", *question.rows, "--split", question.split]
-    command += ["--seeds", *map(str, question.seeds), "--optim.epochs", str(question.epochs)]
+    """Run one comparison, or go on with it, and keep its table. Questions of the same length share their runs."""
+    question = QUESTIONS[name]
+    out = RUNS / f"{question.epochs}-epochs"
+    command = [sys.executable, "-m", "comad.cli", "compare", "--presets", *question.rows, "--split", question.split]
+    command += ["--seeds", *map(str, question.seeds), "--optim.epochs", str(question.epochs), *question.options]
     command += ["--baselines", *question.baselines]
     command += ["--cache-folder", str(RUNS / "teacher-cache"), "--run.out", str(out)]
     subprocess.run(command, check=True)

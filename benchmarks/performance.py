@@ -37,8 +37,8 @@ def throughput(report: Report) -> list[str]:
     if "int8_images_per_s" in report:
         rate, times = report["int8_images_per_s"], report["int8_times_literal_fp32"]
         lines += [
-            f"With `--teacher-precision int8 --compile`: {rate:.2f} images/s, {rate / report['images_per_s']:.2f} × bf16 "
-            f"and {times:.2f} × the literal step in fp32.",
+            f"With `--teacher-precision int8 --compile`: {rate:.2f} images/s, {rate / report['images_per_s']:.2f} × "
+            f"bf16 and {times:.2f} × the literal step in fp32.",
             "",
         ]
     if "shares" in report:

@@ -2,12 +2,13 @@
 
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
 `comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
-or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of the `comad` step over the rate of a plain matrix product.
-Ratios are medians over the rounds. Short runs on a folder of pictures, by turns with one student and with two, give
-what a second ViT-Ti costs, and the share of time that the loop waits for data. The distillation of one teacher by
-LightlyTrain is measured beside it where `lightly-train` is installed. The last line printed is one JSON object;
-`--tiny` tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time`
-counts the seconds of one thread of this process in place of those on the wall, and leaves the short runs out.
+or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of
+the `comad` step over the rate of a plain matrix product. Ratios are medians over the rounds. Short runs on a folder of
+pictures, by turns with one student and with two, give what a second ViT-Ti costs, and the share of time that the loop
+waits for data. The distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is
+installed. The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean
+nothing. On a machine that others use too, `--cpu-time` counts the seconds of one thread of this process in place of
+those on the wall, and leaves the short runs out.
 """
 
 from __future__ import annotations

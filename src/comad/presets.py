@@ -205,7 +205,7 @@ METHODS: dict[str, Method] = {
     # Table 3 of the paper: the losses
     "comad-token-only": _terms(COMAD, spatial={"weight": 0.0}),
     "comad-spatial-only": _terms(COMAD, token={"weight": 0.0}),
-    "comad-mse": _terms(COMAD, token={"distance": "mse"}, spatial={"distance": "mse"}),
+    "comad-mse": _terms(COMAD, **{name: {"distance": "mse", "temperature": 1.0} for name in COMAD.terms}),
     # Table 6: the gate
     "comad-uniform": replace(COMAD, fusion=Gate(affinity=False, consensus=False)),
     "comad-affinity-only": replace(COMAD, fusion=Gate(consensus=False)),
