@@ -98,6 +98,14 @@ def gradient(name: str, student: Tensor, targets: list[Tensor]) -> Tensor:
     return torch.autograd.grad(sum(losses) / len(losses), student)[0]
 
 
+@pytest.mark.parametrize("name", ["kl-student-teacher", "kl-teacher-student"])
+def test_a_warm_kl_is_the_variance_of_the_difference_in_either_direction(name):
+    torch.manual_seed(0)
+    student, target = torch.randn(2, 5, 96, dtype=torch.float64)
+    variance = (student - target).var(dim=-1, unbiased=False)
+    torch.testing.assert_close(DISTANCES[name](student, target, 100.0) * 2 * 100**2, variance, rtol=0.02, atol=0)
+
+
 def test_mean_of_losses_is_mean_of_targets_in_gradient_for_mse():
     student, targets = draw(4, 6), [draw(4, 6, seed=seed) for seed in (1, 2, 3)]
     torch.testing.assert_close(gradient("mse", student, targets), gradient("mse", student, [sum(targets) / 3]))
