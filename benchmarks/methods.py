@@ -47,8 +47,6 @@ def warm(temperature: float, preset: str = "comad") -> str:
     return " ".join([preset, *(f"--method.terms.{term}.temperature {temperature:g}" for term in ("token", "spatial"))])
 
 
-REVERSE = " ".join(f"--method.terms.{term}.distance kl-student-teacher" for term in ("token", "spatial"))
-
 QUESTIONS = {
     "losses": Question(
         title="Temperature and kind of the losses",
@@ -60,13 +58,7 @@ QUESTIONS = {
         title="Further losses, one seed each",
         split="val",
         seeds=(0,),
-        rows=(
-            warm(0.25),
-            warm(0.5),
-            warm(1),
-            f"{warm(0.25)} {REVERSE}",
-            f"{warm(0.25)} --method.fusion.renormalise",
-        ),
+        rows=(warm(0.25), warm(0.5), warm(1), f"{warm(0.25)} --method.fusion.renormalise"),
     ),
     "masks": Question(
         title="What the student sees, at a temperature of 0.25",
@@ -96,7 +88,7 @@ QUESTIONS = {
             "comad",
             "comad --method.masking.policy independent",
             "comad --method.masking.hidden token",
-            "comad --method.masking.student-end 0.5",
+            "comad --method.masking.student-end 0.5 --no-cache-teachers",
             "comad --method.terms.token.no-cls",
             "comad-anchor",
         ),
