@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -99,25 +100,30 @@ def question_section(name: str, question: Question) -> str:
         return f"## {question.title}\n\nNot run yet: `{command}`.\n"
     rows = [
         [
-            f"`{row['label']}`",
+            f"`{brief(row['label'])}`",
             " ".join(teacher.removesuffix("-stamps") for teacher in row["teachers"]),
             *(compared(row, score) for score in ("knn", "linear")),
         ]
         for row in report["rows"]
     ]
-    images = max(row["images_seen"] for row in report["rows"])
+    images, reference = max(row["images_seen"] for row in report["rows"]), brief(report["reference"])
     seeds = max((row["seeds"] for row in report["rows"]), key=len)
     return "\n".join(
         [
             f"## {question.title}",
             "",
             f"`{command}`: {report['split']} concepts, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
-            f"differences to `{report['reference']}`, by seed and image, 95 % intervals over seeds and concepts.",
+            f"differences to `{reference}`, by seed and image, 95 % intervals over seeds and concepts.",
             "",
             table(["row", "teachers", "kNN", "linear"], rows),
             "",
         ]
     )
+
+
+def brief(label: str) -> str:
+    """A row's name, with the temperature of both terms said once."""
+    return re.sub(r"--method\.terms\.token\.temperature (\S+) --method\.terms\.spatial\.temperature \1", r"T=\1", label)
 
 
 def compared(row: dict[str, Any], score: str) -> str:
