@@ -18,7 +18,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mean": {"fusion": {"kind": "mean", "renormalise": False}},
     "comad-token-only": {"terms.spatial.weight": 0.0},
     "comad-spatial-only": {"terms.token.weight": 0.0},
-    "comad-mse": {"terms.token.distance": "mse", "terms.spatial.distance": "mse"},
+    "comad-mse": {
+        "terms.token.distance": "mse",
+        "terms.token.temperature": 1.0,
+        "terms.spatial.distance": "mse",
+        "terms.spatial.temperature": 1.0,
+    },
     "comad-uniform": {"fusion.affinity": False, "fusion.consensus": False},
     "comad-affinity-only": {"fusion.consensus": False},
     "comad-consensus-only": {"fusion.affinity": False},
