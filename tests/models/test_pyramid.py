@@ -32,11 +32,20 @@ def test_every_channel_behind_a_norm_has_mean_0_and_variance_1(name):
     first = head(maps())
     assert len(said) == len(norms) > 7
     for key, output in said.items():
-        std, mean = torch.std_mean(output, dim=(0, 2, 3))
+        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=0)
         assert torch.allclose(mean, torch.zeros(32), atol=1e-3), key
         assert torch.allclose(std, torch.ones(32), atol=1e-3), key
     for part in first.values() if isinstance(first, dict) else [first]:
         assert part.requires_grad  # the norms are trained on from there
+
+
+def test_a_single_view_gives_finite_numbers():
+    torch.manual_seed(0)
+    head = UPerHead([16] * 4, [8] * 4, 32, 5).eval()
+    with centring_norms(head):
+        head(maps(1))  # pooled to one cell, each channel has one value
+    assert all(part.isfinite().all() and part.abs().max() < 1e4 for part in head.state_dict().values())
+    assert head(maps(2)).isfinite().all()
 
 
 def test_nothing_but_norms_of_the_heads_changes():

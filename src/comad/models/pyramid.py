@@ -36,8 +36,8 @@ def centring_norms(*heads: nn.Module) -> Iterator[None]:
 
     def centre(norm: nn.Module, inputs: object, output: Tensor) -> Tensor:
         norm = cast(nn.GroupNorm, norm)
-        std, mean = torch.std_mean(output.float(), dim=(0, 2, 3))
-        std = std.clamp(min=1e-6)
+        std, mean = torch.std_mean(output.float(), dim=(0, 2, 3), correction=0)
+        std = torch.where(std > 1e-4, std, 1.0)  # a channel that is the same everywhere keeps its scale
         norm.weight.div_(std)
         norm.bias.sub_(mean).div_(std)
         return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
