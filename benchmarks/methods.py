@@ -99,6 +99,12 @@ QUESTIONS = {
         seeds=(0, 1),
         rows=(warm(0.25), warm(0.25, "comad-student-side"), warm(0.25, "mean")),
     ),
+    "softer-gate": Question(
+        title="A softer gate",
+        split="val",
+        seeds=(0, 1),
+        rows=("comad", "comad --method.fusion.temperature 1", "mean"),
+    ),
     "default": Question(
         title="The gate against the mean, and three teachers against one",
         split="test",
