@@ -47,6 +47,17 @@ def warm(temperature: float, preset: str = "comad") -> str:
     return " ".join([preset, *(f"--method.terms.{term}.temperature {temperature:g}" for term in ("token", "spatial"))])
 
 
+def masks_at(temperature: float) -> Question:
+    """What it is worth that the student sees a part."""
+    plain = warm(temperature)
+    return Question(
+        title=f"What the student sees, at a temperature of {temperature:g}",
+        split="val",
+        seeds=(0, 1),
+        rows=(plain, f"{plain} --method.masking.unmasked-share 0.5", f"{plain} --method.masking.policy none"),
+    )
+
+
 QUESTIONS = {
     "losses": Question(
         title="Temperature and kind of the losses",
@@ -60,26 +71,8 @@ QUESTIONS = {
         seeds=(0,),
         rows=(warm(0.25), warm(0.5), warm(1), f"{warm(0.25)} --method.fusion.renormalise"),
     ),
-    "masks": Question(
-        title="What the student sees, at a temperature of 0.25",
-        split="val",
-        seeds=(0, 1),
-        rows=(
-            warm(0.25),
-            f"{warm(0.25)} --method.masking.unmasked-share 0.5",
-            f"{warm(0.25)} --method.masking.policy none",
-        ),
-    ),
-    "masks-again": Question(
-        title="What the student sees, at a temperature of 4",
-        split="val",
-        seeds=(0, 1),
-        rows=(
-            warm(4),
-            f"{warm(4)} --method.masking.unmasked-share 0.5",
-            f"{warm(4)} --method.masking.policy none",
-        ),
-    ),
+    "masks": masks_at(0.25),
+    "masks-again": masks_at(4),
     "repairs": Question(
         title="Other masks, aligners and rules, one seed each",
         split="val",

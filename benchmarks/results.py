@@ -108,6 +108,7 @@ def question_section(name: str, question: Question) -> str:
     ]
     images, reference = max(row["images_seen"] for row in report["rows"]), brief(report["reference"])
     seeds = max((row["seeds"] for row in report["rows"]), key=len)
+    left = [f"`{brief(row)}`" for row in question.rows if row not in {found["label"] for found in report["rows"]}]
     return "\n".join(
         [
             f"## {question.title}",
@@ -117,6 +118,7 @@ def question_section(name: str, question: Question) -> str:
             "",
             table(["row", "teachers", "kNN", "linear"], rows),
             "",
+            *([f"Not run yet, of the rows of that command: {', '.join(left)}.", ""] if left else []),
         ]
     )
 

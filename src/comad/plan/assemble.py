@@ -26,6 +26,23 @@ class Phases(NamedTuple):
     scoring: float
 
 
+class Planned(NamedTuple):
+    """The run as a whole.
+
+    Attributes:
+        task: the command.
+        config: has ``optim`` and ``run``.
+        devices: that train.
+        cache, export: bytes on disk.
+    """
+
+    task: str
+    config: Any
+    devices: int
+    cache: int = 0
+    export: int = 0
+
+
 def engine(config: Any) -> tuple[Any, Fabric]:
     """One device for the measurements, and the config for it: each of several has its share of the batch."""
     config = replace(config, run=replace(config.run, devices=1, resume=False))
@@ -42,19 +59,9 @@ def stage(count: float, took: Rehearsed, optim: OptimConfig, flops: Flops) -> St
     return Stage(count, took.seconds * optim.batch_size / took.batch * optim.accumulate, flops)
 
 
-def assemble(  # noqa: PLR0913 - a plan has many parts
-    task: str,
-    config: Any,
-    fabric: Fabric,
-    measured: Measured,
-    stages: Mapping[str, Stage],
-    *,
-    phases: Phases,
-    devices: int = 1,
-    cache: int = 0,
-    export: int = 0,
-) -> Plan:
-    """The plan of a run whose config has ``optim`` and ``run``; ``cache`` and ``export`` in bytes."""
+def assemble(planned: Planned, fabric: Fabric, measured: Measured, stages: Mapping[str, Stage], phases: Phases) -> Plan:
+    """The plan of a run, from what was measured of its parts."""
+    task, config, devices, cache, export = planned
     run, steps, took = config.run, round(sum(stage.steps for stage in stages.values())), measured.steps
     probes, saved, logged = (times(steps, every) for every in (run.probe_every, run.checkpoint_every, run.log_every))
     return Plan(

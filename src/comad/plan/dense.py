@@ -11,7 +11,7 @@ from comad.evaluate.detection import run as detection
 from comad.evaluate.detection.config import DetectConfig
 from comad.evaluate.segmentation import run as segmentation
 from comad.evaluate.segmentation.config import SegmentConfig
-from comad.plan.assemble import Phases, assemble, engine, share_of, stage
+from comad.plan.assemble import Phases, Planned, assemble, engine, share_of, stage
 from comad.plan.forecast import Plan
 from comad.plan.measure import measure
 from comad.plan.rehearsal import now, seconds_of
@@ -44,15 +44,10 @@ def _plan(task: str, prepare: Callable[..., Any], score: Callable[..., object], 
 
     probing: list[float] = []
     optim = share_of(config.optim, devices)
-    measured = measure(job, optim, config.run, fabric, probe=lambda module: probing.append(seconds_per_picture(module)))
+    own = replace(config, optim=optim)
+    measured = measure(job, own, fabric, probe=lambda module: probing.append(seconds_per_picture(module)))
     outside = seconds_per_picture(job.module)
     steps = config.optim.total_steps(job.steps_per_epoch)
-    return assemble(
-        task,
-        config,
-        fabric,
-        measured,
-        {"live": stage(float(steps), measured.steps, optim, measured.flops)},
-        phases=Phases(loading, 0.0, min(PROBED, pictures) * probing[0], pictures * outside),
-        devices=devices,
-    )
+    stages = {"live": stage(float(steps), measured.steps, optim, measured.flops)}
+    phases = Phases(loading, 0.0, min(PROBED, pictures) * probing[0], pictures * outside)
+    return assemble(Planned(task, config, devices), fabric, measured, stages, phases)

@@ -22,7 +22,7 @@ from comad.evaluate.linear import LinearProbe
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import LABEL_SETS, shortage
 from comad.models.backbone import Backbone
-from comad.plan.assemble import Phases, assemble, engine, share_of, stage
+from comad.plan.assemble import Phases, Planned, assemble, engine, share_of, stage
 from comad.plan.forecast import Plan
 from comad.plan.measure import Measured, measure, steps_within_budget
 from comad.plan.rehearsal import Rehearsed, now, rehearse, resized, seconds_of, seconds_per_image
@@ -51,8 +51,7 @@ def plan_distillation(config: DistillConfig) -> Plan:
     optim, (job,) = share_of(config.optim, devices), make_jobs(parts, [config.run], None, fabric)
     measured = measure(
         job,
-        optim,
-        config.run,
+        replace(config, optim=optim),
         fabric,
         [teacher.backbone for teacher in parts.teachers],
         lambda module: probing.append(_probe_seconds(parts, module)),
@@ -68,17 +67,10 @@ def plan_distillation(config: DistillConfig) -> Plan:
             "cached": stage(steps - filling, cached, optim, measured.flops._replace(teachers=0.0)),
         }
     scoring = _scoring_seconds(parts) if config.split != "none" else 0.0
-    return assemble(
-        "comad distill",
-        config,
-        fabric,
-        measured,
-        stages,
-        phases=Phases(loading, calibration, probing[0], scoring),
-        devices=devices,
-        cache=cache_bytes,
-        export=sum(part.numel() * 4 for part in parts.students[0].distiller.student.state_dict().values()),
-    )
+    student = parts.students[0].distiller.student
+    export = sum(part.numel() * 4 for part in student.state_dict().values())
+    planned = Planned("comad distill", config, devices, cache_bytes, export)
+    return assemble(planned, fabric, measured, stages, Phases(loading, calibration, probing[0], scoring))
 
 
 def _what_the_cache_lacks(parts: Parts, fabric: Fabric) -> tuple[float, int]:

@@ -12,9 +12,8 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from comad.plan.rehearsal import Flops, Rehearsed, count_flops, largest_that_fits, rehearse, resized, seconds_per_view
-from comad.runtime.job import Job, RunConfig
+from comad.runtime.job import Job
 from comad.runtime.memory import available_bytes
-from comad.runtime.optim import OptimConfig
 
 BUDGET = 16.0
 """Seconds that steps of one kind are measured for; a step that takes longer than half of it is measured on less."""
@@ -42,10 +41,9 @@ class Measured(NamedTuple):
     estimated: bool
 
 
-def measure(  # noqa: PLR0913 - a job and all that the loop wants with it
+def measure(
     job: Job,
-    optim: OptimConfig,
-    run: RunConfig,
+    config: Any,
     fabric: Fabric,
     frozen: Sequence[nn.Module] = (),
     probe: Callable[[Any], None] | None = None,
@@ -54,11 +52,13 @@ def measure(  # noqa: PLR0913 - a job and all that the loop wants with it
     """Count operations, then take steps of a part of the batch and of all of it, or of as much as is quick.
 
     Args:
-        job, optim, run, fabric: of `comad.runtime.train.train`.
+        job, fabric: of `comad.runtime.train.train`.
+        config: has ``optim`` and ``run``, of one device.
         frozen: networks whose operations are counted apart.
         probe: see `rehearse`.
         brief: the time of a step does not matter.
     """
+    optim, run = config.optim, config.run
     batch, device = optim.batch_size, fabric.device
     least = min(batch, 2)
     flops, seconds = count_flops(resized(job, least), replace(optim, batch_size=least), run, fabric, frozen)
