@@ -23,15 +23,8 @@ from comad.runtime.train import Job, Metrics, Step
 
 NUM_SAMPLES = 8
 """Pictures whose answers are kept, for figures."""
-FIRST = 16
-"""Training views that the norms of new heads are set by."""
 PROBED = 48
 """Pictures that the scores during a run are of."""
-
-
-def first_views(dataset: DenseDataset) -> DenseBatch:
-    """A few training views, the same in every process: the norms of new heads are set by them."""
-    return collate([dataset[0, index] for index in range(min(FIRST, len(dataset.images)))])
 
 
 def dense_job(

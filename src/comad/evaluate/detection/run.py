@@ -14,13 +14,12 @@ from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
-from comad.evaluate.dense import PROBED, dense_job, first_views, sampled, tell, write_json
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, write_json
 from comad.evaluate.detection.config import DetectConfig
 from comad.evaluate.detection.detector import Detector, detect_in_picture
 from comad.evaluate.detection.scores import DetectionScore, as_results, score_results
 from comad.evaluate.features import evaluating
 from comad.models.maps import load_maps
-from comad.models.pyramid import centring_norms
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import plain_attention_on_cpu
 from comad.runtime.recipe import write_recipe
@@ -65,8 +64,6 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
     model, card = build(config, len(splits.class_names))
     plain_attention_on_cpu(model, fabric.device)
     dataset = DenseDataset(splits.train, DetectionView(size=config.image_size, scale=config.scale), config.run.seed)
-    with evaluating(model.to(fabric.device)) as device, centring_norms(model.pyramid):
-        model.pyramid(model.maps(first_views(dataset).images.to(device).float() / 255))
 
     def probe(module: Any) -> dict[str, float]:
         score, _ = score_detector(module, splits.validation, config, limit=PROBED)

@@ -78,8 +78,8 @@ SCENES = replace(
     drop_path=0.0,
     layer_decay=0.5,
     loader=LoaderConfig(workers=0),
-    optim=replace(ADE20K.optim, epochs=4.0, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip=1.0),
-    run=replace(ADE20K.run, log_every=25, probe_every=150, checkpoint_every=150, threads=1),
+    optim=replace(ADE20K.optim, epochs=12.0, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip=1.0),
+    run=replace(ADE20K.run, log_every=25, probe_every=300, checkpoint_every=300, threads=1),
 )
 """For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
 
@@ -101,5 +101,5 @@ def recipe(preset: str, head: str = "upernet") -> SegmentConfig:
     chosen = RECIPES[preset]
     if head != "linear":
         return chosen
-    epochs, batch_size = min(LINEAR.epochs, 1.5 * chosen.optim.epochs), chosen.optim.batch_size
+    epochs, batch_size = min(LINEAR.epochs, 0.5 * chosen.optim.epochs), chosen.optim.batch_size
     return replace(chosen, head="linear", optim=replace(LINEAR, epochs=epochs, batch_size=batch_size))

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.evaluate.dense import PROBED, dense_job, first_views, sampled, write_json
+from comad.evaluate.dense import PROBED, dense_job, sampled, write_json
 from comad.evaluate.features import evaluating
 from comad.evaluate.segmentation.config import SegmentConfig
 from comad.evaluate.segmentation.scores import count_pixels, score_counts
 from comad.evaluate.segmentation.segmenter import Segmenter, segment_picture
 from comad.models.maps import load_maps
-from comad.models.pyramid import centring_norms
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import plain_attention_on_cpu
 from comad.runtime.recipe import write_recipe
@@ -60,9 +59,6 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
     plain_attention_on_cpu(model, fabric.device)
     view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
     dataset = DenseDataset(splits.train, view, config.run.seed)
-    images, classes, *_ = first_views(dataset)
-    with evaluating(model.to(fabric.device)) as device, centring_norms(model.head, *filter(None, [model.auxiliary])):
-        model(images.to(device), classes.to(device))
 
     def probe(module: Any) -> dict[str, float]:
         counts = count_answers(module, splits.validation, config, limit=PROBED)
