@@ -21,7 +21,6 @@ class DetectorConfig:
         num_convs: convolutions of each box head and of the mask head.
         hidden: units of the box heads.
         anchor: side of the anchors in strides of their level.
-        anchors: how many of an image the first stage learns from, at most half of them on objects.
         proposals: regions from the first stage, per image, in training and in the test.
         regions: of these, how many the second stage learns from.
         detections: most detections per image.
@@ -33,7 +32,6 @@ class DetectorConfig:
     num_convs: tuple[int, int] = (4, 4)
     hidden: int = 1024
     anchor: int = 8
-    anchors: int = 256
     proposals: tuple[int, int] = (2000, 1000)
     regions: int = 512
     detections: int = 100
@@ -103,7 +101,6 @@ SCENES = replace(
         num_convs=(0, 2),
         hidden=256,
         anchor=4,
-        anchors=32,
         proposals=(100, 100),
         regions=32,
         detections=30,

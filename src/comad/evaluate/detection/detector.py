@@ -43,7 +43,7 @@ class Detector(nn.Module):
             RPNHead(config.channels, len(RATIOS), conv_depth=2),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
-            batch_size_per_image=config.anchors,
+            batch_size_per_image=256,
             positive_fraction=0.5,
             pre_nms_top_n={"training": training, "testing": testing},
             post_nms_top_n={"training": training, "testing": testing},
