@@ -90,6 +90,17 @@ def test_training_and_validation_share_no_concept(stamps):
     assert not train & test
 
 
+def test_choices_are_made_on_validation_concepts(stamps, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "comad.data.scene_files.Composer", lambda images, *rest: shown.append(images) or Composer(images, *rest)
+    )
+    write_scenes(ScenesConfig(out=str(tmp_path / "new"), train=1, validation=1, concepts="val"))
+    groups = [set(images.groups.tolist()) for images in shown]
+    assert groups == [set(stamps.train.groups.tolist()), set(stamps.val.groups.tolist())]
+    assert "validation scenes val concepts" in (tmp_path / "new" / "README.txt").read_text()
+
+
 def test_a_folder_in_use_and_empty_parts_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="--out with a new one"):
         write_scenes(ScenesConfig(out=str(folder)))

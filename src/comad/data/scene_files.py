@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,14 +18,14 @@ from comad.data.images import Splits
 from comad.data.scenes import Composer, Scene, SceneConfig
 
 PARTS = {"training": "train", "validation": "val"}
-"""Names of the parts in ADE20K and in COCO. Validation shows the test concepts."""
+"""Names of the parts in ADE20K and in COCO."""
 
 README = """Scenes composed by `comad data scenes` of the pictures bundled with comad; licences: comad's NOTICE.
 
 images/, annotations/*/*.png, objectInfo{count}.txt   the format of ADE20K (ADEChallengeData2016); 0 is ignored
 train2017/, val2017/, annotations/*.json              the format of COCO 2017
 
-Training scenes show training concepts, validation scenes test concepts. They are drawn things on drawn backdrops:
+Training scenes show training concepts, validation scenes {concepts} concepts. They are drawn things on drawn backdrops:
 numbers on them say nothing about photographs.
 """
 
@@ -38,6 +38,7 @@ class ScenesConfig:
         out: folder to write, in the formats of ADE20K and of COCO 2017.
         train: number of training scenes.
         validation: number of validation scenes.
+        concepts: what these show: the bundled test concepts, or val, by which choices are made.
         seed: of everything that is drawn.
         scene: what scenes look like.
     """
@@ -45,6 +46,7 @@ class ScenesConfig:
     out: str
     train: int = 2400
     validation: int = 600
+    concepts: Literal["test", "val"] = "test"
     seed: int = 0
     scene: SceneConfig = field(default_factory=SceneConfig)
 
@@ -66,7 +68,7 @@ def write_scenes(config: ScenesConfig) -> str:
     pictures = np.zeros_like(pixels)
     counts = []
     for place, (part, count) in enumerate(zip(PARTS, (config.train, config.validation), strict=True)):
-        images = splits.train if part == "training" else splits.test
+        images = splits.train if part == "training" else getattr(splits, config.concepts)
         composer = Composer(images, images.labels["fine"], config.scene)
         coco = _empty_coco(names, splits)
         for number in range(1, count + 1):
@@ -81,7 +83,7 @@ def write_scenes(config: ScenesConfig) -> str:
         path.write_text(json.dumps(coco), encoding="utf-8")
         counts.append(f"{count} {part} scenes with {len(coco['annotations'])} objects")
     (root / f"objectInfo{len(names)}.txt").write_text(_object_info(names, pixels[0], pictures), encoding="utf-8")
-    (root / "README.txt").write_text(README.format(count=len(names)), encoding="utf-8")
+    (root / "README.txt").write_text(README.format(count=len(names), concepts=config.concepts), encoding="utf-8")
     return f"{config.out}: {', '.join(counts)}, {len(names)} classes, in the formats of ADE20K and COCO."
 
 

@@ -1,6 +1,7 @@
 """`comad data scenes`: pictures with many objects, composed of the bundled cut-outs, in the formats of ADE20K and COCO.
 
-Training scenes show training concepts, validation scenes test concepts. A scene is a function of (seed, part, number).
+Training scenes show training concepts, validation scenes test concepts or, while choices are made, validation concepts.
+A scene is a function of (seed, part, number).
 """
 
 from __future__ import annotations
