@@ -97,12 +97,12 @@ COCO = DetectConfig(backbone="", data="")
 SCENES = replace(
     COCO,
     detector=DetectorConfig(
-        channels=48,
+        channels=32,
         num_convs=(0, 2),
         hidden=256,
         anchor=4,
-        proposals=(100, 100),
-        regions=32,
+        proposals=(50, 50),
+        regions=16,
         detections=30,
         least_score=0.005,
     ),
@@ -114,14 +114,14 @@ SCENES = replace(
     loader=LoaderConfig(workers=0),
     optim=replace(
         COCO.optim,
-        epochs=2.0,
+        epochs=6.0,
         batch_size=8,
         base_lr=3.2e-2,
-        warmup_epochs=0.2,
+        warmup_epochs=0.3,
         weight_decay=0.05,
         clip=1.0,
     ),
-    run=replace(COCO.run, log_every=50, probe_every=300, checkpoint_every=300, threads=1),
+    run=replace(COCO.run, log_every=50, probe_every=600, checkpoint_every=300, threads=1),
 )
 """For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
 
