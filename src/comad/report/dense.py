@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from comad.report.figures import _lines as draw_lines
+from comad.report.figures import draw_lines
 
 Samples = Mapping[str, np.ndarray]
 UNLABELLED = 255
@@ -55,7 +55,7 @@ def draw_detection(folder: Path) -> list[Path]:
         words = [f"{samples['names'][label - 1]} {score:.2f}" for label, score in zip(found, scores, strict=True)]
         _objects(axes[1], image, samples[f"answer_boxes{number}"], samples[f"answer_masks{number}"], words)
 
-    figure = _sheet(samples, ("truth", "answer, scores of .5 and more"), draw)
+    figure = _sheet(samples, ("truth", "answer: scores of .5,\nelse the best three"), draw)
     return [_save(figure, folder / "predictions.png"), _curves(folder, ["box_ap", "mask_ap"])]
 
 

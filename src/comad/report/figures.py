@@ -22,6 +22,8 @@ COLOURS = {
     "pixels": "#d8d2cd",
     "supervised": "#54a24b",
 }
+FEW = 12
+"""Fewer points than these are marked on a curve."""
 
 
 def run_figure(folder: Path) -> Path:
@@ -33,9 +35,9 @@ def run_figure(folder: Path) -> Path:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = json.loads((folder / "scoreboard.json").read_text(encoding="utf-8"))["rows"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), width_ratios=(1, 1, 1, 1.4), layout="constrained")
-    _lines(axes[0], log, ["loss"], "loss")
-    _lines(axes[1], log, ["knn"], "validation kNN, %")
-    _lines(
+    draw_lines(axes[0], log, ["loss"], "loss")
+    draw_lines(axes[1], log, ["knn"], "validation kNN, %")
+    draw_lines(
         axes[2], log, sorted({key for line in log for key in line if key.startswith("share_")}), "share of the target"
     )
     _bars(axes[3], rows)
@@ -86,10 +88,13 @@ def _differences(axis: Axes, rows: list[dict[str, Any]], name: str) -> None:
     axis.grid(axis="y", alpha=0.25)
 
 
-def _lines(axis: Axes, log: list[dict[str, Any]], keys: list[str], title: str) -> None:
+def draw_lines(axis: Axes, log: list[dict[str, Any]], keys: list[str], title: str) -> None:
+    """Draw values of a log over its steps, few of them with a dot each."""
     for key in keys:
         points = [(line["step"], line[key]) for line in log if key in line]
-        axis.plot(*zip(*points, strict=True), label=key.removeprefix("share_")) if points else None
+        if points:
+            dot = "." if len(points) < FEW else ""
+            axis.plot(*zip(*points, strict=True), label=key.removeprefix("share_"), marker=dot)
     axis.set(title=title, xlabel="step")
     axis.spines[["top", "right"]].set_visible(False)
     if len(keys) > 1:

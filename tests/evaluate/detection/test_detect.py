@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from comad.cli import main
 from comad.evaluate.detection.config import RECIPES, recipe
-from comad.evaluate.detection.run import build
+from comad.evaluate.detection.run import build, shown
 from comad.models.windows import WindowBlock
 
 SMALL = ["--preset=scenes", "--image-size=64", "--detector.channels=16", "--detector.hidden=16", "--run.precision=fp32"]
@@ -46,6 +47,13 @@ def test_a_run_scores_draws_and_goes_on_after_a_stop(command, capfd):
     assert main([*command, "--run.out=part", "--run.resume"]) == 0
     part, whole = (json.loads(Path(out, "results.json").read_text()) for out in ("part", "whole"))
     assert part == whole
+
+
+def test_a_figure_shows_sure_detections_or_the_likeliest():
+    scores = torch.tensor([0.1, 0.6, 0.5, 0.2, 0.4])
+    assert scores[shown(scores)].tolist() == pytest.approx([0.6, 0.5])
+    assert scores[shown(scores / 2)].tolist() == pytest.approx([0.6, 0.5, 0.4])
+    assert len(shown(scores[:0])) == 0
 
 
 def test_faults_in_the_files_are_counted_and_told(command, dense_folder, tmp_path, capfd):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from lightning_fabric import Fabric
 from torch import Tensor
 
@@ -25,8 +26,7 @@ from comad.models.timm_backbone import plain_attention_on_cpu
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, open_run, start_fabric, train
 
-SHOWN = 0.5
-"""Detections with such a score are kept for figures."""
+SURE, LIKELIEST = 0.5, 3
 
 
 def detect(config: DetectConfig) -> str:
@@ -132,8 +132,14 @@ def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detecto
     np.savez_compressed(out / "samples.npz", **arrays)
 
 
+def shown(scores: Float[Tensor, " k"]) -> Tensor:
+    """Pick the detections of a picture that figures show: those of .5 and more, else the best three."""
+    sure = scores >= SURE
+    return sure if sure.any() else scores.argsort(descending=True)[:LIKELIEST]
+
+
 def _parts(masks: Tensor, labels: Tensor, found: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield from (("truth_masks", masks.bool()), ("truth_labels", labels))
-    chosen = found["scores"] >= SHOWN
+    chosen = shown(found["scores"])
     for name in ("boxes", "labels", "scores", "masks"):
         yield f"answer_{name}", found[name][chosen]
