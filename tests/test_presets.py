@@ -163,6 +163,8 @@ def test_a_recipe_is_a_preset_in_its_setting(demo):
         assert (config.student, config.optim, config.loader) == (setting.student, setting.optim, setting.loader)
 
 
-def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'comade'.*comad, comad-literal, mean"):
+def test_an_unknown_preset_is_answered_with_the_nearest_or_the_known_ones():
+    with pytest.raises(ValueError, match="no preset 'comade'; did you mean 'comad'?"):
         recipe("comade", demo=True)
+    with pytest.raises(ValueError, match="no preset 'xyz'; there are: comad, comad-literal, mean"):
+        recipe("xyz", demo=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from comad.defaults import beside, detection, distillation, peek, presets_help, read, segmentation, take, take_all
+from comad.runtime.spelling import hint
 
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
 
@@ -27,10 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, list(VERBS), n=1)
-        return _fail(
-            f"no verb {verb!r}" + (f"; did you mean {near[0]!r}?" if near else f"; verbs: {', '.join(VERBS)}.")
-        )
+        return _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
     from comad.runtime.train import Interrupted, TrainingError
 
     try:
@@ -195,9 +192,9 @@ def teachers_command(arguments: list[str]) -> None:
 
     name, *rest = arguments or [""]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, list(COMMANDS), n=1)
-        hint = f"no sub-command {name!r}; did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{hint}say what to do: comad teachers {'|'.join(COMMANDS)}.")
+        if name:
+            raise ValueError(f"no sub-command {name!r}; {hint(name, COMMANDS)}")
+        raise ValueError(f"say what to do: comad teachers {'|'.join(COMMANDS)}.")
     kind, command = COMMANDS[name]
     about = (command.__doc__ or "").partition("Raises:")[0].strip()
     _print(command(_parse(kind, None, rest, f"comad teachers {name}", about)))

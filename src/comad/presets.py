@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from comad.distill.objectives import Term
 from comad.distill.taps import Tap
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.spelling import hint
 from comad.runtime.train import RunConfig
 
 COMAD = Method()
@@ -254,9 +254,7 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
         ValueError: no such preset.
     """
     if preset not in METHODS:
-        near = difflib.get_close_matches(preset, list(METHODS), n=1)
-        hint = f"did you mean {near[0]!r}? There are" if near else "choose one of"
-        raise ValueError(f"no preset {preset!r}; {hint}: {', '.join(METHODS)}.")
+        raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]
     config = replace(DEMO if demo else IMAGES, method=method, preset=preset)
     if method.single and demo:  # a teacher as the method was published with: MAE, but for `gram`

@@ -325,7 +325,7 @@ def failure(capsys, *arguments):
 def test_what_to_do_must_be_named(capsys):
     assert "comad teachers list|inspect|compare" in failure(capsys)
     assert "did you mean 'inspect'?" in failure(capsys, "inspct")
-    assert "comad teachers list|inspect|compare" in failure(capsys, "xyz")
+    assert "there are: list, inspect, compare." in failure(capsys, "xyz")
     assert "name a teacher" in failure(capsys, "inspect")
 
 

@@ -76,7 +76,7 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(tmp_path, n
 
 def test_an_unknown_key_far_from_all_gets_the_list(tmp_path):
     (tmp_path / "r.yaml").write_text("optim: {qqq: 1}")
-    with pytest.raises(ValueError, match=r"optim: unknown key 'qqq'; known keys: epochs, batch_size"):
+    with pytest.raises(ValueError, match=r"optim: unknown key 'qqq'; there are: epochs, batch_size"):
         read_recipe(DistillConfig, tmp_path / "r.yaml")
 
 

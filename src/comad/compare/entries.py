@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,6 +14,7 @@ from comad import presets
 from comad.compare.ablations import ABLATIONS, OURS
 from comad.compare.config import CompareConfig
 from comad.distill.config import DistillConfig
+from comad.runtime.spelling import hint
 
 Kind = Literal["student", "teacher", "untrained", "supervised", "pixels"]
 
@@ -67,7 +67,7 @@ def _check(config: CompareConfig) -> None:
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError("give each seed once, as in --seeds 0 1 2.")
     if config.ablation and config.ablation not in ABLATIONS:
-        raise ValueError(f"no ablation {config.ablation!r}; {_near(config.ablation, ABLATIONS)}.")
+        raise ValueError(f"no ablation {config.ablation!r}; {hint(config.ablation, ABLATIONS)}")
     if recipe.split == "none":
         raise ValueError("a comparison needs scores; pass --split val to choose by, or --split test to report.")
     if recipe.run.seed:
@@ -139,13 +139,13 @@ def _reference(config: CompareConfig, entries: Sequence[Entry]) -> Entry:
     found = [entry for entry in entries if wanted in (entry.label, entry.preset)]
     if not found and config.reference:
         labels = [entry.label for entry in entries]
-        raise ValueError(f"reference {wanted!r} is none of the rows; {_near(wanted, labels)}.")
+        raise ValueError(f"reference {wanted!r} is none of the rows; {hint(wanted, labels)}")
     return max(found or entries[:1], key=lambda entry: len(entry.teachers))
 
 
 def _baseline(name: str) -> Callable[[CompareConfig, Sequence[Entry]], list[Entry]]:
     if name not in BASELINES:
-        raise ValueError(f"no baseline {name!r}; {_near(name, BASELINES)}.")
+        raise ValueError(f"no baseline {name!r}; {hint(name, BASELINES)}")
     return BASELINES[name]
 
 
@@ -187,9 +187,3 @@ BASELINES: dict[str, Callable[[CompareConfig, Sequence[Entry]], list[Entry]]] = 
 def _name(spec: str) -> str:
     """A teacher's name, without its file."""
     return spec.partition("=")[0]
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ from comad.data.bundled import BUNDLED
 from comad.data.loader import LoaderConfig
 from comad.evaluate.classifier import Pool
 from comad.runtime.optim import OptimConfig
+from comad.runtime.spelling import hint
 from comad.runtime.train import RunConfig
 
 
@@ -104,7 +104,5 @@ def recipe(name: str, data: str) -> Tuning:
     """
     name = name or ("small" if data in BUNDLED else "paper")
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, list(RECIPES), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(RECIPES)}."
-        raise ValueError(f"no preset {name!r} to fine-tune with; {hint}")
+        raise ValueError(f"no preset {name!r} to fine-tune with; {hint(name, RECIPES)}")
     return RECIPES[name]

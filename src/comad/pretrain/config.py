@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 
 from comad.data.loader import LoaderConfig
@@ -11,6 +10,7 @@ from comad.pretrain.ibot import Ibot
 from comad.pretrain.mae import Mae
 from comad.pretrain.mocov3 import MoCoV3
 from comad.runtime.optim import OptimConfig
+from comad.runtime.spelling import hint
 from comad.runtime.train import RunConfig
 
 Method = Mae | MoCoV3 | Ibot
@@ -58,9 +58,7 @@ def recipe(method: str) -> PretrainConfig:
         ValueError: no such method.
     """
     if method not in METHODS:
-        near = difflib.get_close_matches(method, list(METHODS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(METHODS)}."
-        raise ValueError(f"no pretraining method {method!r}; {hint}")
+        raise ValueError(f"no pretraining method {method!r}; {hint(method, METHODS)}")
     chosen, plain = dict(RECIPES[method]), PretrainConfig(method=METHODS[method])
     vit = replace(plain.vit, image_size=chosen.pop("image_size"))
     optim = replace(plain.optim, **chosen, warmup_epochs=min(2.0, chosen["epochs"] / 10))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from comad.runtime.spelling import hint
 
 Config = TypeVar("Config")
 
@@ -69,7 +70,5 @@ def _refuse_unknown(given: Any, known: Any, where: str) -> None:
         return
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            raise ValueError(f"{where}: unknown key {key!r}; {hint(str(key), known)}")
         _refuse_unknown(value, known[key], f"{where}: {key}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from comad.data.loader import LoaderConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.spelling import hint
 from comad.runtime.train import RunConfig
 
 
@@ -96,8 +96,7 @@ def recipe(preset: str, head: str = "upernet") -> SegmentConfig:
         ValueError: no such recipe.
     """
     if preset not in RECIPES:
-        near = difflib.get_close_matches(preset, list(RECIPES), n=1)
-        raise ValueError(f"no preset {preset!r}; " + (f"did you mean {near[0]!r}?" if near else ", ".join(RECIPES)))
+        raise ValueError(f"no preset {preset!r}; {hint(preset, RECIPES)}")
     chosen = RECIPES[preset]
     if head != "linear":
         return chosen
