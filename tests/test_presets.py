@@ -164,7 +164,7 @@ def test_a_recipe_is_a_preset_in_its_setting(demo):
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_or_the_known_ones():
-    with pytest.raises(ValueError, match="no preset 'comade'; did you mean 'comad'?"):
+    with pytest.raises(ValueError, match=r"no preset 'comade'; did you mean 'comad'\?"):
         recipe("comade", demo=True)
     with pytest.raises(ValueError, match="no preset 'xyz'; there are: comad, comad-literal, mean"):
         recipe("xyz", demo=True)
