@@ -8,8 +8,9 @@ one. The first one is compared with the others; by default these are
     comad=runs/benchmarks/demo-{seed}/student single=single:ibot-stamps
     untrained=untrained:runs/benchmarks/demo-{seed}/student
 
-Runs that are done are not repeated, those that were stopped go on. `benchmarks/results/dense.json` is written anew when
-all backbones have done a task with one more seed. Intervals: 95 %, paired bootstrap over seeds and validation scenes.
+Runs that are done are not repeated, those that were stopped go on. A task in `benchmarks/results/dense.json` is written
+anew when all backbones have done it with one more seed; the other tasks stay. Intervals: 95 %, paired bootstrap over
+seeds and validation scenes.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main() -> None:
     if not Path(options.scenes).exists():
         write_scenes(ScenesConfig(out=options.scenes))
     path = RESULTS / "dense.json"
-    report: dict[str, Any] = {"backbones": named, "seconds": {}, "tasks": {}}
+    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "tasks": {}}
     for task in options.tasks:
         scores: Scores = {}
         for number, seed in enumerate(options.seeds, start=1):
@@ -83,7 +84,7 @@ def main() -> None:
                 for metric, score in read_scores(task, out, options.scenes).items():
                     scores[metric, name, seed] = score
             done = options.seeds[:number]
-            report["tasks"][task] = {"seeds": done, **compare(task, scores, list(named), done)}
+            report["tasks"][task] = {"backbones": named, "seeds": done, **compare(task, scores, list(named), done)}
             RESULTS.mkdir(exist_ok=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
