@@ -213,7 +213,11 @@ def dense_section(report: dict[str, Any] | None) -> str:
         "",
         f"`{command}`, `--preset scenes`, test scenes; percent, mean over seeds, and the values of each.",
     ]
-    lines += ["Differences in points with 95 % intervals, paired bootstrap over seeds and scenes.", ""]
+    lines += [
+        "Differences in points with 95 % intervals, paired bootstrap over seeds and scenes. comad: the demo's student;",
+        "single: the same of iBOT alone; untrained: the same network as a run of that seed begins.",
+        "",
+    ]
     for task, part in report["tasks"].items():
         first, *others = part["means"]
         metrics = list(part["means"][first])
