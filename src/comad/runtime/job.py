@@ -49,7 +49,7 @@ class RunConfig:
     stop_on_collapse: bool = False
 
 
-class Interrupted(Exception):  # noqa: N818 - a signal is no error
+class Interrupted(KeyboardInterrupt):
     """A signal ended the run after a checkpoint was written."""
 
 
