@@ -52,7 +52,8 @@ def measure(mode: str, batch_size: int, steps: int) -> dict[str, float]:
         config = DistillConfig(teachers_in=mode)
         config = replace(config, run=replace(config.run, out=f"{folder}/run"))
         specs = ["vit_base_patch16_224:random"] * 3
-        step = TimedStep(METHODS["comad"], "bf16", batch_size, load(specs, "bf16", offload_to=config.offload_to))
+        teachers = load(specs, "bf16", offload_to=config.offload_to, packed=config.offload_to is None)
+        step = TimedStep(METHODS["comad"], "bf16", batch_size, teachers)
         loaded = memory_gib()
         seconds = []
         for _ in range(steps):

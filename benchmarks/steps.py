@@ -20,6 +20,7 @@ from comad.distill.matching import widths_and_cls
 from comad.distill.speed import compile_step
 from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
 from comad.models.backbone import Tokens
+from comad.models.packed import pack
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
 from comad.runtime.memory import keep_freed_memory
@@ -125,10 +126,16 @@ class TimedStep:
         return gathered(said, masks)
 
 
-def load(specs: Sequence[str], precision: str, image_size: int = 224, offload_to: Path | None = None) -> list[Teacher]:
-    """Teachers with 16-pixel patches, as a run loads them; a name may come more than once."""
+def load(
+    specs: Sequence[str], precision: str, image_size: int = 224, offload_to: Path | None = None, packed: bool = False
+) -> list[Teacher]:
+    """Teachers with 16-pixel patches, as a run loads them, or packs them as well; a name may come more than once."""
     device, dtype = start_fabric(RunConfig()).device, torch.bfloat16 if precision == "bf16" else torch.float32
-    return [load_teachers([spec], image_size // 16, 16, dtype, device, offload_to)[0] for spec in specs]
+    teachers = [load_teachers([spec], image_size // 16, 16, dtype, device, offload_to)[0] for spec in specs]
+    if packed:
+        for teacher in teachers:
+            pack(teacher.backbone)
+    return teachers
 
 
 def prepare(

@@ -48,7 +48,8 @@ def whole(method: Method) -> Method:
 def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedStep]:
     """The steps to compare, those of one precision with the same teachers."""
     specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
-    teachers, ours, literal = load(specs, precision, student.image_size), METHODS["comad"], METHODS["comad-literal"]
+    ours, literal = METHODS["comad"], METHODS["comad-literal"]
+    teachers = load(specs, precision, student.image_size, packed=True)
 
     def step(method: Method, count: int = 3) -> TimedStep:
         return TimedStep(method, precision, batch_size, teachers[:count], student=student)

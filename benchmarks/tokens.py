@@ -13,6 +13,7 @@ import time
 import torch
 
 from comad.distill.teaching import ask, load_teachers
+from comad.models.packed import pack
 
 SHARES = (25, 50, 75, 100)
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     (teacher,) = load_teachers(["vit_base_patch16_224:random"], 14, 16, torch.bfloat16, torch.device("cpu"))
+    pack(teacher.backbone)
     images = torch.rand(options.batch_size, 3, 224, 224)
     order = torch.rand(options.batch_size, 196).argsort(dim=1)
     seconds: dict[int, list[float]] = {share: [] for share in SHARES}

@@ -13,7 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from comad.cli import main
+from comad.distill import parts
 from comad.distill import run as run_module
+from comad.models.packed import CAN_PACK, PackedLinear, pack
 from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
 
@@ -261,6 +263,16 @@ def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
     assert main(command(tmp_path / "run", "--teachers-in=offload", "--run.probe-every=5")) == 0
     assert weights(tmp_path / "run") == weights(finished)
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="this CPU or this torch has no packed bf16 products")
+def test_packed_teachers_change_nothing(command, tmp_path, monkeypatch):
+    packed = []
+    monkeypatch.setattr(parts, "pack", lambda backbone: [packed.append(backbone), pack(backbone)])
+    for name in ("memory", "offload"):
+        assert main(command(tmp_path / name, "--run.precision=bf16", f"--teachers-in={name}", "--split=none")) == 0
+    assert len(packed) == 2 and all(any(isinstance(x, PackedLinear) for x in net.modules()) for net in packed)
+    assert weights(tmp_path / "memory") == weights(tmp_path / "offload")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from comad.distill.speed import quantize_teachers
 from comad.distill.teaching import load_teachers
 from comad.distill.views import DistillViews
 from comad.models.compiling import need_compiler
+from comad.models.packed import pack
 from comad.models.quantized import check_quantized
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
@@ -86,6 +87,9 @@ def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
     parts = Parts(replace(config, student=vits[0], beside=tuple(vits[1:])), splits, teachers, students)
     for line in quantize_teachers(teachers, config.quantized, parts.views, fabric.device):
         fabric.print(line)
+    if not config.compile and config.offload_to is None:
+        for teacher in teachers:
+            pack(teacher.backbone)
     return parts
 
 

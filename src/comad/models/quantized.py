@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from comad.models.backbone import Backbone
+from comad.models.timm_backbone import replace_linears
 
 Quantized = Literal["int8", "fp8"]
 DTYPES: dict[Quantized, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -81,13 +82,8 @@ def quantize(backbone: Backbone, kind: Quantized) -> None:
     Raises:
         ValueError: another kind of network.
     """
-    blocks = getattr(getattr(backbone, "vit", None), "blocks", None)
-    if blocks is None:
+    if not replace_linears(backbone, lambda linear: QuantizedLinear(linear, kind)):
         raise ValueError(f"{type(backbone).__name__} has no blocks to put into {kind}; use --teacher-precision bf16.")
-    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name in module._modules]
-    for module, name in parents:
-        if isinstance(linear := getattr(module, name), nn.Linear):
-            setattr(module, name, QuantizedLinear(linear, kind))
 
 
 def precision_of(backbone: Backbone) -> str:

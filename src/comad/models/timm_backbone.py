@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,6 +91,22 @@ def plain_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         if device.type == "cpu" and hasattr(part, "fused_attn"):
             cast(Any, part).fused_attn = False
+
+
+def replace_linears(backbone: Backbone, make: Callable[[nn.Linear], nn.Module]) -> bool:
+    """Put what ``make`` returns in the place of each linear layer of a Vision Transformer's blocks.
+
+    Returns:
+        Whether the network has such blocks.
+    """
+    blocks = getattr(getattr(backbone, "vit", None), "blocks", None)
+    if blocks is None:
+        return False
+    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name in module._modules]
+    for module, name in parents:
+        if isinstance(linear := getattr(module, name), nn.Linear):
+            setattr(module, name, make(linear))
+    return True
 
 
 class NotPlainError(ValueError):

@@ -1,0 +1,54 @@
+"""Linear layers of frozen bf16 networks on the CPU, their weights laid out as oneDNN's matrix product reads them.
+
+A plain layer brings its weights into that order in every pass, which with a few thousand tokens takes a tenth of the
+product's time. The results are the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from comad.models.backbone import Backbone
+from comad.models.timm_backbone import replace_linears
+
+ONEDNN: Any = torch.ops.mkldnn
+"""The operators that torch's own compiler puts in place of a frozen linear layer."""
+
+CAN_PACK = (
+    torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_linear_pointwise") and ONEDNN._is_mkldnn_bf16_supported()
+)
+
+if CAN_PACK and ONEDNN._linear_pointwise not in flop_registry:
+
+    @register_flop_formula(ONEDNN._linear_pointwise)
+    def _count(x_shape: Any, weight_shape: Any, *arguments: Any, **named: Any) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference, which can be neither copied nor moved.
+
+    Args:
+        linear: the layer in its place, in bf16 on the CPU.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(ONEDNN._reorder_linear_weight(linear.weight.detach()), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., E) to (..., K)."""
+        return ONEDNN._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack(backbone: Backbone) -> None:
+    """Pack the linear layers of a Vision Transformer's blocks, in place, where that is faster: in bf16 on the CPU."""
+    weight = next(backbone.parameters(), torch.empty(0))
+    if CAN_PACK and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        replace_linears(backbone, PackedLinear)
