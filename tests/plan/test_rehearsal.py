@@ -1,4 +1,3 @@
-import time
 from pathlib import Path
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 
 from comad.data.loader import Batch, EpochBatches, LoaderConfig, training_batches
 from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
+from comad.plan import rehearsal
 from comad.plan.assemble import times
 from comad.plan.rehearsal import count_flops, largest_that_fits, rehearse, resized, seconds_per_view
 from comad.runtime.job import Job, RunConfig, Step
@@ -77,21 +77,30 @@ def test_operations_of_a_vit_are_those_of_the_formula(fabric):
 
 def test_steps_log_lines_and_checkpoints_are_timed_apart(fabric, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module, probed = torch.nn.Linear(1, 1), []
+    clock, real, probed = [100.0], torch.save, []
+    monkeypatch.setattr(rehearsal, "CLOCK", lambda: clock[0])
+    monkeypatch.setattr(torch, "save", lambda *given: [wait(7.0), real(*given)])
+
+    def wait(seconds):
+        clock[0] += seconds
 
     def step(module, batch, progress):
-        time.sleep(0.02)
+        wait(0.25)
 
         def metrics():
-            time.sleep(0.1)
+            wait(1.5)
             return {}
 
         return Step(module(torch.ones(1)).sum(), metrics)
 
-    took = rehearse(job(module, step), OPTIM, RUN, fabric, 8, probe=lambda scored: probed.append(time.sleep(0.2)))
-    assert probed == [None] and took.batch == 4
-    assert 0.02 <= took.seconds < 0.1 <= took.logging < 0.2
-    assert took.saving < 0.2 and took.checkpoint > 500 and 0 < took.log < 2000
+    def probe(scored):
+        wait(30.0)
+        probed.append(scored)
+
+    took = rehearse(job(torch.nn.Linear(1, 1), step), OPTIM, RUN, fabric, 8, probe=probe)
+    assert len(probed) == 1 and took.batch == 4
+    assert (took.starting, took.seconds, took.logging, took.saving) == (0.0, 0.25, 1.5, 7.0)
+    assert took.checkpoint > 500 and 0 < took.log < 2000
     assert not list(tmp_path.iterdir()) and not Path(RUN.out).exists()
 
 

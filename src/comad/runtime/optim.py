@@ -79,5 +79,5 @@ def not_decayed(module: nn.Module) -> list[str]:
 
 
 def adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups of parameters, each with its own weight decay."""
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas)
+    """AdamW over groups of parameters, each with its own weight decay; one kernel updates many of them."""
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
