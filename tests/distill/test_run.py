@@ -266,13 +266,14 @@ def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="this CPU or this torch has no packed bf16 products")
-def test_packed_teachers_change_nothing(command, tmp_path, monkeypatch):
+def test_packed_teachers_teach_the_same(command, tmp_path, monkeypatch):
     packed = []
     monkeypatch.setattr(parts, "pack", lambda backbone: [packed.append(backbone), pack(backbone)])
     for name in ("memory", "offload"):
         assert main(command(tmp_path / name, "--run.precision=bf16", f"--teachers-in={name}", "--split=none")) == 0
     assert len(packed) == 2 and all(any(isinstance(x, PackedLinear) for x in net.modules()) for net in packed)
-    assert weights(tmp_path / "memory") == weights(tmp_path / "offload")
+    for ours, plain in zip(steps(tmp_path / "memory"), steps(tmp_path / "offload"), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-2)
 
 
 @pytest.fixture

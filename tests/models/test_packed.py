@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.models.packed import CAN_PACK, PackedLinear, pack
+from comad.models.quantized import precision_of
 from comad.models.timm_backbone import VitConfig
 from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
@@ -27,19 +29,44 @@ def test_a_packed_layer_gives_the_same_bits(bias, shape):
 
 @needs_onednn
 @torch.no_grad()
-def test_a_packed_network_keeps_its_tokens_its_size_and_its_flops():
+def test_gelu_sees_sums_that_are_not_rounded():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(40, 56).bfloat16(), torch.randn(64, 40).bfloat16()
+    packed = PackedLinear(layer)
+    packed.gelu = True
+    exact = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()))
+    assert (packed(x) - exact).norm() < 0.8 * (F.gelu(layer(x)) - exact).norm()
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_packed_network_is_as_near_to_fp32_and_keeps_its_size_and_its_flops():
     plain, packed, images = network(), network(), torch.rand(3, 3, 16, 16)
-    visible = torch.arange(9).expand(3, -1)
+    exact, visible = network().float()(images, torch.arange(9).expand(3, -1)), torch.arange(9).expand(3, -1)
     pack(packed)
     assert sum(isinstance(part, PackedLinear) for part in packed.modules()) == 8
     found = []
     for backbone in (plain, packed):
         with FlopCounterMode(display=False) as counter:
-            cls, patches = backbone(images, visible)
-        found.append((cls, patches, counter.get_total_flops(), sum(p.numel() for p in backbone.parameters())))
-    (cls, patches, *sizes), (packed_cls, packed_patches, *packed_sizes) = found
-    assert torch.equal(cls, packed_cls) and torch.equal(patches, packed_patches)
+            patches = backbone(images, visible).patches
+        error = float((patches.float() - exact.patches).norm() / exact.patches.norm())
+        found.append((counter.get_total_flops(), sum(p.numel() for p in backbone.parameters()), error))
+    (*sizes, error), (*packed_sizes, packed_error) = found
     assert sizes == packed_sizes
+    assert packed_error == pytest.approx(error, rel=0.05) and error < 0.01
+    assert (precision_of(plain), precision_of(packed)) == ("torch.bfloat16", "packed bf16")
+
+
+@needs_onednn
+@torch.no_grad()
+def test_other_activations_stay_and_products_give_the_same_bits():
+    backbone = network()
+    for block in backbone.vit.blocks:
+        block.mlp.act = nn.GELU("tanh")
+    images = torch.rand(2, 3, 16, 16)
+    before = backbone(images).patches
+    pack(backbone)
+    assert torch.equal(backbone(images).patches, before)
 
 
 @pytest.mark.parametrize("backbone", [network(torch.float32), network().to("meta")], ids=["fp32", "other device"])

@@ -1,15 +1,17 @@
 """Linear layers of frozen bf16 networks on the CPU, their weights laid out as oneDNN's matrix product reads them.
 
 A plain layer brings its weights into that order in every pass, which with a few thousand tokens takes a tenth of the
-product's time. The results are the same bits.
+product's time. The product's results are the same bits. GELU joins the product in front of it and sees its sums before
+they are rounded, so tokens are a little nearer to those of fp32.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -35,16 +37,22 @@ class PackedLinear(nn.Module):
 
     Args:
         linear: the layer in its place, in bf16 on the CPU.
+
+    Attributes:
+        kind: of its products.
+        gelu: whether the exact GELU is applied to what comes out.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        self.kind, self.gelu = "packed bf16", False
         self.weight = nn.Parameter(ONEDNN._reorder_linear_weight(linear.weight.detach()), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (..., E) to (..., K)."""
-        return ONEDNN._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        then = ("gelu", [], "none") if self.gelu else ("none", [], "")
+        return ONEDNN._linear_pointwise(x, self.weight, self.bias, *then)
 
 
 def pack(backbone: Backbone) -> None:
@@ -52,3 +60,6 @@ def pack(backbone: Backbone) -> None:
     weight = next(backbone.parameters(), torch.empty(0))
     if CAN_PACK and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         replace_linears(backbone, PackedLinear)
+        for part in backbone.modules():
+            if isinstance(part, Mlp) and isinstance(part.act, nn.GELU) and part.act.approximate == "none":
+                cast(PackedLinear, part.fc1).gelu, part.act = True, nn.Identity()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from comad.models.backbone import Backbone
+from comad.models.packed import PackedLinear
 from comad.models.timm_backbone import replace_linears
 
 Quantized = Literal["int8", "fp8"]
@@ -87,9 +88,9 @@ def quantize(backbone: Backbone, kind: Quantized) -> None:
 
 
 def precision_of(backbone: Backbone) -> str:
-    """The type of the matrix products, as ``torch.bfloat16`` or ``int8``."""
+    """The type of the matrix products, as ``torch.bfloat16``, ``packed bf16`` or ``int8``."""
     for module in backbone.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | PackedLinear):
             return module.kind
     return str(next(backbone.parameters(), torch.empty(0)).dtype)
 
