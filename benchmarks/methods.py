@@ -114,7 +114,7 @@ QUESTIONS = {
     "field": Question(
         title="The field, every method by the same loop, views and schedule",
         split="test",
-        seeds=(0,),
+        seeds=(0, 1, 2),
         rows=(
             "comad",
             "mean",
@@ -131,9 +131,17 @@ QUESTIONS = {
             "radio",
             "phi-s",
             "eupe",
-            "gram",
+            "gram --teachers ibot-stamps",
         ),
-        baselines=("untrained",),
+        baselines=("untrained", "supervised"),
+    ),
+    "finetuned": Question(
+        title="Fine-tuned",
+        split="test",
+        seeds=(0, 1, 2),
+        rows=("comad", "mean", "comad --teachers ibot-stamps"),
+        baselines=("untrained", "supervised"),
+        options=("--finetune",),
     ),
     "convolutional": Question(
         title="Three convolutional teachers in place of the bundled trio",

@@ -98,11 +98,14 @@ def question_section(name: str, question: Question) -> str:
     command, report = f"python benchmarks/methods.py {name}", read(f"methods-{name}")
     if report is None:
         return f"## {question.title}\n\nNot run yet: `{command}`.\n"
+    columns = {"knn": "kNN", "linear": "linear"}
+    if any(row["finetune"] is not None for row in report["rows"]):
+        columns["finetune"] = "fine-tuned"
     rows = [
         [
             f"`{brief(row['label'])}`",
             " ".join(teacher.removesuffix("-stamps") for teacher in row["teachers"]),
-            *(compared(row, score) for score in ("knn", "linear")),
+            *(compared(row, score) for score in columns),
         ]
         for row in report["rows"]
     ]
@@ -116,7 +119,7 @@ def question_section(name: str, question: Question) -> str:
             f"`{command}`: {report['split']} concepts, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
             f"differences to `{reference}`, by seed and image, 95 % intervals over seeds and concepts.",
             "",
-            table(["row", "teachers", "kNN", "linear"], rows),
+            table(["row", "teachers", *columns.values()], rows),
             "",
             *([f"Not run yet, of the rows of that command: {', '.join(left)}.", ""] if left else []),
         ]
@@ -129,7 +132,9 @@ def brief(label: str) -> str:
 
 
 def compared(row: dict[str, Any], score: str) -> str:
-    """A mean, and its difference to the reference."""
+    """A mean, and its difference to the reference; nothing where there is no such score."""
+    if row[score] is None:
+        return ""
     if row[f"{score}_interval"] is None:
         return f"{row[score]:.1f}"
     (low, high), difference = row[f"{score}_interval"], row[f"{score}_minus_reference"]
