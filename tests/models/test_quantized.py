@@ -13,6 +13,8 @@ from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.06)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_in_8_bits_is_near_the_layer(kind, error, bias):
+    if kind == "fp8" and torch.__version__ < "2.12":
+        pytest.skip("this torch multiplies fp8 with a scale per row on GPUs alone")
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 48, bias=bias), torch.randn(4, 9, 64) * torch.logspace(-3, 3, 9).view(9, 1)
     with torch.no_grad():
