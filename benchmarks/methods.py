@@ -139,8 +139,8 @@ QUESTIONS = {
         title="Fine-tuned",
         split="test",
         seeds=(0, 1, 2),
-        rows=("comad", "mean", "comad --teachers ibot-stamps"),
-        baselines=("untrained", "supervised"),
+        rows=("comad", "comad --teachers ibot-stamps"),
+        baselines=("supervised"),
         options=("--finetune",),
     ),
     "convolutional": Question(
