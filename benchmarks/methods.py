@@ -140,7 +140,7 @@ QUESTIONS = {
         split="test",
         seeds=(0, 1),
         rows=("comad", "comad --teachers ibot-stamps"),
-        baselines=("supervised"),
+        baselines=("supervised",),
         options=("--finetune",),
     ),
     "convolutional": Question(
