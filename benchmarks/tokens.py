@@ -1,6 +1,7 @@
 """What a teacher's tokens cost: a ViT-B/16 on 25, 50, 75 and 100 % of the patches of 224 px images, random weights.
 
-The rounds are interleaved and count the CPU seconds of this process. The last line printed is one JSON object.
+Its weights are packed, as in a run; with plain ones beside them at 50 %. The rounds are interleaved and count the CPU
+seconds of this process. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    (teacher,) = load_teachers(["vit_base_patch16_224:random"], 14, 16, torch.bfloat16, torch.device("cpu"))
+    spec, device = ["vit_base_patch16_224:random"], torch.device("cpu")
+    teacher, plain = (load_teachers(spec, 14, 16, torch.bfloat16, device)[0] for _ in range(2))
     pack(teacher.backbone)
     images = torch.rand(options.batch_size, 3, 224, 224)
     order = torch.rand(options.batch_size, 196).argsort(dim=1)
-    seconds: dict[int, list[float]] = {share: [] for share in SHARES}
+    asked = {share: (teacher, share) for share in SHARES} | {"plain": (plain, 50)}
+    seconds: dict[int | str, list[float]] = {name: [] for name in asked}
     for _ in range(options.rounds):
-        for share in SHARES:
+        for name, (network, share) in asked.items():
             start = time.process_time()
-            ask(teacher, 0, images, order[:, : 196 * share // 100].sort().values if share < 100 else None)
-            seconds[share].append(time.process_time() - start)
+            ask(network, 0, images, order[:, : 196 * share // 100].sort().values if share < 100 else None)
+            seconds[name].append(time.process_time() - start)
     tokens = {share: options.batch_size * (196 * share // 100) for share in SHARES}
     result = {f"tokens_per_s_{share}": tokens[share] / statistics.median(seconds[share]) for share in SHARES}
-    device = "cpu, per second of one core"
-    print(json.dumps({**result, "batch_size": options.batch_size, "torch": torch.__version__, "device": device}))
+    result["packed_times_plain"] = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[50], strict=True))
+    about = {"batch_size": options.batch_size, "torch": torch.__version__, "device": "cpu, per second of one core"}
+    print(json.dumps({**result, **about}))
 
 
 if __name__ == "__main__":

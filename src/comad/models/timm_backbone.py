@@ -12,9 +12,16 @@ from jaxtyping import Bool, Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
 from comad.models.decoder import MaskedDecoder
+
+if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
+
+    @register_flop_formula(fused_attention)
+    def _count(query: Any, key: Any, value: Any, *arguments: Any, **named: Any) -> int:
+        return sdpa_flop_count(query, key, value)
 
 
 class TimmBackbone(Backbone):

@@ -16,20 +16,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.loader import EpochBatches, LoaderConfig, training_batches
 from comad.runtime.job import Job, Metrics, RunConfig, Step
 from comad.runtime.memory import peak_bytes, reset_peak
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import train
-
-if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
-
-    @register_flop_formula(fused_attention)
-    def _count(query: Any, key: Any, value: Any, *arguments: Any, **named: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
 
 CLOCK = time.perf_counter
 """What everything is measured by; `benchmarks/plan.py` also plans by the processor's time, for busy machines."""
