@@ -51,19 +51,18 @@ def throughput(report: Report) -> list[str]:
 
 def beside_lightly(report: Report) -> list[str]:
     """Ours with one teacher, whole or masked, and with three, against LightlyTrain's distillation of one."""
-    theirs = report["lightly_images_per_s"]
-    rows = [
-        [name, f"{report[key]:.2f}", f"{report[key] / theirs:.2f} ×"]
-        for name, key in (
-            ("LightlyTrain, one teacher on whole views", "lightly_images_per_s"),
-            ("ours, one teacher on whole views", "one_whole_teacher_images_per_s"),
-            ("ours, one masked teacher", "one_masked_teacher_images_per_s"),
-            ("ours, three masked teachers", "images_per_s"),
-            ("ours, three masked teachers in int8", "int8_images_per_s"),
+    rows = [["LightlyTrain, one teacher on whole views", f"{report['lightly_images_per_s']:.2f}", "1.00 ×"]]
+    rows += [
+        [title, f"{report[f'{name}images_per_s']:.2f}", f"{report[f'{name}times_lightly']:.2f} ×"]
+        for title, name in (
+            ("ours, one teacher on whole views", "one_whole_teacher_"),
+            ("ours, one masked teacher", "one_masked_teacher_"),
+            ("ours, three masked teachers", ""),
+            ("ours, three masked teachers in int8", "int8_"),
         )
-        if key in report
+        if f"{name}times_lightly" in report
     ]
-    said = "Its loop reads and augments in workers, whose time is not counted; in ours images stand ready."
+    said = "Ratios are medians over interleaved rounds. Its steps are those of its own clock, without waiting for data."
     return [table([report["precision"], "images/s", "against LightlyTrain"], rows), "", said, ""]
 
 

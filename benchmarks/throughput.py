@@ -5,10 +5,10 @@ Compares, in one process and interleaved: the step of `comad` (teachers and stud
 or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of
 the `comad` step over the rate of a plain matrix product. Ratios are medians over the rounds. Short runs on a folder of
 pictures, by turns with one student and with two, give what a second ViT-Ti costs, and the share of time that the loop
-waits for data. The distillation of one teacher by LightlyTrain is measured beside it where `lightly-train` is
-installed. The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its numbers mean
-nothing. On a machine that others use too, `--cpu-time` counts the seconds of one thread of this process in place of
-those on the wall, and leaves the short runs out.
+waits for data. Where `lightly-train` is installed its distillation of one teacher is measured in each bf16 round too
+(`lightly_step.py`). The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its
+numbers mean nothing. On a machine that others use too, `--cpu-time` counts the seconds of one thread of this process in
+place of those on the wall, and leaves LightlyTrain and the short runs out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import argparse
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -76,40 +78,50 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
         ours()
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in (*steps, "limit")}
+    timed = {name: partial(seconds_of, step, device, timer) for name, step in steps.items()}
+    if precision == "bf16" and importlib.util.find_spec("lightly_train") and not options.cpu_time:
+        timed["lightly"] = partial(lightly_seconds, batch_size, options.tiny)
+    seconds: dict[str, list[float]] = {name: [] for name in (*timed, "limit")}
     clock, rates = Clock(device, timer), []
     for _ in range(options.rounds):
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(step, device, timer))
+        for name, measured in timed.items():
+            seconds[name].append(measured())
         ours(clock)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         rates.append(gemm_rate(dtype, device, 0.1 if options.tiny else 1.0, timer))
         seconds["limit"].append(counter.get_total_flops() / rates[-1])
-
-    def times(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
-
     cpu = f"cpu, {torch.get_num_threads()} thread(s)" + (", time of the processor" if options.cpu_time else "")
-    result: dict[str, object] = {
+    rate = {name: batch_size / statistics.median(found) for name, found in seconds.items()}
+    return {
         "batch_size": batch_size,
-        "images_per_s": batch_size / statistics.median(seconds["ours"]),
-        "limit_images_per_s": batch_size / statistics.median(seconds["limit"]),
-        "times_literal": times("literal"),
-        "share_of_limit": times("limit"),
+        "images_per_s": rate.pop("ours"),
+        **{f"{name.replace(' ', '_')}_images_per_s": value for name, value in rate.items()},
+        **ratios(seconds),
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
         "gemm_gflops": statistics.median(rates) / 1e9,
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
     }
-    for name in [name for name in steps if name != "ours"]:
-        result[f"{name.replace(' ', '_')}_images_per_s"] = batch_size / statistics.median(seconds[name])
-    if "literal fp32" in steps:
-        result["times_literal_fp32"] = times("literal fp32")
-    if "int8" in steps:
-        pairs = zip(seconds["literal fp32"], seconds["int8"], strict=True)
-        result["int8_times_literal_fp32"] = statistics.median(literal / quick for literal, quick in pairs)
-    return result
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of one step's seconds over another's, where both were measured."""
+    pairs = {
+        "share_of_limit": ("limit", "ours"),
+        "times_literal": ("literal", "ours"),
+        "times_literal_fp32": ("literal fp32", "ours"),
+        "int8_times_literal_fp32": ("literal fp32", "int8"),
+        "times_lightly": ("lightly", "ours"),
+        "int8_times_lightly": ("lightly", "int8"),
+        "one_whole_teacher_times_lightly": ("lightly", "one whole teacher"),
+        "one_masked_teacher_times_lightly": ("lightly", "one masked teacher"),
+    }
+    return {
+        key: statistics.median(a / b for a, b in zip(seconds[slow], seconds[quick], strict=True))
+        for key, (slow, quick) in pairs.items()
+        if slow in seconds and quick in seconds
+    }
 
 
 def whole_runs(precision: Literal["bf16", "fp32"], batch_size: int, rounds: int, tiny: bool) -> dict[str, float]:
@@ -139,32 +151,11 @@ def whole_runs(precision: Literal["bf16", "fp32"], batch_size: int, rounds: int,
     return {"second_student_cost": statistics.median(costs), "data_wait": statistics.median(waits)}
 
 
-def lightly_images_per_s(batch_size: int, timer: Timer, tiny: bool, steps: int = 3) -> float | None:
-    """LightlyTrain's step, one teacher on whole views, from the difference of a run with one epoch and one with two."""
-    if importlib.util.find_spec("lightly_train") is None:
-        return None
-    import lightly_train
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with TemporaryDirectory() as folder:
-        data = write_pictures(Path(folder) / "data", batch_size * steps)
-
-        def run(epochs: int) -> None:
-            lightly_train.pretrain(
-                out=f"{folder}/out-{epochs}",
-                data=str(data),
-                model="dinov3/vitt16-notpretrained",
-                method="distillation",
-                method_args={"teacher": f"dinov3/vit{'t' if tiny else 'b'}16-notpretrained"},
-                epochs=epochs,
-                batch_size=batch_size,
-                accelerator="gpu" if device.type == "cuda" else "cpu",  # "auto" computes in fp32 on a CPU
-                precision="bf16-mixed",
-                num_workers=1,
-            )
-
-        short, long = (seconds_of(lambda n=n: run(n), device, timer) for n in (1, 2))
-    return steps * batch_size / (long - short)
+def lightly_seconds(batch_size: int, tiny: bool) -> float:
+    """A step of LightlyTrain by its own clock, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("lightly_step.py")), "--batch-size", str(batch_size)]
+    done = subprocess.run(command + ["--tiny"] * tiny, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["seconds_per_step"]
 
 
 def main() -> None:
@@ -179,10 +170,7 @@ def main() -> None:
     if options.cpu_time:
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    timer = time.process_time if options.cpu_time else time.perf_counter
     result: dict[str, object] = {"torch": torch.__version__}
-    if (lightly := lightly_images_per_s(options.batch_size, timer, options.tiny)) is not None:
-        result["lightly_images_per_s"] = lightly
     for number, precision in enumerate(options.precisions):
         found = measure(precision, options)
         if not options.cpu_time:
