@@ -86,7 +86,7 @@ class SmallDistillation:
         masking = self.distiller.method.masking
         chosen = torch.randperm(len(self.images), generator=self.generator)[:size]
         noise = torch.rand(size, 1 + len(self.teachers), 16, generator=self.generator)
-        images = self.images[chosen]
+        images = masking.blend(self.images[chosen], noise)
         return images, teacher_step(self.teachers, images, masking(noise), masking.teachers_hidden, self.reads)
 
     def losses_on_one_batch(self, steps: int, learning_rate: float = 2e-3) -> list[float]:

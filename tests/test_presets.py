@@ -161,6 +161,7 @@ def test_a_recipe_is_a_preset_in_its_setting(demo):
         assert config.method == METHODS[name] and config.preset == name
         assert len(config.teachers) == (0 if not demo else 1 if METHODS[name].single else 3)
         assert (config.student, config.optim, config.loader) == (setting.student, setting.optim, setting.loader)
+        assert config.cache_teachers == (demo and name != "gram")  # mixup shows teachers something new each time
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_or_the_known_ones():

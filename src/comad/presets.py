@@ -175,7 +175,7 @@ EUPE = replace(RADIO, normalize=Standardise(over="calibration"))
 """The last stage of EUPE, straight from the teachers: its large proxy teacher is a distillation of its own."""
 
 GRAM = Method(
-    masking=WHOLE,
+    masking=replace(WHOLE, mixup=True),
     tap=Tap(pooled=True),
     normalize=Plain(function="l2"),
     aligner=Student(apart=True),
@@ -188,8 +188,7 @@ GRAM = Method(
 )
 """Like LightlyTrain's distillation: mean of the patches against a queue of the teacher's, and cosines between tokens.
 
-Without its mixup, which would mix images of a batch and so forbid cached teachers. A token's cosine to itself is left
-out of its row.
+Its mixup blends images of a batch, so its teachers cannot be cached. A token's cosine to itself is left out of its row.
 """
 
 
@@ -256,7 +255,9 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
     if preset not in METHODS:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]
-    config = replace(DEMO if demo else IMAGES, method=method, preset=preset)
+    config = DEMO if demo else IMAGES
+    cached = config.cache_teachers and method.masking.repeats
+    config = replace(config, method=method, preset=preset, cache_teachers=cached)
     if method.single and demo:  # a teacher as the method was published with: MAE, but for `gram`
         return replace(config, teachers=("ibot-stamps" if preset == "gram" else "mae-stamps",))
     return config

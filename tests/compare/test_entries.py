@@ -29,6 +29,11 @@ def test_rows_are_presets_by_teacher_sets():
     assert [entry.config.method for entry in found] == [METHODS["mean"]] * 2 + [METHODS["comad"]] * 2
 
 
+def test_only_a_row_whose_pictures_repeat_is_cached():
+    found, _ = entries("gram", "comad", "mean --no-cache-teachers", recipe=replace(RECIPE, cache_teachers=True))
+    assert [entry.config.cache_teachers for entry in found] == [False, True, False]
+
+
 def test_a_row_has_one_student():
     with pytest.raises(ValueError, match="a row has one student; leave `beside` out"):
         entries("comad", recipe=replace(RECIPE, beside=(RECIPE.student,)))

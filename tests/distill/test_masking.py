@@ -170,6 +170,19 @@ def test_the_hidden_share_moves_linearly_over_the_run():
         Masking(student_end=0.2)
 
 
+def test_mixup_blends_neighbours_by_a_share_that_belongs_to_the_sample():
+    images, rows = torch.rand(200, 3, 4, 4), noise(200, 2, 16)
+    assert Masking().blend(images, rows) is images and Masking().repeats
+    masking = Masking(mixup=True)
+    mixed, shares = masking.blend(images, rows), []
+    for index in range(200):
+        shares.append(float(rows[index].double().sum() % 1))
+        naive = shares[-1] * images[index].double() + (1 - shares[-1]) * images[index - 1].double()
+        torch.testing.assert_close(mixed[index].double(), naive, atol=1e-4, rtol=0)
+    assert 0 <= min(shares) < 0.05 and 0.95 < max(shares) < 1 and abs(sum(shares) / 200 - 0.5) < 0.06
+    assert not masking.repeats and not Masking(student_end=0.9).repeats
+
+
 def test_chance_is_uniform_and_belongs_to_the_sample():
     masks = Masking(policy="none")(noise(4000, 2, 16))
     assert masks.chance.shape == (4000, 2) and masks.chance.min() >= 0 and masks.chance.max() < 1

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from comad.cli import main
 from comad.distill import parts
 from comad.distill import run as run_module
+from comad.distill.distiller import Distiller
 from comad.models.packed import CAN_PACK, PackedLinear, pack
 from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
@@ -152,8 +153,9 @@ FIELD = [name for name in METHODS if name == "comad-student-side" or not name.st
 def test_every_preset_runs_goes_on_and_gives_a_scoreboard(command, teacher_specs, tmp_path, preset):
     def run(name, *more):
         teachers = ["--teachers", *(teacher_specs[:1] if preset in ONE_TEACHER else teacher_specs)]
-        arguments = [*command(tmp_path / name), *teachers, "--preset", preset, "--optim.epochs=1", "--cache-teachers"]
-        return main([*arguments, "--loader.fixed-views=1", "--run.checkpoint-every=2", *more])
+        arguments = [*command(tmp_path / name), *teachers, "--preset", preset, "--optim.epochs=1"]
+        cached = ["--cache-teachers"] if METHODS[preset].masking.repeats else []
+        return main([*arguments, *cached, "--loader.fixed-views=1", "--run.checkpoint-every=2", *more])
 
     assert run("whole") == 0
     numbers = steps(tmp_path / "whole")[-1]
@@ -176,6 +178,27 @@ def test_a_method_of_a_decoder_says_where_to_get_one(command, teacher_specs, tmp
 def test_cached_teachers_need_masks_that_repeat(command, tmp_path, capfd):
     line = failure(capfd, command(tmp_path / "run", *CACHED, "--method.masking.student-end=0.7"))
     assert "--method.masking.student-end" in line
+    line = failure(capfd, command(tmp_path / "run", *CACHED, "--method.masking.mixup"))
+    assert "--method.masking.mixup" in line
+
+
+def test_mixup_blends_what_student_and_teachers_see_alike(command, tmp_path, monkeypatch):
+    see, teach = Distiller.forward, run_module.teacher_step
+    shown, taught = [], []
+    monkeypatch.setattr(
+        Distiller, "forward", lambda self, images, said: shown.append(images) or see(self, images, said)
+    )
+    monkeypatch.setattr(
+        run_module, "teacher_step", lambda all, images, *how: taught.append(images) or teach(all, images, *how)
+    )
+    same = ["--augment.jitter=0", "--optim.epochs=1"]
+    main(command(tmp_path / "plain", *same))
+    plain = shown[0]
+    shown.clear(), taught.clear()
+    main(command(tmp_path / "mixed", *same, "--method.masking.mixup"))
+    assert torch.equal(shown[0], taught[0]) and not torch.equal(shown[0], plain)
+    pairs = torch.stack([plain, plain.roll(1, dims=0)])
+    assert (shown[0] >= pairs.amin(dim=0) - 1e-6).all() and (shown[0] <= pairs.amax(dim=0) + 1e-6).all()
 
 
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""Which patches the student and each teacher see. Add a policy: a function, an entry in `POLICIES`."""
+"""What the student and each teacher see. Add a policy of masks: a function, an entry in `POLICIES`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Asymmetric masks (arXiv:2508.04816, "Asymmetric Masking").
+    """Asymmetric masks (arXiv:2508.04816, "Asymmetric Masking"), and mixup.
 
     Args:
         policy: ``superset``: a teacher sees what the student sees and its own part of the rest; ``independent``: masks
@@ -52,6 +52,7 @@ class Masking:
         hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
             decoder fills them in, ``token`` puts a learnt token in their place, ``zero`` multiplies them by 0.
         teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
+        mixup: blend each image with its neighbour in the batch (arXiv:1710.09412), for all networks by the same share.
     """
 
     policy: Literal["superset", "independent", "shared", "disjoint", "none"] = "superset"
@@ -61,6 +62,7 @@ class Masking:
     teachers: tuple[float, ...] = (0.5, 0.4, 0.3)
     hidden: Hidden = "drop"
     teachers_hidden: Literal["drop", "zero"] = "drop"
+    mixup: bool = False
 
     def __post_init__(self) -> None:
         students = [self.student, *([] if self.student_end is None else [self.student_end])]
@@ -75,6 +77,18 @@ class Masking:
             )
         if self.policy == "disjoint" and min(students) < 0.5:
             raise ValueError(f"two disjoint masks need a student ratio of at least 0.5; got {min(students)}.")
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the teachers see the same again whenever a view comes again."""
+        return self.student_end is None and not self.mixup
+
+    def blend(self, images: Float[Tensor, "B 3 H W"], noise: Float[Tensor, "B M1 N"]) -> Float[Tensor, "B 3 H W"]:
+        """With ``mixup`` each image and the one before it, by a share of its noise that is uniform in [0, 1)."""
+        if not self.mixup:
+            return images
+        share = noise.sum(dim=(1, 2)).remainder(1).to(images.dtype)[:, None, None, None]
+        return share * images + (1 - share) * images.roll(1, dims=0)
 
     def num_visible(self, num_patches: int, num_teachers: int, progress: float = 0.0) -> tuple[int, tuple[int, ...]]:
         """Visible patches of the student and of each teacher; at least one."""

@@ -109,10 +109,10 @@ def _check(config: DistillConfig, splits: Splits) -> None:
             f"--teacher-precision {config.quantized} keeps teachers in memory, at half the room; leave out "
             "--teachers-in offload."
         )
-    if config.cache_teachers and config.method.masking.student_end is not None:
+    if config.cache_teachers and not config.method.masking.repeats:
         raise ValueError(
-            "--cache-teachers needs masks that repeat; add --no-cache-teachers, or leave out "
-            "--method.masking.student-end."
+            "--cache-teachers needs pictures and masks that repeat; add --no-cache-teachers, or leave out "
+            f"--method.masking.{'mixup' if config.method.masking.mixup else 'student-end'}."
         )
 
 

@@ -128,7 +128,8 @@ def _shared(
 ) -> dict[str, Any]:
     """What the jobs of all students have in common: batches, and what the teachers say of them."""
     optim, fixed = config.optim, config.loader.fixed_views
-    hidden, reads = config.method.masking.teachers_hidden, config.method.reads
+    masking, reads = config.method.masking, config.method.reads
+    hidden = masking.teachers_hidden
 
     def batches(first: int, last: int) -> DataLoader:
         span, share = (first, last), (fabric.global_rank, fabric.world_size)
@@ -137,7 +138,7 @@ def _shared(
 
     def prepare(batch: Batch, progress: float) -> tuple[Tensor, Targets]:
         shared, own = batch.views
-        masks = hide_nothing_in_vain(config.method.masking(batch.noise, progress), teachers)
+        masks = hide_nothing_in_vain(masking(batch.noise, progress), teachers)
 
         def compute(m: int, samples: Tensor) -> Said:
             visible = masks.teachers[m]
@@ -147,9 +148,9 @@ def _shared(
         targets = (
             cache(batch, masks, compute)
             if cache
-            else teacher_step(teachers, shared.float() / 255, masks, hidden, reads)
+            else teacher_step(teachers, masking.blend(shared.float() / 255, batch.noise), masks, hidden, reads)
         )
-        return own.float() / 255, targets
+        return masking.blend(own.float() / 255, batch.noise), targets
 
     return {
         "batches": batches,
