@@ -114,7 +114,7 @@ QUESTIONS = {
     "field": Question(
         title="The field, every method by the same loop, views and schedule",
         split="test",
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         rows=(
             "comad",
             "mean",
@@ -138,7 +138,7 @@ QUESTIONS = {
     "finetuned": Question(
         title="Fine-tuned",
         split="test",
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         rows=("comad", "comad --teachers ibot-stamps"),
         baselines=("supervised",),
         options=("--finetune",),
