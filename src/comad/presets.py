@@ -255,9 +255,7 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
     if preset not in METHODS:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]
-    config = DEMO if demo else IMAGES
-    cached = config.cache_teachers and method.masking.repeats
-    config = replace(config, method=method, preset=preset, cache_teachers=cached)
+    config = (DEMO if demo else IMAGES).with_method(method, preset)
     if method.single and demo:  # a teacher as the method was published with: MAE, but for `gram`
         return replace(config, teachers=("ibot-stamps" if preset == "gram" else "mae-stamps",))
     return config

@@ -108,8 +108,7 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     name, *options = shlex.split(text) or [""]
     method = presets.recipe(name, demo=True).method
     specs = specs[:1] if getattr(method, "single", False) else specs
-    cached = config.recipe.cache_teachers and method.masking.repeats
-    plain = replace(config.recipe, teachers=specs, method=method, preset=text, cache_teachers=cached)
+    plain = replace(config.recipe.with_method(method, text), teachers=specs)
     own = _with_options(type(plain), plain, options)
     if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
         raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")

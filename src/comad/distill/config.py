@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -153,6 +153,11 @@ class DistillConfig:
     compile: bool = False
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
     preset: tyro.conf.Suppress[str] = "comad"
+
+    def with_method(self, method: Method, preset: str) -> DistillConfig:
+        """The same recipe for a method; its teachers are cached only if what they see repeats."""
+        cached = self.cache_teachers and method.masking.repeats
+        return replace(self, method=method, preset=preset, cache_teachers=cached)
 
     @property
     def students(self) -> tuple[VitConfig, ...]:
