@@ -74,9 +74,9 @@ QUESTIONS = {
     "masks": masks_at(0.25),
     "masks-again": masks_at(4),
     "repairs": Question(
-        title="Other masks, aligners and rules, one seed each",
+        title="Other masks, aligners and rules",
         split="val",
-        seeds=(0,),
+        seeds=(0, 1, 2),
         rows=(
             "comad",
             "comad --method.masking.policy independent",
@@ -104,6 +104,15 @@ QUESTIONS = {
         seeds=(0, 1, 2, 3, 4),
         rows=("comad", "mean", "comad --teachers ibot-stamps"),
         baselines=("teachers", "untrained", "pixels"),
+    ),
+    "longer": Question(
+        title="The same after four times as many steps",
+        split="test",
+        seeds=(0, 1, 2, 3, 4),
+        rows=("comad", "mean", "comad --teachers ibot-stamps", "comad --teachers mocov3-stamps"),
+        epochs=32,
+        baselines=("teachers", "untrained", "pixels"),
+        options=("--loader.fixed-views", "4"),
     ),
     "single": Question(
         title="Each teacher alone",

@@ -245,8 +245,6 @@ def main() -> None:
     demo, teachers = read("demo"), read("teachers")
     parts = ["# Results", "", "Written by `python benchmarks/results.py` from `benchmarks/results/*.json`.", ""]
     parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
-    long = "python benchmarks/demo.py --name long --seeds 0 -- --optim.epochs 100 --loader.fixed-views 4"
-    parts.append(run_section("A longer run of the same command, with the earlier trio", long, read("long")))
     parts += [question_section(name, question) for name, question in QUESTIONS.items()]
     parts.append(dense_section(read("dense")))
     parts += [teacher_section(teachers)] if teachers else []

@@ -132,8 +132,9 @@ class DistillConfig:
             the disk of the run (beside a GPU in host memory), for the same result in less memory.
         compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
             for long runs on a GPU. On a CPU it gains nothing by itself.
-        teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512) and ``fp8`` (GPUs such as H100)
-            need --compile; how near their tokens are to those of bf16 is measured at the start and said.
+        teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512; with AMX bf16 is faster) and
+            ``fp8`` (GPUs such as H100) need --compile; how near their tokens are to those of bf16 is measured at the
+            start and said.
     """
 
     data: str = "stamps"
