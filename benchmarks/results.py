@@ -69,14 +69,15 @@ def gains(report: dict[str, Any]) -> str:
     return table(["student minus", "kNN, points", "linear, points"], rows)
 
 
-def run_section(title: str, command: str, report: dict[str, Any] | None) -> str:
-    """One set of runs, with the command that prints it."""
+def demo_section(report: dict[str, Any] | None) -> str:
+    """The demo over several seeds."""
+    command = "python benchmarks/demo.py"
     if report is None:
-        return f"## {title}\n\nNot run yet: `{command}`.\n"
+        return f"## The demo\n\nNot run yet: `{command}`.\n"
     seconds = ", ".join(f"{value:.0f}" for value in report["seconds"])
     return "\n".join(
         [
-            f"## {title}",
+            "## The demo",
             "",
             f"`{command}`: {report['epochs']:g} epochs, seeds {report['seeds']}, {seconds} seconds on two CPU cores.",
             "Top-1 percent on the test concepts, mean over seeds; intervals: paired bootstrap over concepts, 95 %.",
@@ -244,7 +245,7 @@ def main() -> None:
     """Write both files."""
     demo, teachers = read("demo"), read("teachers")
     parts = ["# Results", "", "Written by `python benchmarks/results.py` from `benchmarks/results/*.json`.", ""]
-    parts.append(run_section("The demo", "python benchmarks/demo.py", demo))
+    parts.append(demo_section(demo))
     parts += [question_section(name, question) for name, question in QUESTIONS.items()]
     parts.append(dense_section(read("dense")))
     parts += [teacher_section(teachers)] if teachers else []

@@ -107,7 +107,7 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     """
     name, *options = shlex.split(text) or [""]
     method = presets.recipe(name, demo=True).method
-    specs = specs[:1] if getattr(method, "single", False) else specs
+    specs = specs[:1] if method.single else specs
     plain = replace(config.recipe.with_method(method, text), teachers=specs)
     own = _with_options(type(plain), plain, options)
     if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
