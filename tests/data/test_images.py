@@ -1,12 +1,13 @@
 import json
 import os
+import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from comad.data import images as images_module
 from comad.data.images import FolderImages, UnreadableImageError, index_folder, load_images
@@ -65,6 +66,59 @@ def test_own_splits_without_labels(tmp_path, write_images):
     assert [len(part) for part in splits[:3]] == [2, 1, 1]
 
 
+@pytest.mark.parametrize(
+    "train, held_out", [("train", "valid"), ("Train", "Test"), ("training", "validation"), ("TRAIN", "testing")]
+)
+def test_other_spellings_of_the_parts_are_known(tmp_path, write_images, train, held_out):
+    names = [f"{train}/{c}/{i}.png" for c in ("cat", "dog") for i in range(40)]
+    write_images(tmp_path, [*names, f"{held_out}/cat/1.png", f"{held_out}/dog/2.png"])
+    splits = load_images(str(tmp_path))
+    assert splits.class_names == {"fine": ("cat", "dog")}
+    assert files_of(splits.test) == [f"{held_out}/cat/1.png", f"{held_out}/dog/2.png"]
+    assert sorted(files_of(splits.train) + files_of(splits.val)) == sorted(names)
+
+
+def test_train_alone_is_split_and_its_sub_folders_are_labels(tmp_path, write_images):
+    splits = load_images(str(write_images(tmp_path, [f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(40)])))
+    assert splits.class_names == {"fine": ("cat", "dog")}
+    assert all(0 < len(part) < 80 for part in splits[:3])
+
+
+def test_train_alone_without_sub_folders_has_no_labels(tmp_path, write_images):
+    assert load_images(str(write_images(tmp_path, [f"train/{i}.png" for i in range(40)]))).class_names == {}
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path, write_images):
+    write_images(tmp_path, [f"{c}/{i}.png" for c in ("boat", "train") for i in range(9)])
+    assert load_images(str(tmp_path)).class_names == {"fine": ("boat", "train")}
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path, write_images):
+    write_images(tmp_path, ["train/1.png", "val/2.png", "valid/3.png"])
+    with pytest.raises(ValueError, match=r"two folders for one part: train, val, valid; merge or rename"):
+        load_images(str(tmp_path))
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, write_images):
+    write_images(tmp_path / "elsewhere", ["cat/1.png", "dog/2.png"])
+    (tmp_path / "elsewhere" / "cat" / "around").symlink_to(tmp_path / "data")
+    write_images(tmp_path / "data", ["val/cat/3.png", "val/dog/4.png"])
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "val" / "self").symlink_to(tmp_path / "data" / "val")
+    assert index_folder(tmp_path / "data") == ["train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png"]
+    assert load_images(str(tmp_path / "data")).class_names == {"fine": ("cat", "dog")}
+
+
+def test_the_index_is_read_anew_when_a_linked_folder_changes(tmp_path, write_images):
+    write_images(tmp_path / "elsewhere", ["1.png"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    assert index_folder(tmp_path / "data") == ["a/1.png"]
+    time.sleep(0.02)
+    write_images(tmp_path / "elsewhere", ["2.png"])
+    assert index_folder(tmp_path / "data") == ["a/1.png", "a/2.png"]
+
+
 def test_a_flat_folder_has_no_labels(tmp_path, write_images):
     splits = load_images(str(write_images(tmp_path, [f"{i}.jpg" for i in range(40)])))
     assert splits.class_names == {}
@@ -93,6 +147,29 @@ def test_every_format_and_mode_becomes_three_channels(tmp_path, ending, mode):
     assert picture.shape == (3, 10, 14)
     if mode == "RGB":
         assert (picture.float().mean(dim=(1, 2)).numpy() - (200, 40, 90)).__abs__().max() < 6
+
+
+def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    picture = FolderImages("one", tmp_path, ["a.png"], None).load(0)
+    assert torch.equal(picture, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_data_asks_even_if_another_tag_is_damaged(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = np.array(ImageOps.exif_transpose(image))
+    turned = struct.pack("<HHLHH", 0x112, 3, 1, orientation, 0)
+    damaged = struct.pack("<HHLf", 0x117, 11, 1, 1.5)  # StripByteCounts is no float
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + turned + damaged + bytes(4)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    picture = FolderImages("one", tmp_path, ["a.png"], None).load(0)
+    assert np.array_equal(picture.permute(1, 2, 0).numpy(), upright)
 
 
 def test_a_jpeg_is_shrunk_while_it_is_decoded_but_not_below_what_is_asked(tmp_path, write_images):
@@ -133,7 +210,7 @@ def test_an_empty_folder_names_the_endings(tmp_path):
 def test_the_index_is_read_from_the_cache(tmp_path, write_images, monkeypatch):
     write_images(tmp_path, ["a/1.png", "b/2.png"])
     first = index_folder(tmp_path)
-    monkeypatch.setattr(images_module.os, "walk", lambda root: pytest.fail("the folder was read again"))
+    monkeypatch.setattr(images_module.os, "walk", lambda root, **_: pytest.fail("the folder was read again"))
     assert index_folder(tmp_path) == first == ["a/1.png", "b/2.png"]
 
 

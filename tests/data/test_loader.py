@@ -57,6 +57,11 @@ def test_epoch_batches(num_images, batch_size, seed, fixed_views, data):
     assert list(tail) == whole[start:] and len(tail) == len(whole) - start
 
 
+def test_any_seed_of_32_bits_gives_views_of_its_own(train):
+    noise = [ViewDataset(train, Views(), seed, 8)[0, 0].noise for seed in (18_447, 20_261_101, 2**32 - 1)]
+    assert len({tuple(x.flatten().tolist()) for x in noise}) == 3
+
+
 def test_epochs_and_seeds_differ():
     first, second = ([list(EpochBatches(50, 5, seed, (0, 20)))] for seed in (0, 1))
     assert first != second

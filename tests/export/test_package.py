@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -106,12 +107,33 @@ def test_timm_alone_gives_the_same_features(tmp_path, token_types):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}, {"dynamic_img_size": True}, {"qkv_bias": False}],
+    [
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"class_token": False, "global_pool": "map"},
+        {"global_pool": "avg", "fc_norm": False},
+        {"reg_tokens": 2},
+        {"dynamic_img_size": True},
+        {"qkv_bias": False},
+    ],
 )
 def test_other_networks(tmp_path, arguments):
-    backbone = build(**arguments)
+    """What timm pools is the class token, or the mean of the patches, however the named architecture pools."""
+    backbone, image = build(**arguments), torch.rand(1, 3, 16, 16)
     export_backbone(backbone, tmp_path / "export", model_args=ARGS | arguments, card=CARD)
     verify_export(backbone, tmp_path / "export")
+    pixels = (image - backbone.pixel_mean) / backbone.pixel_std
+    with torch.no_grad():
+        tokens = backbone(image)
+        pooled = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()(pixels)
+    expected = tokens.patches.mean(dim=1) if tokens.cls is None else tokens.cls
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
+
+
+def test_a_network_that_pools_before_its_norm_is_not_exported(tmp_path):
+    arguments = {"class_token": False, "global_pool": "avg"}
+    with pytest.raises(RuntimeError, match="other tokens"):
+        export_backbone(build(**arguments), tmp_path / "export", model_args=ARGS | arguments, card=CARD)
+    assert not (tmp_path / "export").exists()
 
 
 def test_config_describes_our_weights_and_not_timms(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from timm.layers.mlp import SwiGLUPacked
 from timm.models.beit import Beit
@@ -21,6 +22,7 @@ PATCH, SIDE, WIDTH = 8, 4, 128
 SIZE = PATCH * SIDE
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+AERIAL = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 COMMON: dict[str, Any] = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 0}
 COMMON |= {"init_values": 1.0}
 
@@ -75,6 +77,12 @@ def renamed(state: State, names: dict[str, str]) -> State:
     return state
 
 
+def dinov3_sat() -> tuple[nn.Module, State]:
+    network, state = dinov3()
+    norm = {f"local_cls_norm.{part}": torch.randn(WIDTH) for part in ("weight", "bias")}
+    return network, {**state, **norm}
+
+
 def dinov3(gated: bool = False) -> tuple[nn.Module, State]:
     """The bias of the key is under a mask; here its values and the mask's are what must have no effect."""
     rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_temperature": 100.0, "rope_rotate_half": True}
@@ -119,6 +127,7 @@ LAYOUTS = {
     ),
     "dinov3": (dinov3, IMAGENET, 5, ("cls", "patch"), 1e-5, "DINOv3 License"),
     "dinov3 gated": (lambda: dinov3(gated=True), IMAGENET, 5, ("cls", "patch"), 1e-5, "DINOv3 License"),
+    "dinov3-sat": (dinov3_sat, AERIAL, 5, ("cls", "patch"), 1e-5, "DINOv3 License"),
     "beit": (beit, HALVES, 1, ("patch",), 1e-6, "MIT"),
     "beitv2": (lambda: beit(2), IMAGENET, 1, ("cls", "patch"), 1e-6, "MIT"),
 }
@@ -238,6 +247,21 @@ def test_rotary_periods_of_another_model_are_refused(tmp_path: Path):
     _, state = dinov3()
     state["rope_embed.periods"] = 10000.0 ** (torch.arange(16) / 16)
     refusal(save(tmp_path / "weights.pth", state), "rotary periods", "unmodified")
+
+
+def test_safetensors_hold_the_same_weights(tmp_path: Path, images: Tensor):
+    _, state = dinov2()
+    expected = load_teacher(save(tmp_path / "weights.pth", state), SIZE).backbone(images)
+    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    found = load_teacher(f"teacher={tmp_path / 'weights.safetensors'}", SIZE).backbone(images)
+    assert torch.equal(found.patches, expected.patches)
+
+
+def test_dinov3_7b_is_refused_for_its_file_does_not_say_how_pixels_are_normalised(tmp_path: Path):
+    _, state = dinov3_sat()
+    without = {key: x for key, x in state.items() if ".qkv.bias" not in key}
+    refusal(save(tmp_path / "weights.pth", without), "7B", "save_pretrained")
+    refusal(f"vit_7b_patch16_dinov3.lvd1689m={tmp_path / 'weights.pth'}", "7B", "save_pretrained")
 
 
 def test_finetuned_beit_is_refused(tmp_path: Path):

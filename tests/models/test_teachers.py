@@ -14,7 +14,8 @@ from torch import Tensor
 from comad.models import sources
 from comad.models.files import sha256
 from comad.models.sources import BUNDLED, bundled_teachers
-from comad.models.teachers import Teacher, TeacherCard, licence_notice, load_teacher
+from comad.models.teachers import Teacher, TeacherCard, inherited_licence, licence_notice, load_on_grid, load_teacher
+from comad.models.timm_backbone import VitConfig
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 SIZE = 32
@@ -205,9 +206,9 @@ def test_name_of_a_file_and_heads_outweigh_the_config_beside_it(tmp_path: Path):
     file = export(tmp_path / "ours", torch.float32) / "model.safetensors"
     assert load_teacher(f"mine={file}", SIZE).card.format == "export"
     refusal(f"vit_small_patch16_224.dino={file}", "misses the keys")
-    assert load_teacher(f"mine={file}:heads=6", SIZE).card.heads == 6
+    refusal(f"mine={file}:heads=6", "same keys")
     (file.parent / "config.json").write_text('{"of": "another program"}')
-    refusal(f"mine={file}", "number of heads")
+    refusal(f"mine={file}", "same keys")
 
 
 # --- names
@@ -322,3 +323,63 @@ def test_licence_notice_names_the_non_commercial(tmp_path: Path):
     assert "free" not in notice
     assert "\n" not in notice
     assert isinstance(bound, Teacher)
+
+
+@pytest.mark.parametrize(
+    ("licences", "inherited"),
+    [
+        ([], "apache-2.0"),
+        (["Apache-2.0", "MIT", "bsd-3-clause", "none (random weights)"], "apache-2.0"),
+        (["Apache-2.0", "CC-BY-NC 4.0", "CC-BY-NC 4.0"], "CC-BY-NC 4.0"),
+        (["DINOv3 License", "CC-BY-NC 4.0"], "CC-BY-NC 4.0, DINOv3 License"),
+        (["unknown"], "unknown"),
+    ],
+)
+def test_what_is_learnt_from_weights_inherits_what_binds_them(licences: list[str], inherited: str):
+    assert inherited_licence(licences) == inherited
+
+
+def test_licence_of_pretrained_weights_is_known():
+    assert VitConfig(name="vit_base_patch16_224.mae", pretrained=True).start_licences == ("cc-by-nc-4.0",)
+    assert VitConfig(name="vit_base_patch16_224.mae").start_licences == ()
+
+
+def test_folder_with_weights_in_torchs_own_format(tmp_path: Path, images: Tensor):
+    vit = tiny_vit()
+    timm.models.save_for_hf(vit, str(tmp_path), safe_serialization=False, data_config={"mean": MEAN, "std": STD})
+    teacher = load_teacher(f"ours={tmp_path}", SIZE)
+    torch.testing.assert_close(teacher.backbone(images).patches, features(vit, images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_network_with_two_heads(tmp_path: Path, images: Tensor, as_folder: bool):
+    torch.manual_seed(0)
+    network = timm.create_model("deit_tiny_distilled_patch16_224", img_size=SIZE, **TINY).eval()
+    if as_folder:
+        timm.models.save_for_hf(network, str(tmp_path), safe_serialization=True)
+        found = load_teacher(f"deit={tmp_path}", SIZE)
+    else:
+        whole = timm.create_model("deit_tiny_distilled_patch16_224").eval()
+        torch.save(whole.state_dict(), tmp_path / "deit.pth")
+        found = load_teacher(f"deit_tiny_distilled_patch16_224.fb_in1k={tmp_path / 'deit.pth'}", 224)
+        network, images = whole, torch.rand(1, 3, 224, 224)
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = network.forward_features((images - mean) / std)
+    tokens = found.backbone(images)
+    torch.testing.assert_close(tokens.patches, expected[:, 2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.cls, expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_hybrid_has_the_grid_that_is_asked_for():
+    (teacher,) = load_on_grid(["vit_small_r26_s32_224:random"], 3, 16)
+    side = 3 * teacher.backbone.patch_size
+    assert teacher.backbone(torch.rand(1, 3, side, side)).patches.shape == (1, 9, 384)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_r_s16_p8_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_rpn_224"]
+)
+def test_students_that_cannot_be_trained_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"{name}.*vit_tiny_patch16_224"):
+        VitConfig(name=name).build()

@@ -1,3 +1,7 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -43,6 +47,24 @@ def test_initial_weights_keep_their_positions_and_are_on_the_card(pretrain, teac
     torch.testing.assert_close(stored, start.backbone.vit.pos_embed, atol=1e-3, rtol=0)
     assert start.card.source in teacher.card.about
     assert "Random weights for tests" in teacher.card.about
+
+
+def test_initial_weights_keep_their_pixels_and_their_licence(pretrain, teacher_specs, tmp_path):
+    folder = Path(teacher_specs[0].partition("=")[2])
+    shutil.copytree(folder, tmp_path / "bound")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1]}
+    config["comad"]["licence"] = "CC-BY-NC 4.0"
+    (tmp_path / "bound" / "config.json").write_text(json.dumps(config))
+    card = load_teacher(str(pretrain("on", "mae", f"--init={tmp_path / 'bound'}")), 16).card
+    assert (card.pixel_mean, card.pixel_std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
+    assert card.licence == "CC-BY-NC 4.0"
+
+
+def test_initial_weights_with_other_heads_are_refused(labelled_folder, teacher_specs, tmp_path, capsys):
+    command = ["pretrain", "mae", f"--data={labelled_folder}", f"--init={teacher_specs[0]}", *NETWORK, *SHORT]
+    assert main([*command, "--vit.heads=4", f"--run.out={tmp_path / 'x'}"]) == 1
+    assert "2 heads" in capsys.readouterr().err
 
 
 def test_initial_weights_of_another_architecture_are_refused(labelled_folder, teacher_specs, tmp_path, capsys):

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,13 +18,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SPLIT_NAMES = ("train", "val", "test")
+SPLIT_FOLDERS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+SPLIT_FOLDERS |= {name: name for name in SPLIT_NAMES}
 JPEG_START, METADATA, PIXELS = b"\xff\xd8", b"\xff\xe1", b"\xff\xda"  # the markers SOI, APP1 and SOS
 ORIENTATION = ExifTags.Base.Orientation.value
+DAMAGE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are not sound."""
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation in a file → what brings the picture upright."""
 
 
 class UnreadableImageError(Exception):
@@ -100,7 +115,7 @@ class FolderImages(ImageSet):
                 content = file.read()
             pixels = _decode_plain_jpeg(content, min_side)
             return torch.from_numpy(_decode(content, min_side) if pixels is None else pixels).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        except DAMAGE as error:
             raise UnreadableImageError(f"{self.path(index)}: {error}") from error
 
 
@@ -148,8 +163,15 @@ def jpeg_library() -> ModuleType | None:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data asks, and lay transparent parts on white. A plain RGB picture is not copied."""
-    ImageOps.exif_transpose(image, in_place=True)
+    """Turn a picture as its EXIF data asks, keep the upper 8 of 16 bits, and lay transparent parts on white.
+
+    A plain RGB picture is not copied. Orientation is read and nothing else: Pillow's own way writes EXIF data anew, and
+    fails where a tag in it is damaged.
+    """
+    turn = TURN.get(image.getexif().get(ORIENTATION, 1))
+    image = image if turn is None else image.transpose(turn)
+    if image.mode.startswith("I"):  # Pillow itself would make white of all that is above 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     picture = image.convert("RGBA")
@@ -160,11 +182,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def load_images(data: str) -> Splits:
     """Open the bundled set by its name (``stamps``) or a folder of images by its path.
 
-    A folder may hold ``train``, ``val`` and ``test`` sub-folders; without them images are split by a hash of their
-    path, so that the split stays the same when files are added. Labels are the names of the sub-folders, if any.
+    A folder may hold ``train`` and ``val`` or ``test`` sub-folders, also spelt as in `SPLIT_FOLDERS` and in capitals.
+    Without them images are split by a hash of their path, so that the split stays the same when files are added; so
+    are those of ``train`` where nothing lies beside it. Labels are the names of the sub-folders, if any.
 
     Raises:
-        ValueError: no such folder, or no image in it.
+        ValueError: no such folder, no image in it, or two sub-folders for the same part.
     """
     from comad.data.bundled import BUNDLED
 
@@ -190,8 +213,8 @@ def index_folder(root: Path) -> list[str]:
     if stored is not None:
         return stored
     files, folders = [], {}
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _leads_back(folder, name)]
         relative = os.path.relpath(folder, root)
         folders[relative] = os.stat(folder).st_mtime_ns
         prefix = "" if relative == "." else f"{relative}/"
@@ -205,6 +228,12 @@ def index_folder(root: Path) -> list[str]:
     return files
 
 
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a sub-folder is a link to one that it lies in, however many links lie between."""
+    path = Path(folder, name).absolute()
+    return path.is_symlink() and path.resolve() in {parent.resolve() for parent in path.parents}
+
+
 def _read_index(root: Path, cache: Path) -> list[str] | None:
     """The cached list; None if there is none, if it is damaged, or if a folder has changed since."""
     try:
@@ -216,15 +245,15 @@ def _read_index(root: Path, cache: Path) -> list[str] | None:
 
 
 def _split_folder(root: Path, files: list[str]) -> Splits:
-    named = {part: [f for f in files if f.startswith(f"{part}/")] for part in SPLIT_NAMES}
+    tops = {file.partition("/")[0] for file in files}
+    folders = {top: SPLIT_FOLDERS[top.lower()] for top in sorted(tops) if top.lower() in SPLIT_FOLDERS}
+    named = {part: [f for f in files if folders.get(f.partition("/")[0]) == part] for part in SPLIT_NAMES}
     has_splits = bool(named["train"]) and bool(named["val"] or named["test"])
-    depth = 1 if has_splits else 0
-    labelled = (
-        all(file.count("/") > depth for part in named.values() for file in part)
-        if has_splits
-        else (all("/" in file for file in files))
-    )
-    parts = _named_parts(named) if has_splits else _hashed_parts(files, labelled)
+    if has_splits and len(set(folders.values())) < len(folders):
+        raise ValueError(f"{str(root)!r} has two folders for one part: {', '.join(folders)}; merge or rename one.")
+    depth = 1 if has_splits or (len(folders) == len(tops) == 1) else 0
+    parts = _named_parts(named) if has_splits else _hashed_parts(files, depth)
+    labelled = all(file.count("/") > depth for part in parts for file in part)
     names = sorted({file.split("/")[depth] for part in parts for file in part}) if labelled else []
     number = {name: i for i, name in enumerate(names)}
 
@@ -247,7 +276,8 @@ def _named_parts(named: dict[str, list[str]]) -> list[list[str]]:
     return [train, val, test]
 
 
-def _hashed_parts(files: list[str], labelled: bool) -> list[list[str]]:
+def _hashed_parts(files: list[str], depth: int) -> list[list[str]]:
+    labelled = all(file.count("/") > depth for file in files)
     val, test = (0.1, 0.2) if labelled else (0.05, 0.05)
     buckets = [(file, _bucket(file)) for file in files]
     return [

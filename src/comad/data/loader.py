@@ -76,7 +76,7 @@ def randomness_of(seed: int, view: int, index: int) -> Iterator[None]:
     """Random numbers that are a function of a sample alone; those outside go on undisturbed."""
     with torch.random.fork_rng(devices=[]):
         # the generator itself: torch.manual_seed also asks every kind of accelerator, which takes longer than a view
-        torch.default_generator.manual_seed((seed * 1_000_003 + view) * 1_000_000_007 + index)
+        torch.default_generator.manual_seed(((seed * 1_000_003 + view) * 1_000_000_007 + index) % 2**64)
         yield
 
 

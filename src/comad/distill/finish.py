@@ -15,7 +15,7 @@ from comad.distill.config import DistillConfig
 from comad.evaluate.scoreboard import Score, Scoreboard, score
 from comad.evaluate.scores import write_scores
 from comad.export.package import ModelCard, export_backbone, snippet
-from comad.models.teachers import Teacher, licence_notice
+from comad.models.teachers import Teacher, inherited_licence
 from comad.models.timm_backbone import TimmBackbone
 from comad.report.figures import run_figure
 from comad.runtime.log import hours_of_training
@@ -114,7 +114,7 @@ def _card(
     names = ", ".join(teacher.name for teacher in teachers)
     return ModelCard(
         name=f"{config.preset} student of {names}",
-        licence="other" if licence_notice(teachers) else "apache-2.0",
+        licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
         about=f"Distilled from the frozen teachers {names} by comad.",
         architecture=config.student.name,
         token_types=("cls", "patch") if any("cls" in t.backbone.token_types for t in teachers) else ("patch",),

@@ -34,7 +34,7 @@ class ModelCard:
 
     Attributes:
         name: of the model.
-        licence: of the exported weights, an SPDX name such as ``apache-2.0`` where there is one.
+        licence: of the exported weights, such as ``apache-2.0``; see `comad.models.teachers.inherited_licence`.
         architecture: the timm name.
         token_types: tokens that carry meaning.
         about: one sentence on where it comes from.
@@ -115,7 +115,7 @@ def export_backbone(
 
 
 def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Load a folder by timm and compare the tokens of a random image with the backbone's.
+    """Load a folder by timm and compare the tokens of a random image, and what they are pooled to, with the backbone's.
 
     Raises:
         RuntimeError: they differ by more than `TOLERANCE`, or in 16 bits by more than `HALF_TOLERANCE`.
@@ -126,7 +126,8 @@ def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = tor
     with torch.inference_mode():
         tokens = network(image)
         prefix = [] if tokens.cls is None else [tokens.cls.unsqueeze(1)]
-        expected = torch.cat([*prefix, tokens.patches], dim=1)
+        pooled = tokens.cls if tokens.cls is not None and "cls" in network.token_types else tokens.patches.mean(dim=1)
+        expected = torch.cat([pooled.unsqueeze(1), *prefix, tokens.patches], dim=1)
         found = _timm_tokens(folder, image, len(prefix))
     difference = (found - expected).abs().max().item()
     limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * expected.abs().max().item()
@@ -138,7 +139,8 @@ def model_card(card: ModelCard, folder: Path) -> str:
     """Build the text of ``README.md``, with the metadata block that the Hugging Face Hub reads."""
     teachers = [(f"`{t.name}`", t.format, f"`{t.sha256}`", t.licence) for t in card.teachers]
     scores = [(f"`{row['name']}`", row["role"], *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores]
-    metadata = {"library_name": "timm", "license": card.licence, "tags": ["timm", "image-feature-extraction", "comad"]}
+    known = card.licence if card.licence == "apache-2.0" else "other"  # the hub has its own names
+    metadata = {"library_name": "timm", "license": known, "tags": ["timm", "image-feature-extraction", "comad"]}
     return "\n".join(
         [
             "---",
@@ -215,11 +217,11 @@ def _check_place(folder: Path) -> None:
 def _save(backbone: TimmBackbone, folder: Path, model_args: dict[str, Any], dtype: torch.dtype) -> VisionTransformer:
     """Save weights and config by timm, from a copy that pools what carries meaning."""
     vit = copy.deepcopy(backbone.vit).cpu().to(dtype)
-    vit.reset_classifier(0)
+    pool = "token" if "cls" in backbone.token_types else "avg"
     model_args = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
-    if "cls" not in backbone.token_types and vit.global_pool == "token":
-        vit.global_pool = "avg"
-        model_args |= {"global_pool": "avg", "fc_norm": False}  # keep the norm before the pool, as in the backbone
+    if vit.global_pool != pool:
+        model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
+    vit.reset_classifier(0, pool)
     save_for_hf(vit, str(folder), model_args=model_args, safe_serialization=True)
     return vit
 
@@ -258,13 +260,14 @@ def _complete_config(path: Path, pretrained_cfg: dict[str, Any], card: ModelCard
 
 
 def _timm_tokens(folder: Path, image: Float[Tensor, "1 3 H W"], num_prefix: int) -> Float[Tensor, "1 n E"]:
-    """Encode as a user of timm would: pixels normalised by the config, the class token first, no registers."""
+    """Encode as a user of timm would, pixels normalised by the config: what is pooled, class token, patches."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert isinstance(model, VisionTransformer)
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     tokens = model.forward_features((image - mean) / std)
-    return torch.cat([tokens[:, :num_prefix], tokens[:, model.num_prefix_tokens :]], dim=1)
+    pooled = model.forward_head(tokens).unsqueeze(1)
+    return torch.cat([pooled, tokens[:, :num_prefix], tokens[:, model.num_prefix_tokens :]], dim=1)
 
 
 def _percent(value: float | None) -> str:

@@ -33,6 +33,7 @@ class Backbone(nn.Module, ABC):
         patch_size: pixels on the side of a patch.
         grid: rows and columns of patches at the resolution it was built for.
         token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
+        pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
         sees_whole: it computes on whole images in any case, so a teacher of this kind hides nothing.
     """
 
@@ -42,6 +43,8 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     grid: tuple[int, int]
     token_types: tuple[str, ...]
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     @property
     def num_patches(self) -> int:

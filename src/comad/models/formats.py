@@ -119,6 +119,16 @@ DINOV3: dict[str, Any] = {
     "rope_rotate_half": True,
     "use_fc_norm": False,
 }
+DINOV3_KEYS = ("cls_token", "storage_tokens", "blocks.0.ls1.gamma")
+DINOV3_FILE: dict[str, Any] = {
+    "ignore": ("mask_token", "local_cls_norm."),
+    "convert": dinov3,
+    "network": "eva",
+    "arguments": DINOV3,
+    "norm_eps": 1e-5,
+    "positions": "none",
+    "licence": "DINOv3 License",
+}
 BEIT: dict[str, Any] = {**SCALED, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False}
 BEIT_KEYS = ("cls_token", "blocks.0.attn.q_bias", "rel_pos_bias.relative_position_bias_table", "norm.weight")
 BEIT_IGNORED = ("mask_token", "lm_head.", "rel_pos_bias.relative_position_index", "cls_pt_")
@@ -221,16 +231,21 @@ FORMATS: dict[str, Format] = {
         arguments=REGISTERS,
         licence=APACHE,
     ),
-    "dinov3": Format(  # github.com/facebookresearch/dinov3: dinov3_vit*16_pretrain_*.pth
-        detect=("cls_token", "storage_tokens", "blocks.0.ls1.gamma", "blocks.0.attn.qkv.bias"),
-        ignore=("mask_token", "local_cls_norm."),
-        convert=dinov3,
-        network="eva",
-        arguments=DINOV3,
-        heads={4096: 32},  # of 128 channels
-        norm_eps=1e-5,
-        positions="none",
-        licence="DINOv3 License",
+    "dinov3-sat": Format(  # dinov3_vitl16_pretrain_sat493m-*.pth: of all with biases, it alone has this norm
+        detect=(*DINOV3_KEYS, "blocks.0.attn.qkv.bias", "local_cls_norm.weight"),
+        pixel_mean=(0.430, 0.411, 0.296),
+        pixel_std=(0.213, 0.156, 0.143),
+        **DINOV3_FILE,
+    ),
+    "dinov3": Format(  # github.com/facebookresearch/dinov3: dinov3_vit*16_pretrain_lvd1689m-*.pth
+        detect=(*DINOV3_KEYS, "blocks.0.attn.qkv.bias"),
+        **DINOV3_FILE,
+    ),
+    "dinov3-7b": Format(
+        detect=DINOV3_KEYS,
+        refusal="DINOv3 7B was trained on two sets of pictures, normalised in different ways, and its file does not "
+        "say which; save it by save_pretrained of transformers, and pass the folder",
+        **DINOV3_FILE,
     ),
     "beit-finetuned": Format(  # github.com/microsoft/unilm, beit and beit2: *_ft22k.pth, *_ft1k.pth
         container="model",

@@ -169,6 +169,11 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return "model_type" in config and "architecture" not in config
 
 
+def weights_file(folder: Path) -> str:
+    """Name of the file with weights in a folder: the first of `FILES` that is there."""
+    return next((name for name in FILES if (folder / name).exists()), FILES[0])
+
+
 def load_folder(folder: Path, config: Mapping[str, Any], image_size: int, file: str | None = None) -> Loaded:
     """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights, in ``file`` or the first of `FILES`.
 
@@ -181,7 +186,7 @@ def load_folder(folder: Path, config: Mapping[str, Any], image_size: int, file: 
     family, config = FAMILIES[name], config.get("vision_config", config)
     if not isinstance(config, dict):
         raise ValueError(f"{folder}: vision_config in config.json is no object; {REMEDY}.")
-    path = folder / (file or next((name for name in FILES if (folder / name).exists()), FILES[0]))
+    path = folder / (file or weights_file(folder))
     if not path.exists() and any(folder.glob("*.index.json")):
         raise ValueError(f"{folder}: its weights are in several files; {REMEDY}(FOLDER, max_shard_size='100GB').")
     weights = _named(read_file(path), family, bool(config.get("use_gated_mlp")), str(path))

@@ -95,6 +95,11 @@ def _from_file(path: Path, request: Request) -> Source:
         return _timm(request, config, content, str(path))._replace(source=path.name, sha256=digest)
     checkpoint = recognise(content, str(path))
     layout = FORMATS[checkpoint.format]
+    if checkpoint.format == "ibot/dino" and (path.suffix == ".safetensors" or timm.is_model(request.name)):
+        raise ValueError(
+            f"{path}: files of DINO and of timm's models without a head have the same keys; say which it is by "
+            "TIMM_NAME.TAG=FILE, such as vit_base_patch16_224.dino=FILE or vit_base_patch16_224.augreg_in21k=FILE."
+        )
     if checkpoint.format == "efficientnet-lite":
         architecture, weights = efficientnet_lite.renamed(checkpoint)
         loaded = _timm(request, _timm_config(architecture), weights, str(path))
@@ -129,7 +134,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         return _from_transformers(folder, config, request, file)
     _check_config(config, folder)
     path, facts, ours, name = (
-        folder / (file or "model.safetensors"),
+        folder / (file or huggingface.weights_file(folder)),
         config["pretrained_cfg"],
         config.get("comad", {}),
         config["architecture"],
@@ -139,12 +144,12 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     if unknown or arguments["in_chans"] != 3:
         raise ValueError(f"{folder}: its model_args are not those of an RGB Vision Transformer: {sorted(arguments)}.")
     arguments = {key: value for key, value in arguments.items() if key not in ("img_size", "num_classes", "in_chans")}
-    stored = {key: tensor for key, tensor in read_file(path).items() if not key.startswith("head.")}
+    stored = _without_classifier(read_file(path), facts)
     source, licence = f"{folder.absolute().name}/{path.name}", ours.get("licence", _licence(facts))
     try:
         vit = create_vit(name, request.image_size, **arguments)
     except NotPlainError:
-        whole = {"tag": None, "classifier": "head", **facts, "architecture": name}
+        whole = {"tag": None, **facts, "architecture": name}
         loaded = _timm(request, whole, stored, str(path))
         return loaded._replace(source=source, format="export", sha256=sha256(path), licence=licence)
     _refuse_other_activation(name, facts)
@@ -226,7 +231,7 @@ def _timm(
         _refuse_other_activation(name, config)
     network = _create(name, request.image_size, cfg)
     if weights is not None:
-        weights = {key: tensor for key, tensor in weights.items() if not key.startswith(f"{config['classifier']}.")}
+        weights = _without_classifier(weights, config)
         if gives_tokens(network) and not has_token_norm(network) and "norm.weight" in weights:
             network = _create(name, request.image_size, {**cfg, "global_pool": ""})  # a file from before fine-tuning
         load_weights(network, weights, where)
@@ -236,6 +241,13 @@ def _timm(
     backbone = _backbone(network, mean, std, _token_types(config["tag"]), request)
     full = ".".join(filter(None, (name, config["tag"])))
     return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence)
+
+
+def _without_classifier(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights but for those of the classifier, or of each if timm's facts name several."""
+    named = config.get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
 
 
 def _create(name: str, image_size: int, arguments: Mapping[str, Any]) -> nn.Module:

@@ -18,6 +18,9 @@ from comad.models.networks import gives_tokens
 from comad.models.sources import Source, find
 from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
+PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
+"""Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
+
 
 @dataclass(frozen=True)
 class TeacherCard:
@@ -203,6 +206,12 @@ def licence_notice(teachers: Sequence[Teacher]) -> str:
     if not names:
         return ""
     return f"Non-commercial weights: {', '.join(names)}. Their licences travel with every student distilled from them."
+
+
+def inherited_licence(licences: Sequence[str]) -> str:
+    """The licence of what was learnt from weights: apache-2.0 if all theirs are permissive, else the others."""
+    bound = sorted({licence for licence in licences if not PERMISSIVE.match(licence)})
+    return ", ".join(bound) or "apache-2.0"
 
 
 def _card(source: Source) -> TeacherCard:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
 from comad.models.decoder import MaskedDecoder
+from comad.models.networks import has_token_norm
 
 if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
 
@@ -38,9 +39,6 @@ class TimmBackbone(Backbone):
 
     decoder: MaskedDecoder | None
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(
         self,
         vit: VisionTransformer,
@@ -54,11 +52,17 @@ class TimmBackbone(Backbone):
         self.vit = vit
         self.decoder = None
         self.width = vit.embed_dim
-        self.patch_size = vit.patch_embed.patch_size[0]
         self.grid = vit.patch_embed.grid_size
+        hybrid = hasattr(vit.patch_embed, "backbone")  # then patches are of its CNN's map
+        self.patch_size = vit.patch_embed.img_size[0] // self.grid[0] if hybrid else vit.patch_embed.patch_size[0]
         self.token_types = token_types
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def take_pixels_of(self, other: Backbone) -> None:
+        """Normalise pixels as another network does."""
+        self.pixel_mean.copy_(other.pixel_mean)
+        self.pixel_std.copy_(other.pixel_std)
 
     def forward(
         self,
@@ -173,11 +177,29 @@ class VitConfig:
         }
         return {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def start_licences(self) -> tuple[str, ...]:
+        """The licence of the weights it starts from, if any."""
+        if not self.pretrained:
+            return ()
+        known = timm.get_pretrained_cfg(self.name)
+        return (known.license if known and known.license else "unknown",)
+
     def build(self, **extra: Any) -> TimmBackbone:
-        """Make the network, randomly initialised from torch's generator unless ``pretrained``."""
+        """Make the network, randomly initialised from torch's generator unless ``pretrained``.
+
+        Raises:
+            ValueError: see `create_vit`; or its tokens have no norm, no method here trains one of its tokens, or its
+                CNN would see what is hidden.
+        """
         arguments = {key: value for key, value in self.arguments.items() if key != "img_size"}
         vit = create_vit(
             self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
         )
+        if not has_token_norm(vit) or hasattr(vit, "dist_token") or hasattr(vit.patch_embed, "backbone"):
+            raise ValueError(
+                f"{self.name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "
+                "after pooling; name a plain one such as vit_tiny_patch16_224."
+            )
         pixels = cast(dict[str, Any], vit.pretrained_cfg)
         return TimmBackbone(vit, pixels["mean"], pixels["std"])

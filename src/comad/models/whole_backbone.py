@@ -35,8 +35,6 @@ class WholeBackbone(Backbone):
         ValueError: the network gives neither, or its patches form no square.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
     sees_whole = True
 
     def __init__(

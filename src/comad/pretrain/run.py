@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -19,7 +19,7 @@ from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
 from comad.models.mae_decoder import save_decoder
-from comad.models.teachers import TeacherCard, load_teacher
+from comad.models.teachers import TeacherCard, inherited_licence, load_teacher
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
 from comad.pretrain.mae import MaeModel
@@ -62,13 +62,25 @@ def pretrain(config: PretrainConfig) -> Path | None:
 
 
 def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
-    """Copy the weights of a teacher of the same architecture."""
+    """Copy the weights of a teacher of the same architecture, and its pixel normalisation."""
     teacher = load_teacher(spec, backbone.grid[0] * backbone.patch_size)
-    start = teacher.backbone.state_dict()
-    if {name: x.shape for name, x in start.items()} != {name: x.shape for name, x in backbone.state_dict().items()}:
-        raise ValueError(f"--init {spec!r} is another architecture; make --vit.* the same, or start from scratch.")
-    backbone.load_state_dict(start)
+    if _architecture(teacher.backbone) != _architecture(backbone):
+        raise ValueError(
+            f"--init {spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
+            f"{teacher.card.depth}); make --vit.* the same, or start from scratch."
+        )
+    backbone.load_state_dict(teacher.backbone.state_dict())
+    backbone.take_pixels_of(teacher.backbone)
     return teacher.card
+
+
+def _architecture(backbone: Any) -> Any:
+    """What two networks must share if the weights of one are to mean the same in the other."""
+    shapes = {name: x.shape for name, x in backbone.state_dict().items()}
+    if not isinstance(backbone, TimmBackbone):
+        return shapes
+    block = cast(Any, backbone.vit.blocks[0])
+    return shapes, block.attn.num_heads, str(block.norm1), str(block.mlp.act)
 
 
 def _check(config: PretrainConfig, splits: Splits) -> None:
@@ -97,6 +109,8 @@ def export_teacher(
     method, size = config.method.kind, config.vit.image_size
     plain = config.vit.build()
     plain.load_state_dict(backbone.state_dict())
+    for network in (untrained, plain):
+        network.take_pixels_of(backbone)
     plain.token_types = config.method.token_types
     rows = (
         score("pixels", "pixels", None, splits, size).row,
@@ -107,7 +121,7 @@ def export_teacher(
     origin = f", starting from {start.source} ({start.licence}): {start.about}" if start else " from scratch."
     card = ModelCard(
         name=f"{method} teacher, {splits.train.name}",
-        licence="apache-2.0",
+        licence=inherited_licence([*([start.licence] if start else []), *config.vit.start_licences]),
         about=f"Trained by `comad pretrain {method}` on {splits.train.name}{origin}",
         architecture=config.vit.name,
         token_types=config.method.token_types,
