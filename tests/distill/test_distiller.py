@@ -29,6 +29,24 @@ HIDDEN = [
 NAMES = ["drop", "token", "zero", "printed", "shared", "none"]
 
 
+@pytest.mark.parametrize(
+    ("name", "with_cls", "trained"),
+    [
+        ("comad", (False, True, True), True),
+        ("comad", (False, False, False), False),
+        ("comad-spatial-only", (True, True, True), False),
+        ("radio", (True, True, True), True),
+        ("gram", (True,), False),  # it compares mean patches
+        ("tinymim", (True,), False),
+        ("dmae", (True,), False),
+        ("dmjd", (True,), False),
+    ],
+)
+def test_the_class_token_is_offered_where_a_term_trains_it(small_distillation, name, with_cls, trained):
+    types = small_distillation(METHODS[name], with_cls=with_cls).distiller.token_types
+    assert types == (("cls", "patch") if trained else ("patch",))
+
+
 def naive_target(student: Tensor, teachers: list[Tensor]) -> Tensor:
     """One fused token, by the gate's equations, of the teachers that saw it."""
     scores = []

@@ -9,8 +9,10 @@ import pytest
 import timm
 import torch
 
+from comad.distill.distiller import Distiller
 from comad.distill.heads import Student
 from comad.distill.matching import give_decoders, match, widths_and_cls
+from comad.distill.taps import Tap
 from comad.export.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.mae_decoder import load_decoder, save_decoder
@@ -58,6 +60,22 @@ def test_a_network_without_blocks_is_refused(name):
 def test_masks_that_do_not_fit_the_terms_are_refused(name, policy, words):
     with pytest.raises(ValueError, match=f"--method.masking.policy {words}"):
         replace(METHODS[name], masking=replace(METHODS[name].masking, policy=policy))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [("dmae", {"hidden": "token"}, "hidden drop"), ("g2sd", {"teachers_hidden": "zero"}, "teachers-hidden drop")],
+)
+def test_decoders_take_what_was_left_out(name, change, words):
+    with pytest.raises(ValueError, match=f"--method.masking.{words}"):
+        replace(METHODS[name], masking=replace(METHODS[name].masking, **change))
+
+
+def test_a_student_without_class_token_is_refused():
+    student = replace(STUDENT, name="vit_base_patch16_siglip_224").build()
+    with pytest.raises(ValueError, match=r"no class token.*--method\.tap\.pooled"):
+        Distiller(student, METHODS["comad"], [16], [True])
+    Distiller(student, replace(METHODS["comad"], tap=Tap(pooled=True)), [16], [True])
 
 
 def test_heads_of_the_teacher_travel_into_the_export(tmp_path):

@@ -74,6 +74,15 @@ def test_running_moments_start_as_the_mean_of_the_batches_and_then_forget():
     torch.testing.assert_close(normalizer.mean_patches_0, expected)
 
 
+def test_running_moments_are_those_of_the_calibration_until_the_first_batch():
+    running, fixed = (Standardise(over=over).build([12]).eval() for over in ("running", "calibration"))
+    for normalizer in (running, fixed):
+        normalizer.calibrate([tokens()])
+    assert torch.equal(running(tokens(seed=3), 0).patches, fixed(tokens(seed=3), 0).patches)
+    running.train()(tokens(seed=4), 0)
+    torch.testing.assert_close(running.mean_patches_0, uneven(40, seed=4).flatten(0, 1).mean(dim=0))
+
+
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 48, 192, 384, 768, 1152])
 def test_hadamard_matrices_are_orthogonal_with_entries_of_one_size(order):
     matrix = hadamard(order).double()

@@ -383,3 +383,20 @@ def test_hybrid_has_the_grid_that_is_asked_for():
 def test_students_that_cannot_be_trained_are_refused(name: str):
     with pytest.raises(ValueError, match=f"{name}.*vit_tiny_patch16_224"):
         VitConfig(name=name).build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 100}, "100 pixels.*use 96"),
+        ({"heads": 5}, "multiple of its heads"),
+        ({"pretrained": True}, "weights"),
+    ],
+)
+def test_students_whose_sizes_do_not_fit_are_refused(changes: dict[str, Any], words: str, monkeypatch):
+    def unreachable(*arguments, **named):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", unreachable)
+    with pytest.raises(ValueError, match=words):
+        VitConfig(**changes).build()

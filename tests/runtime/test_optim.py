@@ -33,6 +33,24 @@ def test_no_warm_up_and_fractions_of_epochs():
     assert OptimConfig(epochs=0.001).total_steps(10) == 1
 
 
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "accumulate", "epochs", "steps", "seen"),
+    [(1000, 256, 1, 100.0, 300, 76_800), (2000, 256, 4, 100.0, 175, 179_200), (5000, 256, 8, 8.0, 19, 38_912)],
+)
+def test_an_epoch_is_every_whole_batch_however_many_make_a_step(
+    num_images, batch_size, accumulate, epochs, steps, seen
+):
+    config = OptimConfig(epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    assert config.total_steps(config.steps_per_epoch(num_images)) == steps
+    assert config.images_seen(num_images) == seen
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 0.0}, {"batch_size": 0}, {"accumulate": 0}])
+def test_values_that_are_too_small_are_refused(changes):
+    with pytest.raises(ValueError, match=f"--optim.{next(iter(changes)).replace('_', '-')} 0.* is too small"):
+        OptimConfig(**changes)
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(256, 1), (64, 4), (1024, 1), (32, 1)])
 def test_learning_rate_scales_with_the_effective_batch(batch_size, accumulate):
     config = OptimConfig(base_lr=2e-3, batch_size=batch_size, accumulate=accumulate)

@@ -1,15 +1,18 @@
 import json
 import math
+import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from comad.data.loader import LoaderConfig, training_batches
 from comad.runtime import learner as learner_module
 from comad.runtime.checkpoint import checkpoints, load_checkpoint
 from comad.runtime.optim import OptimConfig
@@ -22,6 +25,16 @@ class Rows(NamedTuple):
     x: Tensor
     image: Tensor
     readable: Tensor
+
+
+class InOrder(Sampler):
+    def __iter__(self):
+        return iter([[i] for i in range(24)])
+
+
+class Unreadable(Dataset):
+    def __getitem__(self, index):
+        raise ValueError("3 files in a row are unreadable; check the disk.")
 
 
 def make_job(batch_size=4, accumulate=1, on_step=None, watch=None, probe=None, identity=None, unreadable=()):
@@ -306,6 +319,62 @@ def test_unreadable_images_are_listed(tmp_path, capfd):
     fit(tmp_path, make_job(unreadable=(5, 17, 3)))
     assert (tmp_path / "unreadable.txt").read_text().split() == ["image-03.png", "image-05.png", "image-17.png"]
     assert "3 unreadable images skipped so far, listed in" in capfd.readouterr().err
+
+
+def test_the_list_of_unreadable_images_is_added_to(tmp_path):
+    fit(tmp_path, make_job(unreadable=(5,)))
+    with (tmp_path / "unreadable.txt").open("a") as file:
+        file.write("image-of-another-process.png\n")
+    job = make_job(unreadable=(5, 17))
+    fit(tmp_path, job, replace(OPTIM, epochs=4.0), resume=True)
+    assert (tmp_path / "unreadable.txt").read_text().split() == [
+        "image-05.png",
+        "image-of-another-process.png",
+        "image-17.png",
+    ]
+
+
+def test_workers_end_with_the_run_however_it_ends(tmp_path):
+    job = make_job(on_step=lambda number, loss: 1 / 0)
+    plain = job.batches
+
+    def batches(first, last):
+        return training_batches(Subset(plain(first, last).dataset, range(24)), InOrder(), LoaderConfig(workers=1))
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit(tmp_path, replace(job, batches=batches))
+    assert caught.value.__traceback__ is not None  # it holds the frames, and with them the loader
+    assert not multiprocessing.active_children()
+
+
+def test_the_message_of_a_worker_is_one_line(tmp_path):
+    job = make_job()
+
+    def batches(first, last):
+        return training_batches(Unreadable(), InOrder(), LoaderConfig(workers=1))
+
+    with pytest.raises(ValueError) as caught:
+        fit(tmp_path, replace(job, batches=batches))
+    assert str(caught.value) == "3 files in a row are unreadable; check the disk."
+
+
+def test_a_run_that_only_warms_up_is_told(tmp_path, capfd):
+    fit(tmp_path / "a", optim=replace(OPTIM, warmup_epochs=3.0))
+    assert "only warms up, for 3 epochs in a run of 3" in capfd.readouterr().err
+    fit(tmp_path / "b")
+    assert "warms up" not in capfd.readouterr().err
+
+
+def test_one_of_several_processes_does_not_train_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"one of 4 processes.*set --run\.devices 4"):
+        start_fabric(RunConfig())
+
+
+@pytest.mark.parametrize("name", ["log_every", "checkpoint_every", "keep", "devices"])
+def test_values_that_are_too_small_are_refused(name):
+    with pytest.raises(ValueError, match=f"--run.{name.replace('_', '-')} 0 is too small"):
+        RunConfig(**{name: 0})
 
 
 def test_bf16_keeps_weights_in_float32(tmp_path):

@@ -108,14 +108,13 @@ class ViewDataset(Dataset[Batch]):
         return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
-        for step in range(min(MAX_UNREADABLE_RUN, len(self.images))):
+        tried = min(MAX_UNREADABLE_RUN, len(self.images))
+        for step in range(tried):
             try:
                 return self.images.load((index + step) % len(self.images), self.min_side), step == 0
             except UnreadableImageError:
                 continue
-        raise ValueError(
-            f"{MAX_UNREADABLE_RUN} files in a row are unreadable, from {self.images.path(index)} on; check the disk."
-        )
+        raise ValueError(f"{tried} files in a row are unreadable, from {self.images.path(index)} on; check the disk.")
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -67,6 +67,10 @@ class Method:
             raise ValueError("attention is compared on whole images; set --method.masking.policy none.")
         if any(term.over == "pixels" for term in terms) and whole:
             raise ValueError("pixels are painted where patches are hidden; set --method.masking.policy shared.")
+        if any(term.over == "pixels" for term in terms) and self.masking.hidden != "drop":
+            raise ValueError("pixels are painted of what the student sees alone; set --method.masking.hidden drop.")
+        if self.tap.decoder and self.masking.teachers_hidden != "drop":
+            raise ValueError("a decoder fills in what was left out; set --method.masking.teachers-hidden drop.")
 
     @property
     def active(self) -> dict[str, Term]:

@@ -75,6 +75,7 @@ class Distiller(StudentSide):
             anywhere = torch.stack([pair.weight > 0 for pair in said]).any(dim=0)
             counts = term.positions(visible, anywhere[:, 1:], anywhere[:, :1])
             said = self.related(name, said, counts)
+            counts = counts[:, : said[0].weight.shape[1]]  # over the queue it is the class token alone
             parts[name] = self.distance(term, said, counts, targets.masks)
             loss = loss + term.weight * parts[name]
             shown = said if term.over == "channels" else shown
@@ -144,8 +145,8 @@ class Distiller(StudentSide):
                 prediction, target = token_logits(prediction, counts), token_logits(target, counts)
             elif over == "queue":
                 queue = cast(Queue, cast(nn.ModuleList, self.queues[name])[position])
-                newest = target[:, 0]
-                prediction, target = queue(prediction), queue(target)
+                newest, weight = target[:, 0], weight[:, :1]
+                prediction, target = queue(prediction[:, :1]), queue(target[:, :1])
                 if self.training:
                     queue.push(newest)
             found.append(Pair(prediction, target, weight))
@@ -200,6 +201,15 @@ class Distiller(StudentSide):
         self.eval()
         self.aligners.calibrate([self.normalizers(part, m).patches.flatten(0, 1) for m, part in enumerate(chosen)])
         self.train(training)
+
+    @property
+    def token_types(self) -> tuple[str, ...]:
+        """Tokens of the student's last layer that a term trains: the patches, and the class token if one reads it."""
+        method, terms = self.method, [term for term in self.method.active.values() if term.over_tokens and term.cls]
+        heard = {m for term in terms for m in self.listened[term.teachers]}
+        at_end = method.tap.student == 1 and not method.tap.pooled and not method.tap.decoder
+        trained = at_end and any(self.teachers_with_cls[m] for m in heard)
+        return ("cls", "patch") if trained else ("patch",)
 
     @property
     def num_heads(self) -> int:

@@ -28,6 +28,8 @@ class StudentSide(nn.Module):
 
     def __init__(self, student: TimmBackbone, method: Method):
         super().__init__()
+        if student.vit.cls_token is None and not method.tap.pooled:
+            raise ValueError("this student has no class token; name another, or set --method.tap.pooled.")
         self.method = method
         self.student = student
         depth, masking, terms = len(student.vit.blocks), method.masking, method.active.values()
@@ -70,7 +72,7 @@ class StudentSide(nn.Module):
             patches = scatter_patches(patches, masks.student, self.student.num_patches)
         if fill:
             patches = self._filled(tokens, patches, masks)
-        assert cls is not None, "a student has a class token"
+        assert cls is not None
         return torch.cat([cls.unsqueeze(1), patches], dim=1).float()
 
     def _filled(self, tokens: Tokens, whole: Float[Tensor, "B N D"], masks: Masks) -> Float[Tensor, "B N D"]:

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
+from comad.distill.distiller import Distiller
 from comad.evaluate.scoreboard import Score, Scoreboard, score
 from comad.evaluate.scores import write_scores
 from comad.export.package import ModelCard, export_backbone, snippet
@@ -33,11 +34,11 @@ class Result(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A student at the end of training: the config that it would have alone, and itself as it was before, and now."""
+    """A student at the end of training: the config that it would have alone, itself before, and what was trained."""
 
     config: DistillConfig
     untrained: TimmBackbone
-    student: TimmBackbone
+    distiller: Distiller
 
 
 def finish(students: Sequence[Trained], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric) -> Result:
@@ -51,27 +52,28 @@ def finish(students: Sequence[Trained], splits: Splits, teachers: Sequence[Teach
         others = score_others(config, scored, teachers)
     results = []
     for trained in students:
-        student = trained._replace(student=trained.student.to(fabric.device))
-        scores = (*others, *score_student(student, scored)) if scored else ()
-        results.append(_leave(student, splits, teachers, scores, fabric))
+        trained.distiller.to(fabric.device)
+        scores = (*others, *score_student(trained, scored)) if scored else ()
+        results.append(_leave(trained, splits, teachers, scores, fabric))
     return results[0]._replace(beside=tuple(results[1:]))
 
 
 def _leave(
     trained: Trained, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
 ) -> Result:
-    """Write what one student leaves behind."""
+    """Write what one student leaves behind. Whoever loads it reads no token that nothing trained."""
     config, out = trained.config, Path(trained.config.run.out)
+    trained.distiller.student.token_types = trained.distiller.token_types
     board = Scoreboard(tuple(part.row for part in scores))
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
         fabric.print(board.table())
     folder = export_backbone(
-        trained.student,
+        trained.distiller.student,
         out / "student",
         model_args=config.student.arguments,
-        card=_card(config, splits, teachers, board, fabric),
+        card=_card(trained, splits, teachers, board, fabric),
     )
     fabric.print(f"curves and scores as a picture: {run_figure(out)}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
@@ -101,7 +103,7 @@ def score_student(trained: Trained, splits: Splits) -> tuple[Score, ...]:
         untrained = score("untrained", "untrained", random, splits, size, dtype)
     else:
         untrained = init._replace(row=replace(init.row, name="untrained", role="untrained"))
-    return untrained, init, score("student", "student", trained.student, splits, size, dtype)
+    return untrained, init, score("student", "student", trained.distiller.student, splits, size, dtype)
 
 
 def _dtype(config: DistillConfig) -> torch.dtype | None:
@@ -109,18 +111,19 @@ def _dtype(config: DistillConfig) -> torch.dtype | None:
 
 
 def _card(
-    config: DistillConfig, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
+    trained: Trained, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
 ) -> ModelCard:
+    config = trained.config
     names = ", ".join(teacher.name for teacher in teachers)
     return ModelCard(
         name=f"{config.preset} student of {names}",
         licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
         about=f"Distilled from the frozen teachers {names} by comad.",
         architecture=config.student.name,
-        token_types=("cls", "patch") if any("cls" in t.backbone.token_types for t in teachers) else ("patch",),
+        token_types=trained.distiller.token_types,
         preset=config.preset,
         seed=config.run.seed,
-        images_seen=round(config.optim.epochs * len(splits.train)),
+        images_seen=config.optim.images_seen(len(splits.train)),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
         hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),

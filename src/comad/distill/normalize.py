@@ -75,8 +75,8 @@ class Standardiser(nn.Module):
                     getattr(self, f"{name}_{row}_{teacher}").lerp_(value, share)
 
     def calibrate(self, tokens: Sequence[Tokens]) -> None:
-        """Take the moments of these tokens, one entry per teacher."""
-        if self.over == "calibration":
+        """Take the moments of these tokens, one entry per teacher; with ``running`` until the first batch."""
+        if self.over != "batch":
             for m, part in enumerate(tokens):
                 self._follow(part, m, torch.ones((), device=self.steps.device))
 
@@ -131,7 +131,7 @@ def hadamard(order: int) -> Float[Tensor, "order order"]:
     size, doublings = order, 0
     while size > 2 and not (size % 4 == 0 and _is_prime(size - 1)):
         if size % 4:
-            raise ValueError(f"no Hadamard matrix for width {order}; use --method.normalize.kind standardise instead.")
+            raise ValueError(f"no Hadamard matrix for width {order}; use --preset eupe, which only standardises.")
         size, doublings = size // 2, doublings + 1
     matrix = _paley(size) if size > 2 else torch.tensor([[1.0, 1.0], [1.0, -1.0]])[:size, :size]
     for _ in range(doublings):

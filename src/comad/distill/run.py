@@ -66,7 +66,7 @@ def distill(config: DistillConfig) -> Result | None:
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    ends = [Trained(own, part.start, end.student) for own, part, end in zip(configs, students, trained, strict=True)]
+    ends = [Trained(own, part.start, end) for own, part, end in zip(configs, students, trained, strict=True)]
     with as_written(config.compile):
         return finish(ends, splits, teachers, fabric)
 
@@ -155,7 +155,7 @@ def _shared(
     return {
         "batches": batches,
         "prepare": prepare,
-        "steps_per_epoch": len(views.images) // (optim.batch_size * optim.accumulate),
+        "steps_per_epoch": optim.steps_per_epoch(len(views.images)),
         "name_image": views.images.path,
     }
 
@@ -189,6 +189,7 @@ def _plain(config: DistillConfig) -> dict[str, Any]:
     """The config as nested plain values, without what may differ between a run and its continuation."""
     plain = {key: value for key, value in asdict(config).items() if key not in SAME_RESULT}
     plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
+    plain["loader"].pop("workers")
     return plain
 
 

@@ -65,11 +65,12 @@ def dense_job(
     identity = {
         key: value for key, value in asdict(config).items() if key not in ("run", "figures", "backbone", "data")
     }
+    identity["loader"].pop("workers")
     return Job(
         module=module,
         step=step,
         batches=batches,
-        steps_per_epoch=count // whole,
+        steps_per_epoch=config.optim.steps_per_epoch(count),
         identity={**identity, "seed": config.run.seed, "precision": config.run.precision, "backbone": card.as_dict()},
         probe=probe,
         watch=lambda done, metrics: None,

@@ -97,7 +97,7 @@ def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) 
         "trials": [{"base_lr": t.optim.base_lr, "epochs": t.optim.epochs, "validation": t.validation} for t in trials],
         "chosen": trials.index(best),
         "seed": config.run.seed,
-        "images_seen": round(best.optim.epochs * len(splits.train)),
+        "images_seen": best.optim.images_seen(len(splits.train)),
         "seconds": round(sum(trial.seconds for trial in trials), 1),
         "code": code_version(),
         "hardware": hardware(fabric.device, config.run.threads),

@@ -133,7 +133,7 @@ def _job(config: FinetuneConfig, subject: Subject, classifier: Classifier, split
         module=classifier,
         step=step,
         batches=batches,
-        steps_per_epoch=len(views.images) // (optim.batch_size * optim.accumulate),
+        steps_per_epoch=optim.steps_per_epoch(len(views.images)),
         identity={**plain, "fixed_views": config.loader.fixed_views, "subject": subject.identity},
         probe=probe,
         watch=lambda done, metrics: None,

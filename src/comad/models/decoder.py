@@ -52,6 +52,7 @@ class MaskedDecoder(nn.Module):
     ) -> Float[Tensor, "B n width"]:
         """Tokens after the last block and the norm; the last N are the patches."""
         num_patches = len(self.positions)
+        assert patches.shape[:2] == visible.shape, "a decoder takes the visible patches and no others"
         filled = scatter_patches(self.embed(patches), visible, num_patches)
         known = seen(visible, len(patches), num_patches, patches.device).unsqueeze(-1)
         x = torch.where(known, filled, self.mask_token.to(filled.dtype)) + self.positions

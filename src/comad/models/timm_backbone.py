@@ -189,13 +189,26 @@ class VitConfig:
         """Make the network, randomly initialised from torch's generator unless ``pretrained``.
 
         Raises:
-            ValueError: see `create_vit`; or its tokens have no norm, no method here trains one of its tokens, or its
-                CNN would see what is hidden.
+            ValueError: see `create_vit`; its sizes do not fit each other, or its weights cannot be had; or its tokens
+                have no norm, no method here trains one of its tokens, or its CNN would see what is hidden.
         """
         arguments = {key: value for key, value in self.arguments.items() if key != "img_size"}
-        vit = create_vit(
-            self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
-        )
+        try:
+            vit = create_vit(
+                self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
+            )
+        except AssertionError as error:
+            raise ValueError(f"{self.name}: its width is no multiple of its heads; change one of them.") from error
+        except Exception as error:  # every version of the hub client has its own error for a missing network
+            if isinstance(error, ValueError) or not self.pretrained:
+                raise
+            raise ValueError(f"{self.name}: timm cannot get its weights; train it without pretrained ones.") from error
+        patch = vit.patch_embed.patch_size[0]
+        if self.image_size % patch:
+            fit = max(1, round(self.image_size / patch)) * patch
+            raise ValueError(
+                f"{self.name}: {self.image_size} pixels are no multiple of its {patch}-pixel patch; use {fit}."
+            )
         if not has_token_norm(vit) or hasattr(vit, "dist_token") or hasattr(vit.patch_embed, "backbone"):
             raise ValueError(
                 f"{self.name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "

@@ -74,7 +74,7 @@ def measure(
     line = straight_line((first.batch, first.peak), (second.batch, second.peak))
     peak = max(second.probe_peak, round(line[0] + line[1] * batch))
     if device.type == "cuda":
-        fits, estimated = largest_that_fits(lambda size: take(size, 2), chosen, job.steps_per_epoch * batch), False
+        fits, estimated = largest_that_fits(lambda size: take(size, 2), chosen, int(job.steps_per_epoch * batch)), False
         torch.cuda.empty_cache()
     else:
         fits, estimated = room_for(line, available_bytes(device)), True

@@ -127,7 +127,7 @@ def export_teacher(
         token_types=config.method.token_types,
         preset=method,
         seed=config.run.seed,
-        images_seen=round(config.optim.epochs * len(splits.train)),
+        images_seen=config.optim.images_seen(len(splits.train)),
         command=f"comad pretrain {method} {flags(config, recipe(method))}".rstrip(),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
@@ -167,11 +167,12 @@ def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> 
         return None
 
     identity = {key: value for key, value in asdict(config).items() if key != "run"}
+    identity["loader"].pop("workers")
     return Job(
         module=model,
         step=step,
         batches=batches,
-        steps_per_epoch=len(splits.train) // (batch_size * config.optim.accumulate),
+        steps_per_epoch=config.optim.steps_per_epoch(len(splits.train)),
         identity={**identity, "seed": seed, "precision": config.run.precision},
         probe=lambda module: probe(module.trained),
         watch=watch,

@@ -48,6 +48,11 @@ class RunConfig:
     threads: int = 0
     stop_on_collapse: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep", "devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--run.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or more.")
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run after a checkpoint was written."""
@@ -72,7 +77,7 @@ class Job:
         module: exactly what training changes; its state is the checkpoint.
         step: (module as the engine wrapped it, prepared batch, share of the run that is done) → loss and metrics.
         batches: (first, last) forward pass → a loader of these batches in order.
-        steps_per_epoch: optimiser steps per epoch.
+        steps_per_epoch: optimiser steps per epoch; a fraction where an epoch ends within a step.
         identity: nested plain values that a resumed run must share: config, teacher hashes.
         probe: scores to log now and then, such as kNN; called with the weights to be scored.
         watch: looks at the logged metrics; a returned text is a warning, shown and recorded.
@@ -86,7 +91,7 @@ class Job:
     module: nn.Module
     step: Callable[[nn.Module, Any, float], Step]
     batches: Callable[[int, int], DataLoader]
-    steps_per_epoch: int
+    steps_per_epoch: float | int
     identity: Mapping[str, Any]
     probe: Callable[[Any], Metrics]
     watch: Callable[[int, Metrics], str | None]

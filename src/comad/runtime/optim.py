@@ -49,12 +49,17 @@ class OptimConfig:
     clip: float = 3.0
     ema: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or so.")
+
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
         return self.base_lr * self.batch_size * self.accumulate / 256
 
-    def lr(self, step: int, steps_per_epoch: int) -> float:
+    def lr(self, step: int, steps_per_epoch: float | int) -> float:
         """Learning rate of one optimiser step, counted from 0."""
         total, warmup = self.total_steps(steps_per_epoch), self.warmup_epochs * steps_per_epoch
         if step < warmup:
@@ -62,9 +67,17 @@ class OptimConfig:
         share = (step - warmup) / max(1.0, total - warmup)
         return self.peak_lr * (self.min_lr + (1 - self.min_lr) * SCHEDULES[self.schedule](min(1.0, share)))
 
-    def total_steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, steps_per_epoch: float | int) -> int:
         """Optimiser steps of the whole run."""
         return max(1, round(self.epochs * steps_per_epoch))
+
+    def steps_per_epoch(self, num_images: int) -> float:
+        """Optimiser steps per pass over so many images; those that fill no batch are left out of it."""
+        return num_images // self.batch_size / self.accumulate
+
+    def images_seen(self, num_images: int) -> int:
+        """Images in all steps of a run over so many."""
+        return self.total_steps(self.steps_per_epoch(num_images)) * self.batch_size * self.accumulate
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -27,10 +27,19 @@ class Stream:
 
     def __next__(self) -> Any:
         start = time.monotonic()
-        batch = next(self.batches)
+        try:
+            batch = next(self.batches)
+        except ValueError as error:  # of a worker the last line is its message, after a traceback
+            raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
         self.waited += time.monotonic() - start
         self.unreadable.update(batch.image[~batch.readable].tolist())
         return self.fabric.to_device(batch)
+
+    def close(self) -> None:
+        """End the workers: the program would wait for them for ever, for they ignore signals."""
+        stop = getattr(self.batches, "_shutdown_workers", None)
+        if stop:
+            stop()
 
 
 class Report:
@@ -87,8 +96,12 @@ class Report:
             raise TrainingError(f"{self.log.title}stopped at step {done}: {warning}")
 
     def _list_unreadable(self) -> None:
-        if len(self.stream.unreadable) > self.skipped:
-            self.skipped = len(self.stream.unreadable)
-            names = sorted(self.job.name_image(index) for index in self.stream.unreadable)
-            (Path(self.run.out) / "unreadable.txt").write_text("\n".join(names) + "\n", "utf-8", "surrogateescape")
-            self.log.say(f"{len(names)} unreadable images skipped so far, listed in {self.run.out}/unreadable.txt")
+        """Add files to the list, to which other processes and earlier parts of the run add too."""
+        if len(self.stream.unreadable) == self.skipped:
+            return
+        self.skipped = len(self.stream.unreadable)
+        path, names = Path(self.run.out) / "unreadable.txt", {self.job.name_image(i) for i in self.stream.unreadable}
+        listed = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path.exists() else set()
+        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("".join(f"{name}\n" for name in sorted(names - listed)))
+        self.log.say(f"{len(names | listed)} unreadable images skipped so far, listed in {path}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,19 @@ __all__ = [
 
 
 def start_fabric(run: RunConfig) -> Fabric:
-    """Start the engine: one process, or DDP over several; bf16 by autocast."""
+    """Start the engine: one process, or DDP over several, on NVIDIA's GPUs or the CPU; bf16 by autocast.
+
+    Raises:
+        ValueError: a launcher started several processes, and ``run.devices`` is one.
+    """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    strategy = "ddp" if run.devices > 1 else "auto"
+    if run.devices == 1 and (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"this is one of {count} processes, which would each train alone; set --run.devices {count}.")
     fabric = Fabric(
-        devices=run.devices, strategy=strategy, precision="bf16-mixed" if run.precision == "bf16" else "32-true"
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=run.devices,
+        strategy="ddp" if run.devices > 1 else "auto",
+        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
     )
     fabric.launch()
     return fabric
@@ -103,16 +112,25 @@ def train_together(jobs: Sequence[Job], optim: OptimConfig, runs: Sequence[RunCo
     shared, run, steps_per_epoch = jobs[0], runs[0], jobs[0].steps_per_epoch
     assert all((job.batches, job.prepare) == (shared.batches, shared.prepare) for job in jobs)
     total = optim.total_steps(steps_per_epoch)
+    if optim.batch_size % fabric.world_size:
+        raise ValueError(
+            f"--optim.batch-size {optim.batch_size} cannot be shared by {fabric.world_size} processes; use a multiple."
+        )
     if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
         keep_freed_memory()
     learners = [Learner.create(job, optim, own, fabric) for job, own in zip(jobs, runs, strict=True)]
     first = min(learner.first for learner in learners)
     stream = Stream(shared.batches(first * optim.accumulate, total * optim.accumulate), fabric)
-    with ExitStack() as logs, _threads(run.threads), _signals() as received:
+    with closing(stream), ExitStack() as logs, _threads(run.threads), _signals() as received:
         for learner in learners:
             log = logs.enter_context(_open_log(learner.run, total, fabric, named=len(jobs) > 1))
             learner.report = Report(
                 learner.job, learner.run, log, optim.batch_size * optim.accumulate, stream, learner.first
+            )
+        if optim.warmup_epochs >= optim.epochs:
+            learners[0].report.log.say(
+                f"WARNING: the learning rate only warms up, for {optim.warmup_epochs:g} epochs in a run of "
+                f"{optim.epochs:g}; set a shorter --optim.warmup-epochs."
             )
         for step in range(first, total):
             learning = [learner for learner in learners if learner.first <= step]
