@@ -26,7 +26,7 @@ BASELINES = ("untrained", "init-only", "pixels")
 
 
 def main() -> None:
-    """Run the demo once per seed and compare the student with its baselines, paired, over concepts."""
+    """Run the demo once per seed and compare the student with its baselines, paired, over seeds and concepts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="demo")
     parser.add_argument("--preset", default="comad")
@@ -65,10 +65,9 @@ def main() -> None:
 
 
 def _gain(runs: list[dict[str, Score]], method: str, baseline: str) -> dict[str, float]:
-    """Student minus baseline, all seeds together; the bootstrap draws concepts, so an image's seeds stay together."""
-    student, other = (torch.cat([run[name].correct[method] for run in runs]) for name in ("student", baseline))
-    groups = torch.cat([run["student"].groups[method] for run in runs])
-    return paired_interval(student, other, groups)._asdict()
+    """Student minus baseline; the bootstrap draws seeds and concepts."""
+    student, other = (torch.stack([run[name].correct[method] for run in runs]) for name in ("student", baseline))
+    return paired_interval(student, other, runs[0]["student"].groups[method])._asdict()
 
 
 if __name__ == "__main__":

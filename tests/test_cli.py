@@ -42,6 +42,31 @@ def test_help_is_quick_and_does_without_torch():
     assert min(seconds) <= 0.5
 
 
+def test_places_that_cannot_be_written_are_told_in_one_line(capsys, labelled_folder):
+    Path("file").touch()
+    Path("folder").mkdir()
+    assert "file/x: Not a directory" in failure(capsys, "distill", "--run.out=file/x")
+    data = f"--data={labelled_folder}"
+    assert "is a folder; name a JSON file" in failure(capsys, "evaluate", RANDOM, data, "--out=folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--loader.fixed-views=-1"], "--loader.fixed-views -1 is too small"),
+        (["--student.patch-size=0"], "patch size of 0 is too small"),
+        (["--run.seed=-1"], "seed -1"),
+        (["--optim.batch-size=0"], "--optim.batch-size 0 is too small"),
+        (["--run.checkpoint-every=0"], "--run.checkpoint-every 0 is too small"),
+    ],
+)
+def test_numbers_that_are_too_small_are_told(capfd, arguments, words):
+    with pytest.raises(SystemExit):
+        main(["distill", *arguments])
+    told = capfd.readouterr().err
+    assert words in " ".join(told.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
 def test_help_in_all_its_ways(capsys, arguments):
     assert main(arguments) == 0

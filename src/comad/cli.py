@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print(__version__)
         return 0
     verb, *rest = arguments
-    if verb not in VERBS:
-        return _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
+    return _run(verb, rest) if verb in VERBS else _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    """Run a verb, and tell what went wrong in one line."""
     from comad.runtime.train import Interrupted, TrainingError
 
     try:
-        VERBS[verb][1](rest)
+        VERBS[verb][1](arguments)
     except (ValueError, TrainingError) as error:
         return _fail(str(error))
+    except OSError as error:
+        if not error.strerror:
+            raise
+        return _fail(
+            f"{error.filename or 'a file'}: {error.strerror}; make room or rights for it, or name another place."
+        )
     except Interrupted:
         sys.stderr.write(f"Go on: the same command{'' if verb == 'compare' else ' with --run.resume'}.\n")
         return 130
@@ -53,7 +62,7 @@ def distill_command(arguments: list[str]) -> None:
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """Train a teacher from scratch: comad pretrain mae|mocov3|ibot."""
+    """Train a teacher from scratch: comad pretrain mae|mocov3|ibot. --recipe FILE.yaml runs a recorded one again."""
     from comad.pretrain.config import METHODS, PretrainConfig, recipe
     from comad.pretrain.run import pretrain
 
@@ -108,7 +117,7 @@ def segment_command(arguments: list[str]) -> None:
     from comad.evaluate.segmentation.run import segment
     from comad.report.dense import draw_segmentation
 
-    about, default = f"{segment_command.__doc__} Presets: {', '.join(RECIPES)}.", segmentation(arguments)
+    about, default = f"{segment_command.__doc__} {_dense_help(RECIPES)}", segmentation(arguments)
     config = _dense(SegmentConfig, default, arguments, about, "comad evaluate")
     _finish_dense(config, segment(config), draw_segmentation)
 
@@ -119,7 +128,7 @@ def detect_command(arguments: list[str]) -> None:
     from comad.evaluate.detection.run import detect
     from comad.report.dense import draw_detection
 
-    about, default = f"{detect_command.__doc__} Presets: {', '.join(RECIPES)}.", detection(arguments)
+    about, default = f"{detect_command.__doc__} {_dense_help(RECIPES)}", detection(arguments)
     config = _dense(DetectConfig, default, arguments, about, "comad evaluate")
     _finish_dense(config, detect(config), draw_detection)
 
@@ -135,7 +144,8 @@ EVALUATIONS: dict[str, Callable[[list[str]], None]] = {
 def compare_command(arguments: list[str]) -> None:
     """Compare methods, teacher sets and seeds on one data set: comad compare --presets comad mean --seeds 0 1 2.
 
-    Takes the options of `comad distill`, for all rows. The same command again goes on where it was stopped.
+    Takes the options of `comad distill`, for all rows; --recipe FILE.yaml chooses the values that they change. The same
+    command again goes on where it was stopped.
     """
     from comad import presets
     from comad.compare.config import CompareConfig
@@ -227,6 +237,10 @@ def _dense(kind: type, default: Any, arguments: list[str], description: str | No
     if not (recipe.backbone and recipe.data):
         raise ValueError(f"name a backbone and a folder: {program} segment|detect BACKBONE --data FOLDER.")
     return config
+
+
+def _dense_help(recipes: Iterable[str]) -> str:
+    return f"--preset {{{','.join(recipes)}}} and --recipe FILE.yaml choose the values that the options change."
 
 
 def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) -> None:

@@ -122,6 +122,7 @@ def test_every_row_of_an_ablation_exists(ablation):
         (("comad", "comad"), {}, "two rows have the name 'comad'"),
         (("comad",), {"seeds": (1, 1)}, "give each seed once"),
         (("comad",), {"seeds": ()}, "--seeds 0 1 2"),
+        (("comad",), {"seeds": (0, -1)}, "from 0 on"),
         (("comad --run.out x",), {}, "rows share data, split and run"),
         (("comad",), {"recipe": replace(RECIPE, split="none")}, "pass --split val"),
         (("comad",), {"recipe": replace(RECIPE, method=METHODS["mean"])}, "methods come from --presets"),

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,18 @@ from PIL import Image
 from comad.cli import main
 from comad.compare import measure as measure_module
 from comad.compare import run as run_module
+from comad.compare.config import CompareConfig
+from comad.compare.entries import Entry
+from comad.compare.measure import Unit
+from comad.data.images import load_images
 from comad.distill import run as distill_module
+from comad.distill.config import DistillConfig
 from comad.evaluate.scoreboard import paired_interval
 from comad.evaluate.scores import read_scores
+from comad.presets import recipe
+from comad.runtime.train import RunConfig
 
+RECIPE = recipe("comad", demo=True)
 ROWS = ["--presets", "comad", "mean", "--teacher-sets", "first,second", "first", "--seeds", 0, 1]
 
 
@@ -223,6 +232,51 @@ def test_a_changed_teacher_is_another_row(compare_command, tmp_path, trainings, 
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(compare_command(out, *rows)) == 0
     assert len(trainings) == 2 and len(list(out.glob("runs/comad-*"))) == 2
+
+
+def test_changed_pictures_are_other_rows(compare_command, labelled_folder, tmp_path, trainings):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(labelled_folder, data)
+    rows = ["--presets", "comad", "--teacher-sets", "first", "--seeds", 0, "--baselines", "pixels", f"--data={data}"]
+    assert main(compare_command(out, *rows)) == 0
+    assert main(compare_command(out, *rows)) == 0
+    assert len(trainings) == 1 and len(list(out.glob("runs/*"))) == 2
+    (data / "ant").rename(data / "away")
+    (data / "bee").rename(data / "ant")
+    (data / "away").rename(data / "bee")
+    assert main(compare_command(out, *rows)) == 0
+    assert len(trainings) == 2 and len(list(out.glob("runs/*"))) == 4
+
+
+def test_workers_and_a_network_that_is_two_baselines_change_nothing(compare_command, tmp_path):
+    out, rows = tmp_path / "out", ["--presets", "comad", "--teacher-sets", "first", "--seeds", 0]
+    rows += ["--baselines", "untrained", "init-only"]
+    assert main(compare_command(out, *rows)) == 0
+    assert len(list(out.glob("runs/untrained-*"))) == 1 and not list(out.glob("runs/init-only-*"))
+    assert main(compare_command(out, *rows, "--loader.workers=1")) == 0
+
+
+def test_what_int8_costs_is_another_row_than_exact_teachers(labelled_folder, tmp_path):
+    splits = load_images(str(labelled_folder))
+
+    def folder(**changes):
+        entry = Entry(label="x", preset="x", teachers=(), kind="student", config=DistillConfig(**changes))
+        config = CompareConfig(recipe=replace(RECIPE, run=RunConfig(out=str(tmp_path))))
+        return Unit(entry, 0, config, splits, {}, "").row_folder
+
+    assert folder(cache_teachers=True, cache_storage="int8") != folder(cache_storage="int8") == folder()
+    assert folder(cache_teachers=True) == folder()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [("comad --optim.batch-size 900", "too few"), ("comad --cache-teachers", "set --loader.fixed-views")],
+)
+def test_a_row_that_cannot_run_is_told_before_any_other_runs(compare_command, tmp_path, capfd, row, words):
+    assert main(compare_command(tmp_path / "out", "--presets", "mean", row, "--seeds", 0)) == 1
+    told = capfd.readouterr().err
+    assert words in told and "[1/" not in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

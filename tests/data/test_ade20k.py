@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,12 +48,12 @@ def test_a_picture_without_label_map_is_named(folder):
 
 def test_a_label_map_of_another_size_is_told(folder):
     images = load_ade20k(str(folder)).validation
-    images.check_sizes()
+    images.check_pictures()
     Image.fromarray(np.zeros((5, 6), dtype=np.uint8)).save(images.label_path(1))
     with pytest.raises(UnreadableImageError, match="5 × 6, its picture"):
         images.load(1)
     with pytest.raises(ValueError, match="a label map of 5 × 6"):
-        images.check_sizes()
+        images.check_pictures()
 
 
 def test_labels_beyond_the_list_and_colours_are_told(folder):
@@ -66,10 +67,26 @@ def test_labels_beyond_the_list_and_colours_are_told(folder):
         images.load(0)
 
 
+def test_a_validation_label_beyond_the_list_is_told_before_the_run(folder):
+    images = load_ade20k(str(folder)).validation
+    shape = np.array(Image.open(images.label_path(1))).shape
+    Image.fromarray(np.full(shape, 38, dtype=np.uint8)).save(images.label_path(1))
+    with pytest.raises(ValueError, match="class 38, but the list has 37 classes; correct"):
+        images.check_pictures()
+
+
+def test_a_picture_that_ends_too_early_is_told_before_the_run(folder):
+    images = load_ade20k(str(folder)).validation
+    path = Path(images.path(1))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="cannot be read; restore it"):
+        images.check_pictures()
+
+
 def test_a_damaged_picture_is_told(folder):
     images = load_ade20k(str(folder)).validation
     (folder / "images" / "validation" / f"{images.names[0]}.jpg").write_bytes(b"no picture")
     with pytest.raises(UnreadableImageError, match="label map"):
         images.load(0)
     with pytest.raises(ValueError, match="cannot be read; restore it"):
-        images.check_sizes()
+        images.check_pictures()

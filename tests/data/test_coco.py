@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_missing_pictures_are_left_out_of_training_and_an_error_in_validation(fo
     splits = load_coco(str(folder))
     assert len(splits.train) == 7 and splits.train.missing == ["000000000001.jpg"]
     with pytest.raises(ValueError, match=r"lacks 1 pictures.*complete the folder"):
-        splits.validation.check_sizes()
+        splits.validation.check_pictures()
     shutil.rmtree(folder / "train2017")
     with pytest.raises(ValueError, match="fits no picture"):
         load_coco(str(folder))
@@ -122,17 +123,25 @@ def test_missing_pictures_are_left_out_of_training_and_an_error_in_validation(fo
 
 def test_a_picture_of_another_size_or_damaged_is_told(folder):
     images = load_coco(str(folder)).validation
-    images.check_sizes()
+    images.check_pictures()
     Image.new("RGB", (7, 5)).save(images.path(0))
     with pytest.raises(UnreadableImageError, match="5 × 7 pixels, the JSON says"):
         images.load(0)
     with pytest.raises(ValueError, match="use the pictures that belong to it"):
-        images.check_sizes()
+        images.check_pictures()
     (folder / "val2017" / images.pictures[0].file).write_bytes(b"no picture")
     with pytest.raises(UnreadableImageError):
         images.load(0)
     with pytest.raises(ValueError, match="restore it"):
-        images.check_sizes()
+        images.check_pictures()
+
+
+def test_a_picture_that_ends_too_early_is_told_before_the_run(folder):
+    images = load_coco(str(folder)).validation
+    path = Path(images.path(1))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="cannot be read; restore it"):
+        images.check_pictures()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [], "annotations": [], "categories": [{}]}'])

@@ -119,6 +119,39 @@ def test_the_index_is_read_anew_when_a_linked_folder_changes(tmp_path, write_ima
     assert index_folder(tmp_path / "data") == ["a/1.png", "a/2.png"]
 
 
+def test_a_stray_picture_has_no_label_and_takes_none_away(tmp_path, write_images):
+    names = [f"{part}/{c}/{i}.png" for part in ("train", "val", "test") for c in "ab" for i in range(3)]
+    write_images(tmp_path, [*names, "test/stray.png"])
+    splits = load_images(str(tmp_path))
+    assert splits.class_names == {"fine": ("a", "b")}
+    assert splits.test.labels["fine"].tolist() == [0, 0, 0, 1, 1, 1, -1]
+
+
+def test_a_flat_part_has_no_labels_beside_one_that_has(tmp_path, write_images):
+    write_images(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(3)] + ["val/a/1.png", "test/1.png"])
+    splits = load_images(str(tmp_path))
+    assert splits.val.labels["fine"].tolist() == [0] and splits.test.labels["fine"].tolist() == [-1]
+
+
+def test_a_folder_beside_flat_pictures_is_no_class(tmp_path, write_images):
+    write_images(tmp_path, [*(f"{i}.png" for i in range(9)), "more/1.png"])
+    assert load_images(str(tmp_path)).class_names == {}
+
+
+def test_the_fingerprint_changes_with_names_labels_and_sizes(tmp_path, write_images):
+    def fingerprint():
+        return [part.fingerprint() for part in load_images(str(tmp_path))[:3]]
+
+    write_images(tmp_path, [f"train/{c}/{i}.png" for c in "ab" for i in range(3)] + ["val/a/1.png", "test/a/1.png"])
+    first = fingerprint()
+    assert fingerprint() == first
+    write_images(tmp_path, ["train/a/1.png"], size=13)
+    second = fingerprint()
+    assert second[0] != first[0] and second[1:] == first[1:]
+    (tmp_path / "test" / "a").rename(tmp_path / "test" / "b")
+    assert fingerprint()[2] != second[2]
+
+
 def test_a_flat_folder_has_no_labels(tmp_path, write_images):
     splits = load_images(str(write_images(tmp_path, [f"{i}.jpg" for i in range(40)])))
     assert splits.class_names == {}

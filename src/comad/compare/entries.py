@@ -64,8 +64,8 @@ def list_entries(config: CompareConfig) -> tuple[list[Entry], Entry]:
 
 def _check(config: CompareConfig) -> None:
     recipe = config.recipe
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise ValueError("give each seed once, as in --seeds 0 1 2.")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError("give each seed once, from 0 on, as in --seeds 0 1 2.")
     if config.ablation and config.ablation not in ABLATIONS:
         raise ValueError(f"no ablation {config.ablation!r}; {hint(config.ablation, ABLATIONS)}")
     if recipe.split == "none":

@@ -58,7 +58,8 @@ class Unit:
         entry, seed: which.
         config: of the comparison.
         splits: the images.
-        hashes: teacher as named on the command line → sha256 of its weights.
+        hashes: teacher as named on the command line → hash of its weights and of how they are read.
+        pictures: hash of the images and labels.
     """
 
     entry: Entry
@@ -66,18 +67,20 @@ class Unit:
     config: CompareConfig
     splits: Splits
     hashes: dict[str, str]
+    pictures: str
 
     @cached_property
     def row_folder(self) -> Path:
-        """Named by everything that the result depends on but the seed: a changed preset or teacher is a new row."""
+        """Named by everything that the result depends on but the seed: what changed is a new row."""
         identity = {
             "kind": self.entry.kind,
             "config": _plain(self.entry.config, self.entry.kind),
             "teachers": [self.hashes[spec] for spec in self.entry.teachers],
+            "pictures": self.pictures,
             "tuning": asdict(_tuning(self)) if self.entry.kind == "supervised" else None,
         }
-        name = self.entry.preset.split()[0]
-        return Path(self.config.recipe.run.out) / "runs" / f"{name}-{_digest(identity)}"
+        name = "untrained" if self.entry.kind == "untrained" else self.entry.preset.split()[0]
+        return Path(self.config.recipe.run.out) / "runs" / f"{name}-{digest_of(identity)}"
 
     @property
     def folder(self) -> Path:
@@ -209,7 +212,7 @@ def _tuning(unit: Unit) -> Tuning:
 def _tuned_folder(unit: Unit) -> Path:
     if unit.entry.kind == "supervised":
         return unit.folder / "supervised"
-    return unit.folder / f"finetune-{_digest(asdict(unit.config.tuning))}"
+    return unit.folder / f"finetune-{digest_of(asdict(unit.config.tuning))}"
 
 
 def _merged(frozen: Score, tuned: Score) -> Score:
@@ -226,11 +229,14 @@ def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
     """What a result depends on, as nested plain values; teachers apart, by their weights."""
     plain = asdict(config)
     plain["precision"] = config.run.precision
+    if not config.cache_teachers:
+        plain["cache_storage"] = "computed"
     for name in ("run", "split", "preset", "teachers", *SAME_RESULT):
         plain.pop(name, None)
     del plain["loader"]["workers"]
     return plain if kind == "student" else {name: plain[name] for name in ("data", "student", "precision")}
 
 
-def _digest(plain: Any) -> str:
+def digest_of(plain: Any) -> str:
+    """Name plain values."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

@@ -13,9 +13,10 @@ import torch
 
 from comad.compare.config import CompareConfig
 from comad.compare.entries import Entry, list_entries
-from comad.compare.measure import SAME_RESULT, Unit, measure
+from comad.compare.measure import SAME_RESULT, Unit, digest_of, measure
 from comad.compare.table import markdown, tabulate, write_table
 from comad.data.images import Splits, load_images
+from comad.distill.parts import check
 from comad.evaluate.finetune import check as check_finetune
 from comad.evaluate.scoreboard import shortage
 from comad.evaluate.scores import Scores
@@ -42,7 +43,10 @@ def compare(config: CompareConfig) -> str:
     entries, reference = list_entries(config)
     splits = load_images(config.recipe.data)
     _check_data(config, splits)
-    hashes = _hashes(entries)
+    for entry in entries:
+        if entry.kind == "student":
+            check(entry.config, splits)
+    hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
     out = _open(config)
     results: list[dict[int, Scores]] = [{} for _ in entries]
     table: dict[str, Any] = {}
@@ -51,7 +55,7 @@ def compare(config: CompareConfig) -> str:
             done = number * len(entries) + position + 1
             _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
             start = time.monotonic()
-            results[position][seed] = measure(Unit(entry, seed, config, splits, hashes))
+            results[position][seed] = measure(Unit(entry, seed, config, splits, hashes, pictures))
             _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
@@ -62,7 +66,7 @@ def compare(config: CompareConfig) -> str:
 def _check_data(config: CompareConfig, splits: Splits) -> None:
     recipe = config.recipe
     if reason := shortage(splits, "fine"):
-        raise ValueError(f"{recipe.data!r} cannot be compared on: {reason}; put images into one sub-folder per label.")
+        raise ValueError(f"{recipe.data!r} cannot be compared on: {reason} Put images into one sub-folder per label.")
     if config.finetune:
         check_finetune(FinetuneConfig(backbone="", data=recipe.data, tuning=config.tuning), splits)
     if "supervised" in config.baselines:
@@ -71,14 +75,14 @@ def _check_data(config: CompareConfig, splits: Splits) -> None:
 
 
 def _hashes(entries: Sequence[Entry]) -> dict[str, str]:
-    """Teacher → sha256 of its weights; so that a wrong name is told at once, and not after hours."""
+    """Teacher → hash of what it computes; so that a wrong name is told at once, and not after hours."""
     wanted = {(spec, entry.config.student) for entry in entries for spec in entry.teachers}
     hashes = {}
     for spec, config in sorted(wanted, key=str):
         with torch.random.fork_rng(devices=[]):
             student = config.build()
         (teacher,) = load_on_grid((spec,), student.grid[0], student.patch_size)
-        hashes[spec] = teacher.card.sha256
+        hashes[spec] = digest_of(asdict(replace(teacher.card, name="", source="")))
     return hashes
 
 
@@ -106,6 +110,7 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     plain = asdict(config.recipe)
     for name in ("split", "preset", "run", *SAME_RESULT):
         plain.pop(name, None)
+    plain["loader"].pop("workers")
     return {**plain, "ablation": config.ablation or "none", "precision": config.recipe.run.precision}
 
 

@@ -67,21 +67,25 @@ class SegmentationImages:
         if classes.max(initial=0) > self.num_classes:
             raise UnreadableImageError(f"{where}: class {classes.max()}, but the list has {self.num_classes} classes.")
 
-    def check_sizes(self) -> None:
-        """Compare the sizes of all pictures and label maps without decoding them.
+    def check_pictures(self) -> None:
+        """Decode all pictures and label maps once.
 
         Raises:
-            ValueError: a file is missing or damaged, or two differ.
+            ValueError: a file is missing or damaged, two differ in size, or a class is not in the list.
         """
         for index in range(len(self)):
             try:
                 with Image.open(self.path(index)) as picture, Image.open(self.label_path(index)) as labels:
-                    sizes = picture.size, labels.size
+                    sizes, most = (picture.size, labels.size), np.asarray(labels).max(initial=0)
+                    picture.load()
             except (OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"{self.path(index)} or its label map cannot be read; restore it: {error}") from error
             if sizes[0] != sizes[1]:
                 found = f"{_by(sizes[1][::-1])}, its picture {_by(sizes[0][::-1])}"
                 raise ValueError(f"{self.label_path(index)}: a label map of {found}; replace it by one that fits.")
+            if most > self.num_classes:
+                found = f"class {most}, but the list has {self.num_classes} classes"
+                raise ValueError(f"{self.label_path(index)}: {found}; correct one of them.")
 
 
 class SegmentationSplits(NamedTuple):

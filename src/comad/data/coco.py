@@ -118,8 +118,8 @@ class DetectionImages:
         stacked = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.uint8)
         return image, (stacked, torch.tensor([instance.label for instance in objects], dtype=torch.int64))
 
-    def check_sizes(self) -> None:
-        """Compare the size of every picture with the JSON, without decoding it.
+    def check_pictures(self) -> None:
+        """Decode every picture once, and compare its size with the JSON.
 
         Raises:
             ValueError: a picture is missing or damaged, or of another size.
@@ -131,6 +131,7 @@ class DetectionImages:
             try:
                 with Image.open(self.path(index)) as image:
                     size = image.height, image.width
+                    image.load()
             except (OSError, ValueError, SyntaxError) as error:
                 raise ValueError(f"{self.path(index)} cannot be read; restore it: {error}") from error
             if size != (picture.height, picture.width):

@@ -41,7 +41,7 @@ TURN = {
 """Orientation in a file → what brings the picture upright."""
 
 
-class UnreadableImageError(Exception):
+class UnreadableImageError(ValueError):
     """One file could not be decoded; the message names it. Training goes on without it."""
 
 
@@ -78,6 +78,17 @@ class ImageSet(ABC):
     @abstractmethod
     def path(self, index: int) -> str:
         """Name one image in a message."""
+
+    def fingerprint(self) -> str:
+        """Hash what the images are called and how they are labelled, and where they are files their sizes."""
+        digest = hashlib.sha256()
+        for name, labels in self.labels.items():
+            digest.update(name.encode() + labels.numpy().tobytes())
+        for index in range(len(self)):
+            path = self.path(index)
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            digest.update(os.fsencode(f"{path}\0{size}\0"))
+        return digest.hexdigest()
 
 
 class Splits(NamedTuple):
@@ -184,7 +195,8 @@ def load_images(data: str) -> Splits:
 
     A folder may hold ``train`` and ``val`` or ``test`` sub-folders, also spelt as in `SPLIT_FOLDERS` and in capitals.
     Without them images are split by a hash of their path, so that the split stays the same when files are added; so
-    are those of ``train`` where nothing lies beside it. Labels are the names of the sub-folders, if any.
+    are those of ``train`` where nothing lies beside it. Labels are the names of the sub-folders, if most training
+    images lie in some; an image that lies in none has no label.
 
     Raises:
         ValueError: no such folder, no image in it, or two sub-folders for the same part.
@@ -253,13 +265,13 @@ def _split_folder(root: Path, files: list[str]) -> Splits:
         raise ValueError(f"{str(root)!r} has two folders for one part: {', '.join(folders)}; merge or rename one.")
     depth = 1 if has_splits or (len(folders) == len(tops) == 1) else 0
     parts = _named_parts(named) if has_splits else _hashed_parts(files, depth)
-    labelled = all(file.count("/") > depth for part in parts for file in part)
-    names = sorted({file.split("/")[depth] for part in parts for file in part}) if labelled else []
+    names = sorted({file.split("/")[depth] for part in parts for file in part if file.count("/") > depth})
+    labelled = _are_labelled(parts[0] or files, depth)
     number = {name: i for i, name in enumerate(names)}
 
     def build(part: str, listed: list[str]) -> FolderImages:
-        classes = [number[file.split("/")[depth]] for file in listed] if labelled else None
-        return FolderImages(f"{root.name}/{part}", root, listed, classes)
+        classes = [number[file.split("/")[depth]] if file.count("/") > depth else -1 for file in listed]
+        return FolderImages(f"{root.name}/{part}", root, listed, classes if labelled else None)
 
     train, val, test = (build(part, listed) for part, listed in zip(SPLIT_NAMES, parts, strict=True))
     return Splits(train, val, test, {"fine": tuple(names)} if labelled else {}, "your own")
@@ -276,9 +288,13 @@ def _named_parts(named: dict[str, list[str]]) -> list[list[str]]:
     return [train, val, test]
 
 
+def _are_labelled(files: list[str], depth: int) -> bool:
+    """Whether most lie in the folder of a class; the others then have no label."""
+    return 2 * sum(file.count("/") > depth for file in files) > len(files)
+
+
 def _hashed_parts(files: list[str], depth: int) -> list[list[str]]:
-    labelled = all(file.count("/") > depth for file in files)
-    val, test = (0.1, 0.2) if labelled else (0.05, 0.05)
+    val, test = (0.1, 0.2) if _are_labelled(files, depth) else (0.05, 0.05)
     buckets = [(file, _bucket(file)) for file in files]
     return [
         [file for file, bucket in buckets if bucket >= test],

@@ -60,6 +60,10 @@ class LoaderConfig:
     workers: int = -1
     fixed_views: int = 0
 
+    def __post_init__(self) -> None:
+        if self.fixed_views < 0:
+            raise ValueError(f"--loader.fixed-views {self.fixed_views} is too small; use 0 or more.")
+
     @property
     def num_workers(self) -> int:
         """Worker processes of this training process."""

@@ -71,7 +71,7 @@ def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
         ValueError: bad data, teachers or recipe, or an option that this machine cannot follow.
     """
     splits = load_images(config.data)
-    _check(config, splits)
+    check(config, splits)
     built = _build(config, fabric)
     networks = [network for network, _ in built]
     teachers = _load_teachers(config, networks[0], fabric)
@@ -93,7 +93,12 @@ def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
     return parts
 
 
-def _check(config: DistillConfig, splits: Splits) -> None:
+def check(config: DistillConfig, splits: Splits) -> None:
+    """Say what is wrong before anything is loaded.
+
+    Raises:
+        ValueError: options that contradict each other or this machine, or too few images for a batch.
+    """
     if config.compile:
         need_compiler()
     if config.cache_teachers and not config.loader.fixed_views:

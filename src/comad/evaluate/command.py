@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comad.data.images import load_images
 from comad.evaluate.scoreboard import Scoreboard, score
-from comad.evaluate.views import load_one, view_size
+from comad.evaluate.views import device, load_one, view_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,15 @@ def evaluate(config: EvaluateConfig) -> str:
     Raises:
         ValueError: the backbone or the data cannot be loaded, or there are no labels to score by.
     """
+    if config.out and Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out!r} is a folder; name a JSON file.")
     splits = load_images(config.data)
     teacher = load_one(config.backbone, config.data, config.image_size)
     image_size = view_size(teacher.backbone)
     pixels = score("pixels", "pixels", None, splits, image_size).row
-    row = score(teacher.name, "teacher", teacher.backbone, splits, image_size).row
+    row = score(teacher.name, "teacher", teacher.backbone.to(device()), splits, image_size).row
     if row.reason:
-        raise ValueError(f"{config.data!r} cannot be scored: {row.reason}; put images into one sub-folder per label.")
+        raise ValueError(f"{config.data!r} cannot be scored: {row.reason} Put images into one sub-folder per label.")
     board = Scoreboard((pixels, row))
     if config.out:
         board.write(Path(config.out))

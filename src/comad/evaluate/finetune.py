@@ -62,7 +62,7 @@ def check(config: FinetuneConfig, splits: Splits) -> None:
         ValueError: there are no labels, too few images for a batch, or an odd batch that is to be mixed.
     """
     if reason := shortage(splits, "fine"):
-        raise ValueError(f"{config.data!r} cannot be learnt: {reason}; put images into one sub-folder per label.")
+        raise ValueError(f"{config.data!r} cannot be learnt: {reason} Put images into one sub-folder per label.")
     optim, count, pairs = config.tuning.optim, len(splits.train), 2 * config.run.devices
     if count < optim.batch_size * optim.accumulate:
         raise ValueError(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from comad.models.files import read_file
 from comad.models.formats import FORMATS, NAME_IT, Format, Layout
 from comad.models.networks import build_network, width_of
 
@@ -23,15 +21,6 @@ class Checkpoint(NamedTuple):
     source: str
     format: str
     weights: dict[str, Tensor]
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file, recognise its format, and take the backbone out of it.
-
-    Raises:
-        ValueError: the file is unreadable (see `read_file`), or its layout is none of `FORMATS`.
-    """
-    return recognise(read_file(path), str(path))
 
 
 def recognise(content: Mapping[str, Any], source: str) -> Checkpoint:

@@ -102,6 +102,8 @@ def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32,
         ValueError: the name is unknown, the file is unreadable or does not fit, or the image size is no multiple of
             the patch size.
     """
+    if image_size < 1:
+        raise ValueError(f"{spec}: images of {image_size} pixels are too small; use 224 or so.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         source = find(spec, image_size, rows)

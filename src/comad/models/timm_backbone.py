@@ -165,6 +165,12 @@ class VitConfig:
     heads: int | None = None
     drop_path: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"a network's {name.replace('_', ' ')} of {value} is too small; use 1 or more.")
+
     @property
     def arguments(self) -> dict[str, Any]:
         """timm's constructor arguments that differ from the named architecture, ``img_size`` included."""

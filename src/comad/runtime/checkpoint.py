@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def random_states() -> dict[str, Any]:
@@ -106,8 +105,3 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: s
         elif old != new:
             lines.append(f"{prefix}{key}: {old} → {new}")
     return lines
-
-
-def copy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detach a state dict from the weights it came from."""
-    return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -52,6 +52,8 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--run.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} is no number of 32 bits; use one from 0 on.")
 
 
 class Interrupted(KeyboardInterrupt):

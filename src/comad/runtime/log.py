@@ -147,6 +147,6 @@ def _wandb_run(folder: Path) -> Any:
         wandb = importlib.import_module("wandb")
     except ModuleNotFoundError as error:
         raise ValueError(
-            "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --wandb."
+            "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --run.wandb."
         ) from error
     return wandb.init(project="comad", name=folder.name, dir=str(folder), reinit="create_new")

@@ -77,7 +77,8 @@ def test_mistakes_are_told_in_one_line(capfd, command, teacher_specs, dense_fold
     assert "no folder of ADE20K's format" in failure(capfd, "evaluate", "segment", teacher_specs[0], "--data=.")
     assert "BACKBONE" in failure(capfd, "evaluate", "segment")
     assert "no multiple" in failure(capfd, *command, "--crop=30")
-    assert "leaves gaps" in failure(capfd, *command, "--stride=40")
+    for stride in (-5, 0, 40):
+        assert "change --stride" in failure(capfd, *command, f"--stride={stride}")
     assert "--optim.batch-size 8" in failure(capfd, *command, "--optim.batch-size=9")
 
 

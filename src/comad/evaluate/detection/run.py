@@ -60,7 +60,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
     """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_coco(config.data)
-    splits.validation.check_sizes()
+    splits.validation.check_pictures()
     model, card = build(config, len(splits.class_names))
     plain_attention_on_cpu(model, fabric.device)
     dataset = DenseDataset(splits.train, DetectionView(size=config.image_size, scale=config.scale), config.run.seed)

@@ -54,7 +54,7 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
     """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_ade20k(config.data)
-    splits.validation.check_sizes()
+    splits.validation.check_pictures()
     model, card = build(config, len(splits.class_names))
     plain_attention_on_cpu(model, fabric.device)
     view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
@@ -70,8 +70,8 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
 
 def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:
     """The network that a config asks for, its head with random weights, and the card of its backbone."""
-    if config.stride > config.crop:
-        raise ValueError(f"--stride {config.stride} leaves gaps between windows of {config.crop}; use a smaller one.")
+    if not 0 < config.stride <= config.crop:
+        raise ValueError(f"windows of {config.crop} pixels are at least 1 and at most as many apart; change --stride.")
     linear = config.head == "linear"
     maps, card = load_maps(config.backbone, config.crop, drop_path=config.drop_path, frozen=linear)
     return Segmenter(maps, num_classes, 0 if linear else config.channels, config.auxiliary), card
