@@ -148,7 +148,7 @@ def test_workers_outlive_a_signal(train, number):
     assert len(list(batches)) == 29
 
 
-def test_evaluation_views_come_in_order_and_white_where_unreadable(folder):
+def test_evaluation_views_come_in_order_and_white_where_unreadable(folder, capsys):
     (folder / "train" / "2.png").write_bytes(b"")
     train = load_images(str(folder)).train
     batches = list(evaluation_batches(train, 8, batch_size=4))
@@ -158,6 +158,8 @@ def test_evaluation_views_come_in_order_and_white_where_unreadable(folder):
     assert bool((whole[2] == 1).all())
     chosen = torch.cat(list(evaluation_batches(train, 8, indices=torch.tensor([5, 1]))))
     assert torch.equal(chosen, whole[[5, 1]])
+    list(evaluation_batches(train, 8))
+    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white pictures") == 1
 
 
 def test_processes_share_every_batch():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +193,7 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _EvaluationDataset(Dataset[Tensor]):
+class _EvaluationDataset(Dataset[tuple[Tensor, bool]]):
     def __init__(self, images: ImageSet, image_size: int, indices: Tensor):
         self.images = images
         self.image_size = image_size
@@ -200,20 +202,35 @@ class _EvaluationDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, position: int) -> tuple[Tensor, bool]:
         crop = self.images.eval_crop
         try:
             image = self.images.load(int(self.indices[position]), round(self.image_size / crop))
         except UnreadableImageError:
-            return torch.full((3, self.image_size, self.image_size), 255, dtype=torch.uint8)
-        return evaluation_view(image, self.image_size, crop)
+            return torch.full((3, self.image_size, self.image_size), 255, dtype=torch.uint8), False
+        return evaluation_view(image, self.image_size, crop), True
 
 
 def evaluation_batches(
     images: ImageSet, image_size: int, batch_size: int = 256, indices: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1]. An unreadable file is a white picture."""
+    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1].
+
+    An unreadable file is a white picture, and it is said how many there are.
+    """
     dataset = _EvaluationDataset(images, image_size, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0
-    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
+    unreadable = 0
+    for batch, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
+        unreadable += int((~readable).sum())
         yield batch.float().div_(255)
+    if unreadable:
+        _tell_unreadable(images.name, unreadable)
+
+
+@lru_cache
+def _tell_unreadable(name: str, count: int) -> None:
+    """Once, however often the images are looked at."""
+    sys.stderr.write(
+        f"comad: {count} unreadable images of {name} are scored as white pictures; restore or remove them.\n"
+    )
