@@ -26,13 +26,15 @@ def throughput(report: Report) -> list[str]:
             part["precision"],
             f"{part['images_per_s']:.2f}",
             f"{100 * part['share_of_limit']:.0f} %",
+            f"{100 * part['share_of_usual_limit']:.0f} %" if "share_of_usual_limit" in part else "",
             f"{part['times_literal']:.2f} ×",
             f"{part['times_literal_fp32']:.2f} ×" if "times_literal_fp32" in part else "",
             f"{100 * part['second_student_cost']:.0f} %" if "second_student_cost" in part else "",
         ]
         for part in filter(None, (report, report.get("fp32")))
     ]
-    header = ["precision", "images/s", "of the limit", "against literal", "against literal fp32", "second student"]
+    header = ["precision", "images/s", "of the limit", "of the usual", "against literal", "against literal fp32"]
+    header.append("second student")
     lines = [f"Batch {report.get('batch_size', 16)}.", "", table(header, rows), ""]
     if "int8_images_per_s" in report:
         rate, times = report["int8_images_per_s"], report["int8_times_literal_fp32"]

@@ -3,12 +3,12 @@
 Compares, in one process and interleaved: the step of `comad` (teachers and student drop hidden patches), the step of
 `comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
 or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of
-the `comad` step over the rate of a plain matrix product. Ratios are medians over the rounds. Short runs on a folder of
-pictures, by turns with one student and with two, give what a second ViT-Ti costs, and the share of time that the loop
-waits for data. Where `lightly-train` is installed its distillation of one teacher is measured in each bf16 round too
-(`lightly_step.py`). The last line printed is one JSON object; `--tiny` tries the script in a few seconds, and its
-numbers mean nothing. On a machine that others use too, `--cpu-time` counts the seconds of one thread of this process in
-place of those on the wall, and leaves LightlyTrain and the short runs out.
+the `comad` step over the rate of the quickest plain matrix product of a second, and of the median one. Ratios are
+medians over the rounds. Short runs on a folder of pictures, by turns with one student and with two, give what a second
+ViT-Ti costs, and the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of
+one teacher is measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny`
+tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts
+the seconds of one thread of this process in place of those on the wall, and leaves LightlyTrain and the short runs out.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from comad.models.quantized import quantize
 from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS
 from pictures import write_pictures
-from steps import Clock, TimedStep, Timer, gemm_rate, load, seconds_of
+from steps import Clock, TimedStep, Timer, gemm_rates, load, seconds_of
 
 TEACHERS = ("vit_base_patch16_224:random",) * 3
+LIMITS = ("limit", "usual limit")
+"""Needed FLOPs at the rate of the quickest product of a second, and of that second's median one."""
 TINY = ("vit_tiny_patch16_224:random",) * 3
 
 
@@ -81,25 +83,25 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
     timed = {name: partial(seconds_of, step, device, timer) for name, step in steps.items()}
     if precision == "bf16" and importlib.util.find_spec("lightly_train") and not options.cpu_time:
         timed["lightly"] = partial(lightly_seconds, batch_size, options.tiny)
-    seconds: dict[str, list[float]] = {name: [] for name in (*timed, "limit")}
-    clock, rates = Clock(device, timer), []
+    seconds: dict[str, list[float]] = {name: [] for name in (*timed, *LIMITS)}
+    clock, dtype = Clock(device, timer), torch.bfloat16 if precision == "bf16" else torch.float32
     for _ in range(options.rounds):
+        rates = gemm_rates(dtype, device, 0.1 if options.tiny else 1.0, timer)
+        for name, rate in zip(LIMITS, rates, strict=True):
+            seconds[name].append(counter.get_total_flops() / rate)
         for name, measured in timed.items():
             seconds[name].append(measured())
         ours(clock)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        rates.append(gemm_rate(dtype, device, 0.1 if options.tiny else 1.0, timer))
-        seconds["limit"].append(counter.get_total_flops() / rates[-1])
     cpu = f"cpu, {torch.get_num_threads()} thread(s)" + (", time of the processor" if options.cpu_time else "")
-    rate = {name: batch_size / statistics.median(found) for name, found in seconds.items()}
+    images_per_s = {name: batch_size / statistics.median(found) for name, found in seconds.items()}
     return {
         "batch_size": batch_size,
-        "images_per_s": rate.pop("ours"),
-        **{f"{name.replace(' ', '_')}_images_per_s": value for name, value in rate.items()},
+        "images_per_s": images_per_s.pop("ours"),
+        **{f"{name.replace(' ', '_')}_images_per_s": value for name, value in images_per_s.items()},
         **ratios(seconds),
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
-        "gemm_gflops": statistics.median(rates) / 1e9,
+        "gemm_gflops": counter.get_total_flops() / statistics.median(seconds["limit"]) / 1e9,
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
     }
@@ -109,6 +111,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Medians over the rounds of one step's seconds over another's, where both were measured."""
     pairs = {
         "share_of_limit": ("limit", "ours"),
+        "share_of_usual_limit": ("usual limit", "ours"),
         "times_literal": ("literal", "ours"),
         "times_literal_fp32": ("literal fp32", "ours"),
         "int8_times_literal_fp32": ("literal fp32", "int8"),

@@ -27,6 +27,7 @@ from comad.evaluate.views import device, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_on_grid, load_teacher
 from comad.runtime.checkpoint import checkpoints
+from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version
 from comad.runtime.train import RunConfig
@@ -227,14 +228,11 @@ def _no_training() -> dict[str, Any]:
 
 def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
     """What a result depends on, as nested plain values; teachers apart, by their weights."""
-    plain = asdict(config)
-    plain["precision"] = config.run.precision
+    plain = identity_of(config, "split", "preset", "teachers", *SAME_RESULT)
+    del plain["run"]["seed"]
     if not config.cache_teachers:
         plain["cache_storage"] = "computed"
-    for name in ("run", "split", "preset", "teachers", *SAME_RESULT):
-        plain.pop(name, None)
-    del plain["loader"]["workers"]
-    return plain if kind == "student" else {name: plain[name] for name in ("data", "student", "precision")}
+    return plain if kind == "student" else {name: plain[name] for name in ("data", "student", "run")}
 
 
 def digest_of(plain: Any) -> str:

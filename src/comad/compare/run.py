@@ -24,6 +24,7 @@ from comad.evaluate.tuning import FinetuneConfig
 from comad.models.teachers import load_on_grid
 from comad.report.figures import comparison_figure
 from comad.runtime.checkpoint import differences
+from comad.runtime.job import identity_of
 from comad.runtime.recipe import read_recipe, write_recipe
 
 RECORD = "comparison.yaml"
@@ -107,11 +108,9 @@ def _open(config: CompareConfig) -> Path:
 
 def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
-    plain = asdict(config.recipe)
-    for name in ("split", "preset", "run", *SAME_RESULT):
-        plain.pop(name, None)
-    plain["loader"].pop("workers")
-    return {**plain, "ablation": config.ablation or "none", "precision": config.recipe.run.precision}
+    plain = identity_of(config.recipe, "split", "preset", *SAME_RESULT)
+    del plain["run"]["seed"]
+    return {**plain, "ablation": config.ablation or "none"}
 
 
 def _scores(measured: Scores) -> str:

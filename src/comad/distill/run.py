@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, tea
 from comad.evaluate.probe import KnnProbe
 from comad.models.compiling import as_written
 from comad.models.teachers import Teacher, licence_notice
+from comad.runtime.job import identity_of
 from comad.runtime.log import first_metrics
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, Metrics, RunConfig, Step, open_runs, start_fabric, train_together
@@ -178,19 +179,11 @@ def _job(
         **shared,
         module=student.distiller,
         step=step,
-        identity={**_plain(config), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
+        identity={**identity_of(config, *SAME_RESULT), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
         probe=probe,
         watch=Watch(first_metrics(Path(config.run.out)) if config.run.resume else None),
         random=student.random,
     )
-
-
-def _plain(config: DistillConfig) -> dict[str, Any]:
-    """The config as nested plain values, without what may differ between a run and its continuation."""
-    plain = {key: value for key, value in asdict(config).items() if key not in SAME_RESULT}
-    plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
-    plain["loader"].pop("workers")
-    return plain
 
 
 def _named_shares(metrics: dict[str, torch.Tensor], teachers: Sequence[Teacher]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 
 SHORT = 256
-"""Patches up to which a frozen network in bf16 is faster on the CPU with attention by matrix products."""
+"""Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
 
 
 class Said(NamedTuple):
@@ -149,7 +149,7 @@ def load_teachers(
             offload(backbone, device, offload_to)
         else:
             backbone.to(device)
-        if dtype == torch.bfloat16 and backbone.num_patches <= SHORT:
+        if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
             plain_attention_on_cpu(backbone, device)
 
     return load_on_grid(specs, rows, patch_size, dtype, place)

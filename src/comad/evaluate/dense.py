@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from comad.data.dense import DenseBatch, DenseDataset, collate
 from comad.data.loader import EpochBatches, training_batches
 from comad.models.teachers import TeacherCard
+from comad.runtime.job import identity_of
 from comad.runtime.optim import not_decayed
 from comad.runtime.train import Job, Metrics, Step
 
@@ -62,16 +62,12 @@ def dense_job(
     def step(wrapped: nn.Module, batch: DenseBatch, progress: float) -> Step:
         return wrapped(batch.images, batch.targets)
 
-    identity = {
-        key: value for key, value in asdict(config).items() if key not in ("run", "figures", "backbone", "data")
-    }
-    identity["loader"].pop("workers")
     return Job(
         module=module,
         step=step,
         batches=batches,
         steps_per_epoch=config.optim.steps_per_epoch(count),
-        identity={**identity, "seed": config.run.seed, "precision": config.run.precision, "backbone": card.as_dict()},
+        identity={**identity_of(config, "figures", "backbone", "data"), "backbone": card.as_dict()},
         probe=probe,
         watch=lambda done, metrics: None,
         name_image=dataset.images.path,

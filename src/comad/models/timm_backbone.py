@@ -97,7 +97,7 @@ def plain_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
     """Let a network on the CPU compute attention by matrix products.
 
     The fused kernel's backward is slow there for short sequences: the demo's step takes 1.4 times as long with it. In
-    bf16 its forward is slower too: a ViT-B/16 that sees 98 patches takes 3 % longer, and is as near to fp32.
+    bf16 its forward is slower too without AMX: a ViT-B/16 that sees 98 patches takes 3 % longer. It is as near to fp32.
     """
     for part in module.modules():
         if device.type == "cpu" and hasattr(part, "fused_attn"):

@@ -24,6 +24,7 @@ from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
 from comad.pretrain.mae import MaeModel
 from comad.pretrain.positions import fix_positions
+from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.recipe import flags, write_recipe
@@ -166,14 +167,12 @@ def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> 
     def watch(done: int, metrics: Metrics) -> str | None:
         return None
 
-    identity = {key: value for key, value in asdict(config).items() if key != "run"}
-    identity["loader"].pop("workers")
     return Job(
         module=model,
         step=step,
         batches=batches,
         steps_per_epoch=config.optim.steps_per_epoch(len(splits.train)),
-        identity={**identity, "seed": seed, "precision": config.run.precision},
+        identity=identity_of(config),
         probe=lambda module: probe(module.trained),
         watch=watch,
         name_image=splits.train.path,

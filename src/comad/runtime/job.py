@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -101,3 +101,16 @@ class Job:
     groups: Sequence[dict[str, Any]] | None = None
     prepare: Callable[[Any, float], Any] = lambda batch, progress: batch
     random: Generators | None = None
+
+
+def identity_of(config: Any, *without: str) -> dict[str, Any]:
+    """What the result of a run depends on, as nested plain values.
+
+    Args:
+        config: a dataclass with ``run`` and ``loader``; of these only what changes a result is kept.
+        without: further fields that change none.
+    """
+    plain = {key: value for key, value in asdict(config).items() if key not in without}
+    plain["run"] = {key: plain["run"][key] for key in ("seed", "precision")}
+    del plain["loader"]["workers"]
+    return plain
