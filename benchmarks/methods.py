@@ -42,23 +42,33 @@ class Question:
     options: tuple[str, ...] = ()
 
 
+def both(option: str, value: str) -> str:
+    """An option of both terms."""
+    return " ".join(f"--method.terms.{term}.{option} {value}" for term in ("token", "spatial"))
+
+
 def warm(temperature: float) -> str:
     """`comad` with this temperature in both terms."""
-    return " ".join(["comad", *(f"--method.terms.{term}.temperature {temperature:g}" for term in ("token", "spatial"))])
+    return f"comad {both('temperature', f'{temperature:g}')}"
 
+
+SINGLE = tuple(f"comad --teachers {name}-stamps" for name in ("ibot", "mocov3", "mae"))
+BEHIND = ("tinymim", "m-tinymim", "tinymim-feat", "dmae", "g2sd", "dmjd", "hybrid")
+LEVEL = ("dmt-like", "unic", "dune", "radio", "phi-s", "eupe", "gram --teachers ibot-stamps")
+"""The field, by how its linear probe came out beside that of `comad`."""
 
 QUESTIONS = {
     "losses": Question(
-        title="Temperature and kind of the losses",
+        title="Temperature, kind and order of the losses",
         split="val",
         seeds=(0, 1, 2),
-        rows=("comad", warm(0.25), "comad-mse"),
+        rows=("comad", warm(0.25), f"{warm(0.25)} {both('distance', 'kl-student-teacher')}", "comad-mse"),
     ),
     "losses-once": Question(
         title="Further losses, one seed each",
         split="val",
         seeds=(0,),
-        rows=(warm(0.25), warm(0.5), warm(1), f"{warm(0.25)} --method.fusion.renormalise"),
+        rows=(warm(0.25), warm(0.5), warm(1)),
     ),
     "masks": Question(
         title="What it is worth that the student sees a part",
@@ -76,6 +86,7 @@ QUESTIONS = {
             "comad --method.masking.hidden token",
             "comad --method.masking.student-end 0.5 --no-cache-teachers",
             "comad --method.terms.token.no-cls",
+            "comad --method.fusion.renormalise",
             "comad-anchor",
         ),
     ),
@@ -95,7 +106,7 @@ QUESTIONS = {
         title="The gate against the mean, and three teachers against one",
         split="test",
         seeds=(0, 1, 2, 3, 4),
-        rows=("comad", "mean", "comad --teachers ibot-stamps"),
+        rows=("comad", "mean", *SINGLE),
         baselines=("teachers", "untrained", "pixels"),
     ),
     "longer": Question(
@@ -107,42 +118,26 @@ QUESTIONS = {
         baselines=("teachers", "untrained", "pixels"),
         options=("--loader.fixed-views", "4"),
     ),
-    "single": Question(
-        title="Each teacher alone",
-        split="test",
-        seeds=(0, 1),
-        rows=("comad", *(f"comad --teachers {name}-stamps" for name in ("ibot", "mocov3", "mae"))),
-    ),
     "field": Question(
         title="The field, every method by the same loop, views and schedule",
         split="test",
         seeds=(0, 1, 2, 3, 4),
-        rows=(
-            "comad",
-            "mean",
-            "tinymim",
-            "m-tinymim",
-            "tinymim-feat",
-            "dmae",
-            "g2sd",
-            "dmjd",
-            "hybrid",
-            "dmt-like",
-            "unic",
-            "dune",
-            "radio",
-            "phi-s",
-            "eupe",
-            "gram --teachers ibot-stamps",
-        ),
+        rows=("comad", "mean", *BEHIND, *LEVEL),
         baselines=("untrained", "supervised"),
     ),
     "finetuned": Question(
         title="Fine-tuned",
         split="test",
         seeds=(0, 1, 2),
-        rows=("comad", "comad --teachers ibot-stamps"),
+        rows=("comad", "mean", SINGLE[0], *LEVEL),
         baselines=("supervised",),
+        options=("--finetune",),
+    ),
+    "finetuned-behind": Question(
+        title="Fine-tuned, methods that are behind without",
+        split="test",
+        seeds=(0, 1),
+        rows=("comad", *BEHIND),
         options=("--finetune",),
     ),
     "convolutional": Question(

@@ -2,6 +2,7 @@
 
 One script per question; each prints one JSON object as its last line, which is kept under the script's name. They run
 one after another, for they would disturb each other: an otherwise idle machine, and about half an hour on two cores.
+What another machine printed stands beside it, kept by hand as `SCRIPT-MACHINE.json`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def throughput(report: Report) -> list[str]:
         ]
         for part in filter(None, (report, report.get("fp32")))
     ]
-    header = ["precision", "images/s", "of the limit", "of the usual", "against literal", "against literal fp32"]
+    header = ["precision", "images/s", "of the limit", "of the usual limit", "against literal", "against literal fp32"]
     header.append("second student")
-    lines = [f"Batch {report.get('batch_size', 16)}.", "", table(header, rows), ""]
+    limits = "The limit is its matrix products at the rate of the quickest plain one, the usual limit at the median."
+    lines = [f"Batch {report.get('batch_size', 16)}. {limits}", "", table(header, rows), ""]
     if "int8_images_per_s" in report:
         rate, times = report["int8_images_per_s"], report["int8_times_literal_fp32"]
         lines += [
@@ -166,10 +168,16 @@ def page() -> str:
         if report is None:
             lines += [f"Not measured yet: `python benchmarks/{name}.py`.", ""]
             continue
-        device = report.get("device") or next(p["device"] for p in report.values() if isinstance(p, dict))
-        lines += [f"`python benchmarks/{name}.py`, {device}. Ratios come from one run.", "", *section(report)]
+        lines += [f"`python benchmarks/{name}.py`, {_device(report)}. Ratios come from one run.", "", *section(report)]
+        for file in sorted(RESULTS.glob(f"{name}-*.json")):
+            other = json.loads(file.read_text())
+            lines += [f"The same on a CPU with {file.stem.partition('-')[2]}, {_device(other)}:", "", *section(other)]
     notes = RESULTS / "performance.md"
     return "\n".join([*lines, notes.read_text() if notes.is_file() else ""]).rstrip() + "\n"
+
+
+def _device(report: Report) -> str:
+    return report.get("device") or next(part["device"] for part in report.values() if isinstance(part, dict))
 
 
 def main() -> None:
