@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
 from comad.models.decoder import MaskedDecoder
+from comad.models.embedding import project_patches
 from comad.models.networks import has_token_norm
 
 if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
@@ -49,6 +50,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         if "cls" in token_types and vit.cls_token is None:
             token_types = tuple(name for name in token_types if name != "cls")
+        project_patches(vit)
         self.vit = vit
         self.decoder = None
         self.width = vit.embed_dim
