@@ -57,7 +57,6 @@ def main() -> None:
         "gains": {
             f"{method}_over_{name}": _gain(scores, method, name) for method in ("knn", "linear") for name in BASELINES
         },
-        "drawn": "seeds and concepts",
         "validation_curves": curves,
     }
     RESULTS.mkdir(exist_ok=True)

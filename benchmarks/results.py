@@ -80,8 +80,7 @@ def demo_section(report: dict[str, Any] | None) -> str:
             "## The demo",
             "",
             f"`{command}`: {report['epochs']:g} epochs, seeds {report['seeds']}, {seconds} seconds on two CPU cores.",
-            "Top-1 percent on the test concepts, mean over seeds; intervals: paired bootstrap over "
-            f"{report.get('drawn', 'concepts alone')}, 95 %.",
+            "Top-1 percent on the test concepts, mean over seeds; paired bootstrap over seeds and concepts, 95 %.",
             "",
             run_table(report),
             "",

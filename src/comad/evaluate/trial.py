@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from comad.evaluate.tuning import FinetuneConfig
 from comad.evaluate.views import view_size
 from comad.models.backbone import Backbone
 from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import Job, Metrics, RunConfig, Step, train
@@ -128,13 +129,13 @@ def _job(config: FinetuneConfig, subject: Subject, classifier: Classifier, split
         found = top1(answers(module, splits.val, config.run))
         return {f"finetune{LABEL_SETS[name]}": percent for name, percent in found.items()}
 
-    plain = {**asdict(tuning), "data": config.data, "seed": seed, "precision": config.run.precision}
+    plain = identity_of(config, "backbone", "split", "try_lr", "try_epochs")
     return Job(
         module=classifier,
         step=step,
         batches=batches,
         steps_per_epoch=optim.steps_per_epoch(len(views.images)),
-        identity={**plain, "fixed_views": config.loader.fixed_views, "subject": subject.identity},
+        identity={**plain, "subject": subject.identity},
         probe=probe,
         watch=lambda done, metrics: None,
         name_image=views.images.path,
