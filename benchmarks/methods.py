@@ -55,6 +55,8 @@ def warm(temperature: float) -> str:
 SINGLE = tuple(f"comad --teachers {name}-stamps" for name in ("ibot", "mocov3", "mae"))
 FIELD = ("tinymim", "m-tinymim", "tinymim-feat", "dmae", "g2sd", "dmjd", "hybrid", "dmt-like")
 FIELD += ("unic", "dune", "radio", "phi-s", "eupe", "gram --teachers ibot-stamps")
+MIXED = ("--tuning.mixup", "0.2", "--tuning.cutmix", "0.5")
+"""As `small` was when these runs were taken; since then it mixes nothing."""
 
 QUESTIONS = {
     "losses": Question(
@@ -123,14 +125,15 @@ QUESTIONS = {
         seeds=(0, 1, 2, 3, 4),
         rows=("comad", "comad-literal", "mean", *FIELD),
         baselines=("untrained", "supervised"),
+        options=MIXED,
     ),
     "finetuned": Question(
         title="Fine-tuned",
         split="test",
         seeds=(0, 1, 2),
-        rows=("comad", "mean", SINGLE[0], *FIELD),
+        rows=("comad", "comad-literal", "mean", SINGLE[0], *FIELD),
         baselines=("supervised",),
-        options=("--finetune",),
+        options=("--finetune", *MIXED),
     ),
     "convolutional": Question(
         title="Three convolutional teachers in place of the bundled trio",

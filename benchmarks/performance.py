@@ -2,7 +2,7 @@
 
 One script per question; each prints one JSON object as its last line, which is kept under the script's name. They run
 one after another, for they would disturb each other: an otherwise idle machine, and about half an hour on two cores.
-What another machine printed stands beside it, kept by hand as `SCRIPT-MACHINE.json`.
+What another machine prints stands beside it, as `SCRIPT-MACHINE.json`: `--run --machine AMX`.
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ def tokens(report: Report) -> list[str]:
     lines = [table(["patches", *(f"{share} %" for share in shares)], [["tokens/s", *row]]), ""]
     if "packed_times_plain" in report:
         lines += [f"Packed weights at 50 %: {report['packed_times_plain']:.2f} times as fast as plain ones.", ""]
+    if "embedding_times_convolution" in report:
+        times = report["embedding_times_convolution"]
+        lines += [f"A ViT-Ti's patch embedding, forward and backward: {times:.2f} times as fast as a convolution.", ""]
     return lines
 
 
@@ -151,12 +154,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Report], list[str]]]] = {
 }
 
 
-def measure(name: str) -> None:
-    """Run one script and keep its last line."""
+def measure(name: str, machine: str = "") -> None:
+    """Run one script and keep its last line, of another machine beside that of the first."""
     command = [sys.executable, str(Path(__file__).with_name(f"{name}.py"))]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     report = json.loads(output.splitlines()[-1])
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"{'-'.join(filter(None, (name, machine)))}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def page() -> str:
@@ -184,10 +187,11 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", nargs="*", choices=list(SECTIONS), help="measure these, or all if none is named")
+    parser.add_argument("--machine", default="", help="what sets this CPU apart from the first machine's")
     options = parser.parse_args()
     if options.run is not None:
         for name in options.run or SECTIONS:
-            measure(name)
+            measure(name, options.machine)
     (ROOT / "docs" / "performance.md").write_text(page())
 
 

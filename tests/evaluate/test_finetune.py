@@ -135,7 +135,7 @@ def test_fine_and_coarse_are_learnt_together_and_unlabelled_images_do_no_harm(la
     splits.train.labels["fine"][::7] = -1
     teacher = load_one(teacher_specs[0], "x", 16)
     tuning = RECIPES["small"]
-    optim = replace(tuning.optim, epochs=6.0, batch_size=8, base_lr=0.1)
+    optim = replace(tuning.optim, epochs=6.0, batch_size=8, base_lr=0.05)
     run = replace(FinetuneConfig(backbone="").run, out=str(tmp_path / "run"), precision="fp32", tensorboard=False)
     config = FinetuneConfig(backbone="", tuning=replace(tuning, optim=optim), run=run)
     before = {name: tensor.clone() for name, tensor in teacher.backbone.state_dict().items()}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 class PatchProjection(nn.Module):
     """Patches to tokens, with the parameters of a convolution under their names; the same sums.
 
-    On a CPU in bf16 it takes half the time of a convolution, and the gradient of its kernel less than that.
+    On a CPU it is faster in bf16, most of all its gradient (docs/performance.md).
 
     Args:
         convolution: without padding; its stride is its kernel.
