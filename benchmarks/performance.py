@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--run", nargs="*", choices=list(SECTIONS), help="measure these, or all if none is named")
     parser.add_argument("--machine", default="", help="what sets this CPU apart from the first machine's")
     options = parser.parse_args()
+    if options.machine and options.run is None:
+        parser.error("--machine names what --run measures; give both.")
     if options.run is not None:
         for name in options.run or SECTIONS:
             measure(name, options.machine)

@@ -70,7 +70,8 @@ class Gate:
         self, student: Float[Tensor, "B n D"], teachers: Float[Tensor, "M B n D"], valid: Bool[Tensor, "M B n"]
     ) -> Float[Tensor, "M B n"]:
         """e = s + c: affinity to the student plus agreement with the other teachers."""
-        cosines = _cosines(torch.cat([student.unsqueeze(0), teachers]))
+        rows = torch.cat([student.unsqueeze(0), teachers]).permute(1, 2, 0, 3)  # the student first
+        cosines = cosine_rows(rows).permute(2, 3, 0, 1)
         scores = torch.zeros_like(valid, dtype=teachers.dtype)
         if self.affinity:
             scores = scores + cosines[0, 1:]  # s
@@ -78,15 +79,6 @@ class Gate:
             others = valid & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)[:, :, None, None]  # k ≠ m
             scores = scores + (cosines[1:, 1:] * others).sum(dim=1) / others.sum(dim=1).clamp(min=1)  # c
         return scores
-
-
-def _cosines(tokens: Float[Tensor, "M B n D"]) -> Float[Tensor, "M M B n"]:
-    """Cosines between the tokens of each position; 0 to a token of length 0."""
-    rows = tokens.permute(1, 2, 0, 3)
-    with torch.autocast(tokens.device.type, enabled=False):  # it would round to bfloat16
-        products = rows @ rows.mT
-    lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=1e-24).sqrt()
-    return (products / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))).permute(2, 3, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ EXCLUDED = -1e4
 """Logit of what must not count: its softmax is 0 in float32 at any temperature, and its logarithm finite."""
 
 
-def cosine_rows(tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n n"]:
-    """Cosines between the tokens of an image, in float32."""
-    directions = F.normalize(tokens.float(), dim=-1)
+def cosine_rows(tokens: Float[Tensor, "*B n D"]) -> Float[Tensor, "*B n n"]:
+    """Cosines between the tokens of an image, or of a position, in float32 at least."""
+    directions = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
     with torch.autocast(tokens.device.type, enabled=False):
         return directions @ directions.mT
 

@@ -20,8 +20,8 @@ class PatchProjection(nn.Conv2d):
     """
 
     def __init__(self, convolution: nn.Conv2d):
-        channels, width, kernel = convolution.in_channels, convolution.out_channels, convolution.kernel_size
-        super().__init__(channels, width, cast(tuple[int, int], kernel), cast(tuple[int, int], kernel), device="meta")
+        kernel = cast(tuple[int, int], convolution.kernel_size)
+        super().__init__(convolution.in_channels, convolution.out_channels, kernel, kernel, device="meta")
         self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B E h w"]:
