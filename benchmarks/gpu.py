@@ -51,7 +51,7 @@ def build(batch_size: int, compiled: bool, tiny: bool) -> TimedStep:
     """The step of `comad`."""
     student = VitConfig(image_size=32, depth=1) if tiny else VitConfig()
     teachers = load([TINY if tiny else TEACHER] * 3, "bf16", student.image_size)
-    return TimedStep(METHODS["comad"], "bf16", batch_size, teachers, student=student, compiled=compiled)
+    return TimedStep(METHODS["comad"], "bf16", batch_size, teachers, students=(student,), compiled=compiled)
 
 
 def measure(batch_size: int, compiled: bool, rate: float, options: argparse.Namespace) -> dict[str, float]:

@@ -31,11 +31,12 @@ def throughput(report: Report) -> list[str]:
             f"{part['times_literal']:.2f} ×",
             f"{part['times_literal_fp32']:.2f} ×" if "times_literal_fp32" in part else "",
             f"{100 * part['second_student_cost']:.0f} %" if "second_student_cost" in part else "",
+            f"{100 * part['second_student_cost_large']:.0f} %" if "second_student_cost_large" in part else "",
         ]
         for part in filter(None, (report, report.get("fp32")))
     ]
     header = ["precision", "images/s", "of the limit", "of the usual limit", "against literal", "against literal fp32"]
-    header.append("second student")
+    header += ["second student", f"at batch {report.get('large_batch_size', 64)}"]
     limits = "The limit is its matrix products at the rate of the quickest plain one, the usual limit at the median."
     lines = [f"Batch {report.get('batch_size', 16)}. {limits}", "", table(header, rows), ""]
     if "int8_images_per_s" in report:

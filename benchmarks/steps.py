@@ -71,7 +71,7 @@ class TimedStep:
         precision: ``bf16`` or ``fp32``.
         batch_size: images of a step, 224 px.
         teachers: see `load`.
-        student: the network to train.
+        students: the networks to train, of one image size, by the same passes through the teachers.
         compiled: as by ``--compile``.
     """
 
@@ -82,19 +82,19 @@ class TimedStep:
         batch_size: int,
         teachers: Sequence[Teacher],
         *,
-        student: VitConfig | None = None,
+        students: Sequence[VitConfig] = (VitConfig(),),
         compiled: bool = False,
     ):
         self.fabric = start_fabric(RunConfig(precision=precision))
         self.device = self.fabric.device
-        config, self.method, self.teachers = student or VitConfig(), method, teachers
+        self.method, self.teachers, size = method, teachers, students[0].image_size
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.images = torch.rand(batch_size, 3, config.image_size, config.image_size, device=self.device)
-        self.noise = torch.rand(batch_size, 1 + len(teachers), (config.image_size // 16) ** 2, device=self.device)
-        self.student = prepare(config, self.method, self.teachers, self.images[:2], self.fabric)
-        if compiled:
-            compile_step(self.student[0].module, teachers)
+        self.images = torch.rand(batch_size, 3, size, size, device=self.device)
+        self.noise = torch.rand(batch_size, 1 + len(teachers), (size // 16) ** 2, device=self.device)
+        self.students = [prepare(config, method, teachers, self.images[:2], self.fabric) for config in students]
+        for module, _ in self.students if compiled else ():
+            compile_step(module.module, teachers)
         self.calls = 0
 
     def __call__(self, clock: Clock | None = None) -> None:
@@ -103,7 +103,10 @@ class TimedStep:
         masks = self.method.masking(self.noise)
         targets = self._ask(masks, clock)
         self.calls += 1
-        module, optimizer = self.student
+        for module, optimizer in self.students:
+            self._learn(module, optimizer, targets, clock)
+
+    def _learn(self, module: Any, optimizer: Any, targets: Targets, clock: Clock) -> None:
         with timed_networks(module, clock) as reached:
             with clock.part("align, gate, loss"):
                 result = module(self.images, targets)

@@ -4,11 +4,12 @@ Compares, in one process and interleaved: the step of `comad` (teachers and stud
 `comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
 or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of
 the `comad` step over the rate of the quickest plain matrix product of a second, and of the median one. Ratios are
-medians over the rounds. Short runs on a folder of pictures, by turns with one student and with two, give what a second
-ViT-Ti costs, and the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of
+medians over the rounds. What a second ViT-Ti costs is measured so too, also at four times the batch, for a small
+student's many small products gain by it. A short run on a folder of pictures gives the share of time that the loop
+waits for data. Where `lightly-train` is installed its distillation of
 one teacher is measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny`
 tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts
-the seconds of one thread of this process in place of those on the wall, and leaves LightlyTrain and the short runs out.
+the seconds of one thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from pictures import write_pictures
 from steps import Clock, TimedStep, Timer, gemm_rates, load, seconds_of
 
 TEACHERS = ("vit_base_patch16_224:random",) * 3
+LARGE = 4
+"""Times the batch at which a second student is measured again."""
 LIMITS = ("limit", "usual limit")
 """Needed FLOPs at the rate of the quickest product of a second, and of that second's median one."""
 TINY = ("vit_tiny_patch16_224:random",) * 3
@@ -55,19 +58,20 @@ def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedSte
     ours, literal = METHODS["comad"], METHODS["comad-literal"]
     teachers = load(specs, precision, student.image_size, packed=True)
 
-    def step(method: Method, count: int = 3) -> TimedStep:
-        return TimedStep(method, precision, batch_size, teachers[:count], student=student)
+    def step(method: Method, count: int = 3, times: int = 1, students: int = 1) -> TimedStep:
+        return TimedStep(method, precision, times * batch_size, teachers[:count], students=(student,) * students)
 
-    steps = {"ours": step(ours), "literal": step(literal)}
+    steps = {"ours": step(ours), "two students": step(ours, students=2), "literal": step(literal)}
+    steps |= {"large": step(ours, times=LARGE), "two students large": step(ours, times=LARGE, students=2)}
     steps |= {"one masked teacher": step(ours, 1), "one whole teacher": step(whole(ours), 1)}
     if precision == "bf16":
         slow = load(specs, "fp32", student.image_size)
-        steps["literal fp32"] = TimedStep(literal, "fp32", batch_size, slow, student=student)
+        steps["literal fp32"] = TimedStep(literal, "fp32", batch_size, slow, students=(student,))
         if torch.backends.cpu.get_cpu_capability().startswith("AVX512") and not torch.cuda.is_available():
             small = load(specs, precision, student.image_size)
             for teacher in small:
                 quantize(teacher.backbone, "int8")
-            steps["int8"] = TimedStep(ours, precision, batch_size, small, student=student, compiled=True)
+            steps["int8"] = TimedStep(ours, precision, batch_size, small, students=(student,), compiled=True)
     return steps
 
 
@@ -93,12 +97,14 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
             seconds[name].append(measured())
         ours(clock)
     cpu = f"cpu, {torch.get_num_threads()} thread(s)" + (", time of the processor" if options.cpu_time else "")
-    images_per_s = {name: batch_size / statistics.median(found) for name, found in seconds.items()}
+    images = {name: batch_size * (LARGE if "large" in name else 1) for name in seconds}
+    images_per_s = {name: images[name] / statistics.median(found) for name, found in seconds.items()}
     return {
         "batch_size": batch_size,
         "images_per_s": images_per_s.pop("ours"),
         **{f"{name.replace(' ', '_')}_images_per_s": value for name, value in images_per_s.items()},
         **ratios(seconds),
+        "large_batch_size": LARGE * batch_size,
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
         "gemm_gflops": counter.get_total_flops() / statistics.median(seconds["limit"]) / 1e9,
@@ -108,10 +114,12 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians over the rounds of one step's seconds over another's, where both were measured."""
+    """Medians over the rounds of one step's seconds over another's, where both were measured; less 1 for a cost."""
     pairs = {
         "share_of_limit": ("limit", "ours"),
         "share_of_usual_limit": ("usual limit", "ours"),
+        "second_student_cost": ("two students", "ours"),
+        "second_student_cost_large": ("two students large", "large"),
         "times_literal": ("literal", "ours"),
         "times_literal_fp32": ("literal fp32", "ours"),
         "int8_times_literal_fp32": ("literal fp32", "int8"),
@@ -120,38 +128,27 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
         "one_whole_teacher_times_lightly": ("lightly", "one whole teacher"),
         "one_masked_teacher_times_lightly": ("lightly", "one masked teacher"),
     }
-    return {
+    found = {
         key: statistics.median(a / b for a, b in zip(seconds[slow], seconds[quick], strict=True))
         for key, (slow, quick) in pairs.items()
         if slow in seconds and quick in seconds
     }
+    return {key: value - 1 if key.startswith("second_student") else value for key, value in found.items()}
 
 
-def whole_runs(precision: Literal["bf16", "fp32"], batch_size: int, rounds: int, tiny: bool) -> dict[str, float]:
-    """What a second student costs, as a share of the time with one, and percent of the time that the loop waits.
-
-    Medians over rounds of two runs of six steps each, one worker decoding; the first two steps do not count.
-    """
-    costs, waits = [], []
+def data_wait(precision: Literal["bf16", "fp32"], batch_size: int, tiny: bool) -> float:
+    """Percent of the time that a short run with one worker waits for data; its first two steps do not count."""
     with TemporaryDirectory() as folder:
         data = write_pictures(Path(folder) / "data" / "train", batch_size * 2).parent
         write_pictures(data / "val", 1)
         config = settings(data, batch_size)
-        config = replace(config, optim=replace(config.optim, epochs=3.0))
         if tiny:
             config = replace(config, teachers=TINY[:1], student=VitConfig(image_size=32, depth=1))
-        for number in range(rounds):
-            seconds = []
-            for beside in ((), (config.student,)):
-                out = Path(folder) / f"run-{number}-{len(beside)}"
-                run = replace(config.run, out=str(out), precision=precision)
-                distill(replace(config, beside=beside, run=run, split="none"))
-                log = out / (config.student.name if beside else "") / "log.jsonl"
-                lines = [line for line in map(json.loads, log.read_text().splitlines()) if "data_wait" in line][2:]
-                seconds.append(statistics.median(1 / line["images_per_s"] for line in lines))
-                waits += [] if beside else [line["data_wait"] for line in lines]
-            costs.append(seconds[1] / seconds[0] - 1)
-    return {"second_student_cost": statistics.median(costs), "data_wait": statistics.median(waits)}
+        out = Path(folder) / "run"
+        optim, run = replace(config.optim, epochs=6.0), replace(config.run, out=str(out), precision=precision)
+        distill(replace(config, optim=optim, run=run, split="none"))
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return statistics.median([line["data_wait"] for line in lines if "data_wait" in line][2:])
 
 
 def lightly_seconds(batch_size: int, tiny: bool) -> float:
@@ -177,7 +174,7 @@ def main() -> None:
     for number, precision in enumerate(options.precisions):
         found = measure(precision, options)
         if not options.cpu_time:
-            found |= whole_runs(precision, options.batch_size, max(1, options.rounds // 2), options.tiny)
+            found["data_wait"] = data_wait(precision, options.batch_size, options.tiny)
         result |= {precision: found} if number else found
         print(json.dumps(found), file=sys.stderr, flush=True)
     print(json.dumps(result))

@@ -331,6 +331,24 @@ def test_weights_of_terms_are_factors(small_distillation):
     assert float(loss.detach()) == pytest.approx(float(2 * numbers["near"] + 0.5 * numbers["far"]), rel=1e-5)
 
 
+def test_each_of_several_terms_is_what_it_is_alone(small_distillation):
+    terms = {
+        "plain": Term(),
+        "elsewhere": Term(where="all", cls=False),
+        "hotter": Term(temperature=4.0),
+        "nearer": Term(distance="mse"),
+        "first": Term(teachers="first"),
+        "rest": Term(teachers="rest"),
+    }
+    together = small_distillation(replace(COMAD, terms=terms))
+    images, targets = together.batch(4)
+    parts = {name: float(part) for name, part in together.distiller(images, targets).metrics().items() if name in terms}
+    for name in ("plain", "elsewhere", "hotter", "nearer"):  # other terms leave teachers out, and so fit other maps
+        alone = small_distillation(replace(COMAD, terms={name: terms[name]})).distiller(images, targets)
+        assert parts[name] == pytest.approx(float(alone.loss.detach()), rel=1e-5)
+    assert len(set(parts.values())) == len(terms)
+
+
 @pytest.mark.parametrize("method", [COMAD, METHODS["comad-literal"], replace(COMAD, aligner=Trained())])
 def test_metrics_are_detached_and_finite(small_distillation, method):
     setting = small_distillation(method)

@@ -70,13 +70,18 @@ class Distiller(StudentSide):
         }
         visible = targets.masks.student_sees(len(images), self.student.num_patches, images.device)
         loss, parts, shown = sum(own.values(), student.last.new_zeros(())), dict(own), ()
+        compared: dict[object, Tensor] = {}
         for name, term in self.method.active.items():
             said = self.said(term, student, targets, joined)
             anywhere = torch.stack([pair.weight > 0 for pair in said]).any(dim=0)
             counts = term.positions(visible, anywhere[:, 1:], anywhere[:, :1])
             said = self.related(name, said, counts)
             counts = counts[:, : said[0].weight.shape[1]]  # over the queue it is the class token alone
-            parts[name] = self.distance(term, said, counts, targets.masks)
+            plain = term.over == "channels" and not term.projection  # then only the positions may differ
+            same = (term.teachers, term.distance, term.temperature) if plain else name
+            if same not in compared:
+                compared[same] = torch.stack([term.distances(pair) for pair in said])
+            parts[name] = self.mean(term, compared[same], said, counts, targets.masks)
             loss = loss + term.weight * parts[name]
             shown = said if term.over == "channels" else shown
         evidence = self.evidence(student, shown, targets, joined)
@@ -107,13 +112,14 @@ class Distiller(StudentSide):
 
     def _placed(self, tokens: Tokens, visible: Tensor | None, position: int) -> Float[Tensor, "B N1 K"]:
         """Aligned tokens of one teacher at their positions, the class token first; 0 where there is none."""
-        patches = self.aligners(tokens.patches, position)
-        if visible is not None and patches.shape[1] < self.student.num_patches:
-            patches = scatter_patches(patches, visible, self.student.num_patches)
+        patches, count = self.aligners(tokens.patches, position), self.student.num_patches
         first = torch.zeros_like(patches[:, :1])
         if tokens.cls is not None:
             first = self.aligners(tokens.cls.unsqueeze(1), position)
-        return torch.cat([first, patches], dim=1)
+        rows = torch.cat([first, patches], dim=1)
+        if visible is None or patches.shape[1] == count:
+            return rows
+        return scatter_patches(rows, F.pad(visible + 1, (1, 0)), rows.new_zeros(1 + count, rows.shape[2]))
 
     def said(self, term: Term, student: Encoded, targets: Targets, joined: Mapping[Which, Joined]) -> tuple[Pair, ...]:
         """What a term compares: tokens at the tap, rows of attention or pixels."""
@@ -152,12 +158,16 @@ class Distiller(StudentSide):
             found.append(Pair(prediction, target, weight))
         return tuple(found)
 
-    def distance(
-        self, term: Term, said: Sequence[Pair], counts: Bool[Tensor, "B N1"], masks: Masks
+    def mean(
+        self,
+        term: Term,
+        distances: Float[Tensor, "P B n"],
+        said: Sequence[Pair],
+        counts: Bool[Tensor, "B N1"],
+        masks: Masks,
     ) -> Float[Tensor, ""]:
         """Mean distance over positions; of several teachers as the fusion weighs them."""
-        fusion, distances = self.method.fusion, torch.stack([term.distances(pair) for pair in said])
-        weights = torch.stack([pair.weight for pair in said])
+        fusion, weights = self.method.fusion, torch.stack([pair.weight for pair in said])
         if isinstance(fusion, DropEasiest) and len(said) > 1:
             counted = weights * counts
             losses = (distances.detach() * counted).sum(dim=2) / counted.sum(dim=2).clamp(min=1)

@@ -68,22 +68,24 @@ class StudentSide(nn.Module):
         if self.method.tap.pooled:
             cls = patches.mean(dim=1)
         fill = fill and self.decoder is not None and (masks.student is not None or self.method.decoder_fills == "all")
-        if self.method.masking.hidden == "drop" and masks.student is not None:
-            patches = scatter_patches(patches, masks.student, self.student.num_patches)
         if fill:
-            patches = self._filled(tokens, patches, masks)
+            patches = self._filled(tokens, masks)
+        elif self.method.masking.hidden == "drop" and masks.student is not None:
+            nothing = patches.new_zeros(self.student.num_patches, patches.shape[2])
+            patches = scatter_patches(patches, masks.student, nothing)
         assert cls is not None
         return torch.cat([cls.unsqueeze(1), patches], dim=1).float()
 
-    def _filled(self, tokens: Tokens, whole: Float[Tensor, "B N D"], masks: Masks) -> Float[Tensor, "B N D"]:
+    def _filled(self, tokens: Tokens, masks: Masks) -> Float[Tensor, "B N D"]:
         """The map with the decoder's patches where the student saw nothing, or everywhere."""
         assert self.decoder is not None
-        everything = torch.arange(self.student.num_patches, device=whole.device).expand(len(whole), -1)
-        filled = self.decoder(tokens.cls, tokens.patches, everything if masks.student is None else masks.student)
-        if self.method.decoder_fills == "all":
-            return filled
-        seen = masks.student_sees(len(whole), filled.shape[1], whole.device).unsqueeze(-1)
-        return torch.where(seen, whole.to(filled.dtype), filled)
+        visible = masks.student
+        if visible is None:
+            visible = torch.arange(self.student.num_patches, device=tokens.patches.device).expand(
+                len(tokens.patches), -1
+            )
+        filled = self.decoder(tokens.cls, tokens.patches, visible)
+        return filled if self.method.decoder_fills == "all" else scatter_patches(tokens.patches, visible, filled)
 
     def _paint(
         self, images: Float[Tensor, "B 3 H W"], tokens: Tokens, masks: Masks

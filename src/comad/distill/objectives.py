@@ -92,7 +92,9 @@ def mean_distance(distances: Float[Tensor, "P B n"], weights: Tensor, counts: Bo
 
 def kl_student_teacher(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     """KL(φ(z_S) ‖ φ(z_T)), φ the softmax over channels (arXiv:2508.04816, L_token and L_spatial): (..., D) → (...)."""
-    log_p, log_q = F.log_softmax(student / temperature, dim=-1), F.log_softmax(target / temperature, dim=-1)
+    if temperature != 1:
+        student, target = student / temperature, target / temperature
+    log_p, log_q = F.log_softmax(student, dim=-1), F.log_softmax(target, dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 

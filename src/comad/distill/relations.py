@@ -18,9 +18,10 @@ EXCLUDED = -1e4
 
 def cosine_rows(tokens: Float[Tensor, "*B n D"]) -> Float[Tensor, "*B n n"]:
     """Cosines between the tokens of an image, or of a position, in float32 at least."""
-    directions = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    lengths = torch.linalg.vector_norm(tokens, dim=-1).clamp(min=1e-12)
     with torch.autocast(tokens.device.type, enabled=False):
-        return directions @ directions.mT
+        return tokens @ tokens.mT / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
 
 
 def other_cosines(tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n n"]:

@@ -80,11 +80,14 @@ def gather_patches(patches: Float[Tensor, "B N E"], index: Int[Tensor, "B V"]) -
 
 
 def scatter_patches(
-    patches: Float[Tensor, "B V E"], index: Int[Tensor, "B V"], num_patches: int
+    patches: Float[Tensor, "B V E"], index: Int[Tensor, "B V"], onto: Float[Tensor, "*B N E"]
 ) -> Float[Tensor, "B N E"]:
-    """Put patches back at their positions; every other position is 0. The inverse of `gather_patches`."""
-    full = patches.new_zeros(patches.shape[0], num_patches, patches.shape[-1])
-    return full.scatter(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]), patches)
+    """Put patches at their positions in ``onto``, which shows at every other. The inverse of `gather_patches`."""
+    count, num_patches = len(patches), onto.shape[-2]
+    full = onto.expand(count, -1, -1).clone(memory_format=torch.contiguous_format)
+    rows = index + num_patches * torch.arange(count, device=index.device).unsqueeze(1)
+    whole = full.flatten(0, 1).index_copy_(0, rows.flatten(), patches.flatten(0, 1).to(onto.dtype))  # a row at a time
+    return whole.unflatten(0, (count, num_patches))
 
 
 def seen(

@@ -8,7 +8,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from comad.models.backbone import scatter_patches, seen
+from comad.models.backbone import scatter_patches
 
 
 class MaskedDecoder(nn.Module):
@@ -53,9 +53,8 @@ class MaskedDecoder(nn.Module):
         """Tokens after the last block and the norm; the last N are the patches."""
         num_patches = len(self.positions)
         assert patches.shape[:2] == visible.shape, "a decoder takes the visible patches and no others"
-        filled = scatter_patches(self.embed(patches), visible, num_patches)
-        known = seen(visible, len(patches), num_patches, patches.device).unsqueeze(-1)
-        x = torch.where(known, filled, self.mask_token.to(filled.dtype)) + self.positions
+        known = self.embed(patches)
+        x = scatter_patches(known, visible, self.mask_token.to(known.dtype).expand(num_patches, -1)) + self.positions
         if cls is not None:
             x = torch.cat([self.embed(cls).unsqueeze(1), x], dim=1)
         return self.norm(self.blocks(x))

@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
 from comad.models.decoder import MaskedDecoder
-from comad.models.embedding import project_patches
+from comad.models.embedding import PatchProjection, project_patches
 from comad.models.networks import has_token_norm
 
 if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
@@ -75,8 +76,27 @@ class TimmBackbone(Backbone):
     ) -> Tokens:
         """Patch embedding, positions, masking, blocks, norm. See `Backbone.forward`."""
         vit = self.vit
-        pixels = (images - self.pixel_mean) / self.pixel_std
-        x = vit.patch_embed(pixels.to(vit.patch_embed.proj.weight.dtype))
+        if visible is not None and hidden == "drop" and isinstance(vit.patch_embed.proj, PatchProjection):
+            x = self._embed_visible(images, visible)
+        else:
+            x = self._embed(images, visible, hidden, mask_token)
+        x = vit.norm_pre(x)
+        for block in vit.blocks:
+            x = block(x)
+        x = vit.norm(x)
+        cls = x[:, 0] if vit.cls_token is not None else None
+        return Tokens(cls, x[:, vit.num_prefix_tokens :])
+
+    def _embed(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None,
+        hidden: Hidden,
+        mask_token: Float[Tensor, " E"] | None,
+    ) -> Float[Tensor, "B n E"]:
+        """Prefix tokens and patches at their positions, from whole images."""
+        vit = self.vit
+        x = vit.patch_embed(self._normalised(images))
         if visible is not None and hidden == "token":
             assert mask_token is not None, "hidden='token' needs a mask token"
             keep = seen(visible, len(x), x[0, ..., 0].numel(), x.device).view(*x.shape[:-1], 1)
@@ -87,12 +107,20 @@ class TimmBackbone(Backbone):
             patches = gather_patches(patches, visible)
         elif visible is not None and hidden == "zero":
             patches = patches * seen(visible, len(x), patches.shape[1], x.device).unsqueeze(-1)  # M ⊙ z
-        x = vit.norm_pre(torch.cat([prefix, patches], dim=1))
-        for block in vit.blocks:
-            x = block(x)
-        x = vit.norm(x)
-        cls = x[:, 0] if vit.cls_token is not None else None
-        return Tokens(cls, x[:, vit.num_prefix_tokens :])
+        return torch.cat([prefix, patches], dim=1)
+
+    def _embed_visible(self, images: Float[Tensor, "B 3 H W"], visible: Int[Tensor, "B V"]) -> Float[Tensor, "B n E"]:
+        """The same numbers as by `_embed`, from the visible patches alone."""
+        vit, projection = self.vit, self.vit.patch_embed.proj
+        x = vit.patch_embed.norm(projection.project(self._normalised(projection.pick(images, visible))))
+        h, w = (side // self.patch_size for side in images.shape[2:])
+        empty = x.new_zeros(1, *((h, w) if vit.dynamic_img_size else (h * w,)), self.width)
+        prefix, positions = vit._pos_embed(empty).tensor_split([vit.num_prefix_tokens], dim=1)
+        return torch.cat([prefix.expand(len(x), -1, -1), x + F.embedding(visible, positions[0])], dim=1)
+
+    def _normalised(self, pixels: Float[Tensor, "*n 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
+        """Pixels as the network wants them."""
+        return (pixels - self.pixel_mean).div_(self.pixel_std).to(self.vit.patch_embed.proj.weight.dtype)
 
 
 def plain_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
