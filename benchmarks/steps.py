@@ -57,10 +57,14 @@ class Clock:
         yield
         self.seconds[name] += self.now() - start
 
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
     def shares(self) -> dict[str, float]:
         """Percent of the time of all parts."""
-        total = sum(self.seconds.values())
-        return {name: 100 * seconds / total for name, seconds in self.seconds.items()}
+        return {name: 100 * seconds / self.total for name, seconds in self.seconds.items()}
 
 
 class TimedStep:
@@ -97,13 +101,13 @@ class TimedStep:
             compile_step(module.module, teachers)
         self.calls = 0
 
-    def __call__(self, clock: Clock | None = None) -> None:
-        """Take one step; with a clock, measure its parts."""
-        clock = clock or Clock(torch.device("cpu"))
+    def __call__(self, *clocks: Clock) -> None:
+        """Take one step; measure its parts with a clock for teachers and first student, and one for each further."""
+        clocks = clocks or tuple(Clock(torch.device("cpu")) for _ in self.students)
         masks = self.method.masking(self.noise)
-        targets = self._ask(masks, clock)
+        targets = self._ask(masks, clocks[0])
         self.calls += 1
-        for module, optimizer in self.students:
+        for (module, optimizer), clock in zip(self.students, clocks, strict=True):
             self._learn(module, optimizer, targets, clock)
 
     def _learn(self, module: Any, optimizer: Any, targets: Targets, clock: Clock) -> None:

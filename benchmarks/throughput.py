@@ -4,9 +4,9 @@ Compares, in one process and interleaved: the step of `comad` (teachers and stud
 `comad-literal` (every network runs on all tokens) in the same precision and in fp32, the step with one teacher, masked
 or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8, and the limit: matrix-product FLOPs of
 the `comad` step over the rate of the quickest plain matrix product of a second, and of the median one. Ratios are
-medians over the rounds. What a second ViT-Ti costs is measured so too, also at four times the batch, for a small
-student's many small products gain by it. A short run on a folder of pictures gives the share of time that the loop
-waits for data. Where `lightly-train` is installed its distillation of
+medians over the rounds. What a second ViT-Ti costs is its time in steps of two over that of all the rest, also at four
+times the batch, for the many small products of a small student gain by it. A short run on a folder of pictures gives
+the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of
 one teacher is measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny`
 tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts
 the seconds of one thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out.
@@ -52,17 +52,16 @@ def whole(method: Method) -> Method:
     return replace(method, masking=replace(method.masking, teachers=(0.0,)))
 
 
-def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedStep]:
-    """The steps to compare, those of one precision with the same teachers."""
+def all_steps(precision: str, batch_size: int, tiny: bool) -> tuple[dict[str, TimedStep], list[TimedStep]]:
+    """The steps to compare, and those of two students at both batches; of one precision with the same teachers."""
     specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
     ours, literal = METHODS["comad"], METHODS["comad-literal"]
     teachers = load(specs, precision, student.image_size, packed=True)
 
-    def step(method: Method, count: int = 3, times: int = 1, students: int = 1) -> TimedStep:
-        return TimedStep(method, precision, times * batch_size, teachers[:count], students=(student,) * students)
+    def step(method: Method, count: int = 3) -> TimedStep:
+        return TimedStep(method, precision, batch_size, teachers[:count], students=(student,))
 
-    steps = {"ours": step(ours), "two students": step(ours, students=2), "literal": step(literal)}
-    steps |= {"large": step(ours, times=LARGE), "two students large": step(ours, times=LARGE, students=2)}
+    steps = {"ours": step(ours), "literal": step(literal)}
     steps |= {"one masked teacher": step(ours, 1), "one whole teacher": step(whole(ours), 1)}
     if precision == "bf16":
         slow = load(specs, "fp32", student.image_size)
@@ -72,22 +71,25 @@ def all_steps(precision: str, batch_size: int, tiny: bool) -> dict[str, TimedSte
             for teacher in small:
                 quantize(teacher.backbone, "int8")
             steps["int8"] = TimedStep(ours, precision, batch_size, small, students=(student,), compiled=True)
-    return steps
+    sizes = (batch_size, LARGE * batch_size)
+    return steps, [TimedStep(ours, precision, size, teachers, students=(student, student)) for size in sizes]
 
 
 def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
     """Images per second of all steps and of the limit, medians over interleaved rounds."""
     timer: Timer = time.process_time if options.cpu_time else time.perf_counter
-    batch_size, steps = options.batch_size, all_steps(precision, options.batch_size, options.tiny)
+    batch_size = options.batch_size
+    steps, of_two = all_steps(precision, batch_size, options.tiny)
     device, ours = steps["ours"].device, steps["ours"]
     with FlopCounterMode(display=False) as counter:
         ours()
-    for step in steps.values():
+    for step in (*steps.values(), *of_two):
         step()
     timed = {name: partial(seconds_of, step, device, timer) for name, step in steps.items()}
     if precision == "bf16" and importlib.util.find_spec("lightly_train") and not options.cpu_time:
         timed["lightly"] = partial(lightly_seconds, batch_size, options.tiny)
     seconds: dict[str, list[float]] = {name: [] for name in (*timed, *LIMITS)}
+    costs: list[list[float]] = [[] for _ in of_two]
     clock, dtype = Clock(device, timer), torch.bfloat16 if precision == "bf16" else torch.float32
     for _ in range(options.rounds):
         rates = gemm_rates(dtype, device, 0.1 if options.tiny else 1.0, timer)
@@ -95,15 +97,21 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
             seconds[name].append(counter.get_total_flops() / rate)
         for name, measured in timed.items():
             seconds[name].append(measured())
+        for step, found in zip(of_two, costs, strict=True):
+            rest, second = Clock(device, timer), Clock(device, timer)
+            step(rest, second)
+            found.append(second.total / rest.total)
         ours(clock)
     cpu = f"cpu, {torch.get_num_threads()} thread(s)" + (", time of the processor" if options.cpu_time else "")
-    images = {name: batch_size * (LARGE if "large" in name else 1) for name in seconds}
-    images_per_s = {name: images[name] / statistics.median(found) for name, found in seconds.items()}
+    images_per_s = {name: batch_size / statistics.median(found) for name, found in seconds.items()}
+    cost, cost_large = map(statistics.median, costs)
     return {
         "batch_size": batch_size,
         "images_per_s": images_per_s.pop("ours"),
         **{f"{name.replace(' ', '_')}_images_per_s": value for name, value in images_per_s.items()},
         **ratios(seconds),
+        "second_student_cost": cost,
+        "second_student_cost_large": cost_large,
         "large_batch_size": LARGE * batch_size,
         "shares": clock.shares(),
         "gflops_per_image": counter.get_total_flops() / batch_size / 1e9,
@@ -114,12 +122,10 @@ def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians over the rounds of one step's seconds over another's, where both were measured; less 1 for a cost."""
+    """Medians over the rounds of one step's seconds over another's, where both were measured."""
     pairs = {
         "share_of_limit": ("limit", "ours"),
         "share_of_usual_limit": ("usual limit", "ours"),
-        "second_student_cost": ("two students", "ours"),
-        "second_student_cost_large": ("two students large", "large"),
         "times_literal": ("literal", "ours"),
         "times_literal_fp32": ("literal fp32", "ours"),
         "int8_times_literal_fp32": ("literal fp32", "int8"),
@@ -128,12 +134,11 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
         "one_whole_teacher_times_lightly": ("lightly", "one whole teacher"),
         "one_masked_teacher_times_lightly": ("lightly", "one masked teacher"),
     }
-    found = {
+    return {
         key: statistics.median(a / b for a, b in zip(seconds[slow], seconds[quick], strict=True))
         for key, (slow, quick) in pairs.items()
         if slow in seconds and quick in seconds
     }
-    return {key: value - 1 if key.startswith("second_student") else value for key, value in found.items()}
 
 
 def data_wait(precision: Literal["bf16", "fp32"], batch_size: int, tiny: bool) -> float:
