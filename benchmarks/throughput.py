@@ -6,10 +6,10 @@ or on whole views, on a CPU with AVX-512 the compiled step with teachers in int8
 the `comad` step over the rate of the quickest plain matrix product of a second, and of the median one. Ratios are
 medians over the rounds. What a second ViT-Ti costs is its time in steps of two over that of all the rest, also at four
 times the batch, for the many small products of a small student gain by it. A short run on a folder of pictures gives
-the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of
-one teacher is measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny`
-tries the script in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts
-the seconds of one thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out.
+the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of one teacher is
+measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny` tries the script
+in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts the seconds of one
+thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out.
 """
 
 from __future__ import annotations

@@ -79,13 +79,12 @@ class StudentSide(nn.Module):
     def _filled(self, tokens: Tokens, masks: Masks) -> Float[Tensor, "B N D"]:
         """The map with the decoder's patches where the student saw nothing, or everywhere."""
         assert self.decoder is not None
+        cls, patches = tokens
         visible = masks.student
         if visible is None:
-            visible = torch.arange(self.student.num_patches, device=tokens.patches.device).expand(
-                len(tokens.patches), -1
-            )
-        filled = self.decoder(tokens.cls, tokens.patches, visible)
-        return filled if self.method.decoder_fills == "all" else scatter_patches(tokens.patches, visible, filled)
+            visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)
+        filled = self.decoder(cls, patches, visible)
+        return filled if self.method.decoder_fills == "all" else scatter_patches(patches, visible, filled)
 
     def _paint(
         self, images: Float[Tensor, "B 3 H W"], tokens: Tokens, masks: Masks

@@ -34,12 +34,8 @@ class PatchProjection(nn.Conv2d):
         """The patches of images, where they lie."""
         rows, columns = self.weight.shape[2:]
         h, w = images.shape[2] // rows, images.shape[3] // columns
-        return (
-            images[:, :, : h * rows, : w * columns]
-            .unflatten(3, (w, columns))
-            .unflatten(2, (h, rows))
-            .permute(0, 2, 4, 1, 3, 5)
-        )
+        whole = images[:, :, : h * rows, : w * columns].unflatten(3, (w, columns)).unflatten(2, (h, rows))
+        return whole.permute(0, 2, 4, 1, 3, 5)
 
     def pick(
         self, images: Float[Tensor, "B C H W"], visible: Int[Tensor, "B V"]
