@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.models.backbone import draw_visible
+from comad.models.backbone import random_visible
 from comad.models.compiling import compile_blocks
 from comad.models.quantized import check_quantized, quantize
 from comad.models.timm_backbone import VitConfig
@@ -107,7 +107,7 @@ def in_fp8(batch_size: int, device: torch.device, options: argparse.Namespace) -
     (plain,), (quantized,) = (load([TEACHER], "bf16") for _ in range(2))
     quantize(quantized.backbone, "fp8")
     images = torch.rand(batch_size, 3, 224, 224, device=device)
-    visible = draw_visible(torch.rand(batch_size, 196, device=device), 98)
+    visible = random_visible(torch.rand(batch_size, 196, device=device), 98)
     seconds, tokens = [], []
     for teacher in (plain, quantized):
         compile_blocks(teacher.backbone.vit)

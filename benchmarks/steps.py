@@ -21,9 +21,9 @@ from comad.distill.matching import widths_and_cls
 from comad.distill.speed import compile_step
 from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
 from comad.models.backbone import Tokens
-from comad.models.packed import pack
+from comad.models.onednn_linear import use_onednn_linear
 from comad.models.teachers import Teacher
-from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
+from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
 from comad.runtime.train import RunConfig, start_fabric
@@ -142,7 +142,7 @@ def load(
     teachers = [load_teachers([spec], image_size // 16, 16, dtype, device, offload_to)[0] for spec in specs]
     if packed:
         for teacher in teachers:
-            pack(teacher.backbone)
+            use_onednn_linear(teacher.backbone)
     return teachers
 
 
@@ -151,7 +151,7 @@ def prepare(
 ) -> tuple[Any, Any]:
     """A student with calibrated aligners, and its optimiser."""
     distiller = Distiller(config.build(), method, *widths_and_cls(method, teachers)).to(fabric.device)
-    plain_attention_on_cpu(distiller, fabric.device)
+    math_attention_on_cpu(distiller, fabric.device)
     tokens = teacher_step(teachers, images, Masks(None, (None,) * len(teachers))).tokens
     distiller.calibrate([Tokens(None if t.cls is None else t.cls.float(), t.patches.float()) for t in tokens])
     return fabric.setup(distiller, build_optimizer(distiller, OptimConfig()))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from comad.distill.teaching import ask, load_teachers
 from comad.models.embedding import PatchProjection
-from comad.models.packed import pack
+from comad.models.onednn_linear import use_onednn_linear
 
 SHARES = (25, 50, 75, 100)
 
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     spec, device = ["vit_base_patch16_224:random"], torch.device("cpu")
     teacher, plain = (load_teachers(spec, 14, 16, torch.bfloat16, device)[0] for _ in range(2))
-    pack(teacher.backbone)
+    use_onednn_linear(teacher.backbone)
     images = torch.rand(options.batch_size, 3, 224, 224)
     order = torch.rand(options.batch_size, 196).argsort(dim=1)
     asked = {share: (teacher, share) for share in SHARES} | {"plain": (plain, 50)}

@@ -12,8 +12,8 @@ from comad.cli import main
 from comad.compare import measure as measure_module
 from comad.compare import run as run_module
 from comad.compare.config import CompareConfig
-from comad.compare.entries import Entry
-from comad.compare.measure import Unit
+from comad.compare.entries import ComparisonRow
+from comad.compare.measure import RowRun
 from comad.data.images import load_images
 from comad.distill import run as distill_module
 from comad.distill.config import DistillConfig
@@ -260,9 +260,9 @@ def test_what_int8_costs_is_another_row_than_exact_teachers(labelled_folder, tmp
     splits = load_images(str(labelled_folder))
 
     def folder(**changes):
-        entry = Entry(label="x", preset="x", teachers=(), kind="student", config=DistillConfig(**changes))
+        entry = ComparisonRow(label="x", preset="x", teachers=(), kind="student", config=DistillConfig(**changes))
         config = CompareConfig(recipe=replace(RECIPE, run=RunConfig(out=str(tmp_path))))
-        return Unit(entry, 0, config, splits, {}, "").row_folder
+        return RowRun(entry, 0, config, splits, {}, "").row_folder
 
     assert folder(cache_teachers=True, cache_storage="int8") != folder(cache_storage="int8") == folder()
     assert folder(cache_teachers=True) == folder()

@@ -16,7 +16,7 @@ from comad.cli import main
 from comad.distill import parts
 from comad.distill import run as run_module
 from comad.distill.distiller import Distiller
-from comad.models.packed import CAN_PACK, PackedLinear, pack
+from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear
 from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
 
@@ -288,13 +288,15 @@ def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
 
 
-@pytest.mark.skipif(not CAN_PACK, reason="this CPU or this torch has no packed bf16 products")
+@pytest.mark.skipif(not HAS_ONEDNN_LINEAR, reason="this CPU or this torch has no packed bf16 products")
 def test_packed_teachers_teach_the_same(command, tmp_path, monkeypatch):
     packed = []
-    monkeypatch.setattr(parts, "pack", lambda backbone: [packed.append(backbone), pack(backbone)])
+    monkeypatch.setattr(
+        parts, "use_onednn_linear", lambda backbone: [packed.append(backbone), use_onednn_linear(backbone)]
+    )
     for name in ("memory", "offload"):
         assert main(command(tmp_path / name, "--run.precision=bf16", f"--teachers-in={name}", "--split=none")) == 0
-    assert len(packed) == 2 and all(any(isinstance(x, PackedLinear) for x in net.modules()) for net in packed)
+    assert len(packed) == 2 and all(any(isinstance(x, OnednnLinear) for x in net.modules()) for net in packed)
     for ours, plain in zip(steps(tmp_path / "memory"), steps(tmp_path / "offload"), strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-2)
 

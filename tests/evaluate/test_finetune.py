@@ -13,7 +13,7 @@ from comad.evaluate import classifier as classifier_module
 from comad.evaluate import trial as trial_module
 from comad.evaluate.finetune import check, finetune_backbone
 from comad.evaluate.scores import read_scores
-from comad.evaluate.trial import Subject
+from comad.evaluate.trial import PretrainedModel
 from comad.evaluate.tuning import PAPER, RECIPES, SMALL, FinetuneConfig, recipe
 from comad.evaluate.views import load_one
 from comad.runtime.checkpoint import checkpoints
@@ -139,7 +139,7 @@ def test_fine_and_coarse_are_learnt_together_and_unlabelled_images_do_no_harm(la
     run = replace(FinetuneConfig(backbone="").run, out=str(tmp_path / "run"), precision="fp32", tensorboard=False)
     config = FinetuneConfig(backbone="", tuning=replace(tuning, optim=optim), run=run)
     before = {name: tensor.clone() for name, tensor in teacher.backbone.state_dict().items()}
-    done = finetune_backbone(config, Subject("x", "student", teacher.backbone, {}), splits)
+    done = finetune_backbone(config, PretrainedModel("x", "student", teacher.backbone, {}), splits)
     assert done is not None and set(done.score.correct) == {"finetune", "finetune_coarse"}
     assert done.score.row.finetune > 80 and done.score.row.finetune_coarse > 80 and done.score.row.role == "student"
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.backbone.state_dict().items())

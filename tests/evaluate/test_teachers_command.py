@@ -14,15 +14,15 @@ from comad.evaluate import comparison, inspection
 from comad.evaluate.catalogue import ListConfig, list_teachers
 from comad.evaluate.comparison import CompareConfig, Pair, compare
 from comad.evaluate.inspection import InspectConfig, inspect
-from comad.evaluate.similarity import linear_cka
-from comad.evaluate.suspicion import (
+from comad.evaluate.sanity_checks import (
     gain_warnings,
-    random_twin,
+    reinitialised_copy,
     token_statistics,
     token_warnings,
     weight_structure,
     weight_warnings,
 )
+from comad.evaluate.similarity import linear_cka
 from comad.evaluate.views import load_many, load_one, readable, sample, token_batches, view_size
 from comad.models.checkpoints import FORMATS
 from comad.models.files import sha256
@@ -178,12 +178,12 @@ def test_the_gain_over_random_weights():
 def test_the_random_twin_shares_no_weights_and_leaves_the_network_alone():
     backbone = load_teacher("mocov3-stamps", 48).backbone
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    twin = random_twin(backbone)
+    twin = reinitialised_copy(backbone)
     for name, tensor in twin.state_dict().items():
         assert tensor.shape == before[name].shape and not torch.equal(tensor, before[name]), name
         torch.testing.assert_close(backbone.state_dict()[name], before[name], rtol=0, atol=0)
     assert weight_warnings(weight_structure(twin))
-    assert torch.equal(random_twin(backbone).vit.pos_embed, twin.vit.pos_embed)
+    assert torch.equal(reinitialised_copy(backbone).vit.pos_embed, twin.vit.pos_embed)
 
 
 def test_without_labels_there_is_no_knn(teacher_specs, tmp_path, write_images):

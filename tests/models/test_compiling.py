@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from comad.models.backbone import draw_visible
-from comad.models.compiling import as_written, compile_blocks, need_compiler
+from comad.models.backbone import random_visible
+from comad.models.compiling import compile_blocks, eager_mode, need_compiler
 from comad.models.timm_backbone import VitConfig
 
 
@@ -44,10 +44,10 @@ def test_blocks_are_compiled_once_per_shape_and_say_the_same(compiled):
     images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
     with torch.no_grad():
         for count in (4, 8, 4, 8):
-            visible = draw_visible(noise, count)
+            visible = random_visible(noise, count)
             torch.testing.assert_close(backbone(images, visible).patches, plain(images, visible).patches)
         assert graphs == [[(2, 5, 12)], [(2, 9, 12)]]
-        with as_written(True):
+        with eager_mode(True):
             torch.testing.assert_close(backbone(images).patches, plain(images).patches)
     assert len(graphs) == 2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comad.models.backbone import draw_visible, gather_patches, scatter_patches
+from comad.models.backbone import gather_patches, random_visible, scatter_patches
 from comad.models.decoder import MaskedDecoder
 
 GRID = (3, 5)
@@ -24,7 +24,7 @@ def decoder() -> MaskedDecoder:
 
 @pytest.fixture
 def visible() -> Tensor:
-    return draw_visible(torch.rand(2, 15, generator=torch.Generator().manual_seed(1)), 6)
+    return random_visible(torch.rand(2, 15, generator=torch.Generator().manual_seed(1)), 6)
 
 
 def test_predicts_every_position_with_and_without_class_token(decoder, visible):

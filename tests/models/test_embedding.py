@@ -71,9 +71,9 @@ def test_visible_patches_alone_give_the_tokens_and_gradients_that_all_of_them_gi
             network.vit.patch_embed.proj = conv
         images = draw(2, 3, 12, 12).requires_grad_()
         tokens = network(images, visible)
-        sum(part.square().sum() for part in tokens if part is not None).backward()
+        sum(part.square().sum() for part in tokens[:2] if part is not None).backward()
         gradients = [value.grad for _, value in sorted(network.named_parameters()) if value.grad is not None]
-        results.append([*(part for part in tokens if part is not None), images.grad, *gradients])
+        results.append([*(part for part in tokens[:2] if part is not None), images.grad, *gradients])
     assert len(results[0]) == len(results[1]) and results[0][-1].abs().sum() > 0
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)

@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.quantized import QuantizedLinear, check_quantized, precision_of, quantize
 from comad.models.teachers import load_teacher
 from comad.models.timm_backbone import VitConfig
-from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.06)])
@@ -51,7 +51,7 @@ def test_the_name_of_a_plain_precision():
 def test_a_network_without_blocks_is_refused():
     features = ModuleFeatures(nn.Conv2d(3, 4, 4, 4), 0, False, 16)
     with pytest.raises(ValueError, match="no blocks to put into int8; use --teacher-precision bf16"):
-        quantize(WholeBackbone(features, (0.5,) * 3, (0.5,) * 3, 16), "int8")
+        quantize(FeatureMapBackbone(features, (0.5,) * 3, (0.5,) * 3, 16), "int8")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_flat_file_gives_the_features_of_its_name(name: str, tmp_path: Path):
     assert (card.token_types, card.num_prefix_tokens, card.norm_eps) == (token_types, prefix, network.norm.eps)
     assert (card.depth, card.heads, card.architecture, card.pixel_mean) == (2, 4, name, network.pretrained_cfg["mean"])
     assert (teacher.backbone.grid, teacher.backbone.patch_size) == ((3, 3), patch)
-    assert teacher.backbone.sees_whole == (name in WHOLE)
+    assert teacher.backbone.supports_masking == (name not in WHOLE)
 
 
 @pytest.mark.parametrize("name", POOLED)

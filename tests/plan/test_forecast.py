@@ -5,7 +5,7 @@ import pytest
 from comad.plan.config import Target
 from comad.plan.forecast import FORMULA, Disk, Plan, Stage
 from comad.plan.measure import room_for, straight_line
-from comad.plan.rehearsal import Flops
+from comad.plan.profile import Flops
 
 PLAN = Plan(
     task="comad distill",

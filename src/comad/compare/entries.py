@@ -20,7 +20,7 @@ Kind = Literal["student", "teacher", "untrained", "supervised", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ComparisonRow:
     """One row: what is measured for every seed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Entry:
         return tuple(_name(spec) for spec in self.teachers)
 
 
-def list_entries(config: CompareConfig) -> tuple[list[Entry], Entry]:
+def list_entries(config: CompareConfig) -> tuple[list[ComparisonRow], ComparisonRow]:
     """All rows in their order, and the row of reference.
 
     Raises:
@@ -82,7 +82,7 @@ def _check(config: CompareConfig) -> None:
         )
 
 
-def _ablation(config: CompareConfig) -> list[Entry]:
+def _ablation(config: CompareConfig) -> list[ComparisonRow]:
     if config.ablation == "teachers":
         specs = config.recipe.teachers
         subsets = [part for size in range(1, len(specs) + 1) for part in itertools.combinations(specs, size)]
@@ -91,7 +91,7 @@ def _ablation(config: CompareConfig) -> list[Entry]:
     return [_student(config, text, config.recipe.teachers, label) for label, text in rows.items()]
 
 
-def _students(config: CompareConfig) -> list[Entry]:
+def _students(config: CompareConfig) -> list[ComparisonRow]:
     sets = [_subset(config, names) for names in config.teacher_sets] or [config.recipe.teachers]
     entries = []
     for text, specs in itertools.product(config.presets, sets):
@@ -100,7 +100,7 @@ def _students(config: CompareConfig) -> list[Entry]:
     return entries
 
 
-def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: str) -> Entry:
+def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: str) -> ComparisonRow:
     """A row of ``text``: a preset, and options of `comad distill` that change it.
 
     A method that is made for one teacher takes the first, unless the options name another.
@@ -112,7 +112,7 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     own = _with_options(type(plain), plain, options)
     if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
         raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")
-    return Entry(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
+    return ComparisonRow(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
 
 
 def _with_options(kind: type, plain: DistillConfig, options: Sequence[str]) -> DistillConfig:
@@ -132,7 +132,7 @@ def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _reference(config: CompareConfig, entries: Sequence[Entry]) -> Entry:
+def _reference(config: CompareConfig, entries: Sequence[ComparisonRow]) -> ComparisonRow:
     """The row of that name; of a preset with several teacher sets, the one with most teachers."""
     ours = OURS.get(config.ablation, "comad")
     wanted = config.reference or ours
@@ -143,39 +143,41 @@ def _reference(config: CompareConfig, entries: Sequence[Entry]) -> Entry:
     return max(found or entries[:1], key=lambda entry: len(entry.teachers))
 
 
-def _baseline(name: str) -> Callable[[CompareConfig, Sequence[Entry]], list[Entry]]:
+def _baseline(name: str) -> Callable[[CompareConfig, Sequence[ComparisonRow]], list[ComparisonRow]]:
     if name not in BASELINES:
         raise ValueError(f"no baseline {name!r}; {hint(name, BASELINES)}")
     return BASELINES[name]
 
 
-def _teachers(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+def _teachers(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     specs = dict.fromkeys(spec for entry in students for spec in entry.teachers)
     return [
-        Entry(label=_name(spec), preset="teacher", teachers=(spec,), kind="teacher", config=config.recipe)
+        ComparisonRow(label=_name(spec), preset="teacher", teachers=(spec,), kind="teacher", config=config.recipe)
         for spec in specs
     ]
 
 
-def _untrained(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+def _untrained(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     scratch = replace(config.recipe, student=replace(config.recipe.student, pretrained=False))
-    return [Entry(label="untrained", preset="untrained", teachers=(), kind="untrained", config=scratch)]
+    return [ComparisonRow(label="untrained", preset="untrained", teachers=(), kind="untrained", config=scratch)]
 
 
-def _init_only(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
+def _init_only(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     """The student at its start; from scratch it is the untrained one, measured once."""
-    return [Entry(label="init-only", preset="init-only", teachers=(), kind="untrained", config=config.recipe)]
+    return [ComparisonRow(label="init-only", preset="init-only", teachers=(), kind="untrained", config=config.recipe)]
 
 
-def _supervised(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
-    return [Entry(label="supervised", preset="supervised", teachers=(), kind="supervised", config=config.recipe)]
+def _supervised(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    return [
+        ComparisonRow(label="supervised", preset="supervised", teachers=(), kind="supervised", config=config.recipe)
+    ]
 
 
-def _pixels(config: CompareConfig, students: Sequence[Entry]) -> list[Entry]:
-    return [Entry(label="pixels", preset="pixels", teachers=(), kind="pixels", config=config.recipe)]
+def _pixels(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    return [ComparisonRow(label="pixels", preset="pixels", teachers=(), kind="pixels", config=config.recipe)]
 
 
-BASELINES: dict[str, Callable[[CompareConfig, Sequence[Entry]], list[Entry]]] = {
+BASELINES: dict[str, Callable[[CompareConfig, Sequence[ComparisonRow]], list[ComparisonRow]]] = {
     "teachers": _teachers,
     "untrained": _untrained,
     "init-only": _init_only,

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from comad.compare.config import CompareConfig
-from comad.compare.entries import Entry, Kind
+from comad.compare.entries import ComparisonRow, Kind
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
 from comad.evaluate.finetune import Finetuned, finetune_backbone
 from comad.evaluate.scoreboard import Role, Score, score
 from comad.evaluate.scores import Scores, read_scores, write_scores
-from comad.evaluate.trial import Subject
+from comad.evaluate.trial import PretrainedModel
 from comad.evaluate.tuning import FinetuneConfig, Tuning
 from comad.evaluate.views import device, view_size
 from comad.models.backbone import Backbone
@@ -44,7 +44,7 @@ SAME_RESULT = ("cache_teachers", "cache_folder", "teachers_in", "beside")
 """Options of a distillation that change its cost alone."""
 
 
-class Made(NamedTuple):
+class TrainedModel(NamedTuple):
     """A network to be scored, and facts about its training."""
 
     backbone: Backbone | None
@@ -52,7 +52,7 @@ class Made(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit:
+class RowRun:
     """A row for one seed.
 
     Attributes:
@@ -63,7 +63,7 @@ class Unit:
         pictures: hash of the images and labels.
     """
 
-    entry: Entry
+    entry: ComparisonRow
     seed: int
     config: CompareConfig
     splits: Splits
@@ -100,7 +100,7 @@ class Unit:
         return replace(self.config.recipe.run, out=str(out), seed=self.seed, resume=resume)
 
 
-def measure(unit: Unit) -> Scores:
+def measure(unit: RowRun) -> Scores:
     """kNN, linear probe and, if wanted, fine-tuning of one row for one seed: one score, and the facts of its training.
 
     Raises:
@@ -118,7 +118,7 @@ def measure(unit: Unit) -> Scores:
     return Scores((_merged(frozen, _learnt(unit) or _learn(unit).score),), facts)
 
 
-def _score(unit: Unit, backbone: Backbone | None) -> Score:
+def _score(unit: RowRun, backbone: Backbone | None) -> Score:
     """KNN and linear probe on the split that is asked for."""
     recipe, splits = unit.config.recipe, unit.splits
     scored = splits._replace(test=getattr(splits, recipe.split))
@@ -128,7 +128,7 @@ def _score(unit: Unit, backbone: Backbone | None) -> Score:
     return score(unit.entry.label, ROLES[unit.entry.kind], backbone.to(device()), scored, view_size(backbone), dtype)
 
 
-def _distilled(unit: Unit) -> Made:
+def _distilled(unit: RowRun) -> TrainedModel:
     """Distil the student, or go on, or find it done."""
     student, config = unit.folder / "run" / "student", unit.entry.config
     if not (student / "config.json").is_file():
@@ -137,34 +137,36 @@ def _distilled(unit: Unit) -> Made:
     card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
     seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
     facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 1), "code": card["code"]}
-    return Made(load_teacher(str(student), config.student.image_size).backbone, facts)
+    return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
 
 
-def _teacher(unit: Unit) -> Made:
+def _teacher(unit: RowRun) -> TrainedModel:
     student = _untrained(unit).backbone
     assert student is not None
     (teacher,) = load_on_grid(unit.entry.teachers, student.grid[0], student.patch_size)
-    return Made(teacher.backbone, _no_training())
+    return TrainedModel(teacher.backbone, _no_training())
 
 
-def _untrained(unit: Unit) -> Made:
+def _untrained(unit: RowRun) -> TrainedModel:
     """The student as a run of this seed begins."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(unit.seed)
-        return Made(unit.entry.config.student.build(), _no_training())
+        return TrainedModel(unit.entry.config.student.build(), _no_training())
 
 
-def _supervised(unit: Unit) -> Made:
+def _supervised(unit: RowRun) -> TrainedModel:
     """The untrained student, trained with labels."""
     done, facts = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json").facts
-    return Made(done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")})
+    return TrainedModel(
+        done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")}
+    )
 
 
-def _pixels(unit: Unit) -> Made:
-    return Made(None, _no_training())
+def _pixels(unit: RowRun) -> TrainedModel:
+    return TrainedModel(None, _no_training())
 
 
-MAKERS: dict[Kind, Callable[[Unit], Made]] = {
+MAKERS: dict[Kind, Callable[[RowRun], TrainedModel]] = {
     "student": _distilled,
     "teacher": _teacher,
     "untrained": _untrained,
@@ -173,7 +175,7 @@ MAKERS: dict[Kind, Callable[[Unit], Made]] = {
 }
 
 
-def _learn(unit: Unit) -> Finetuned:
+def _learn(unit: RowRun) -> Finetuned:
     """Fine-tune the network of the unit, or go on, or score again what is trained."""
     recipe, supervised = unit.config.recipe, unit.entry.kind == "supervised"
     backbone = (_untrained if supervised else MAKERS[unit.entry.kind])(unit).backbone
@@ -187,12 +189,14 @@ def _learn(unit: Unit) -> Finetuned:
         run=unit.run(_tuned_folder(unit).name),
     )
     identity = {"row": unit.row_folder.name, "seed": unit.seed}
-    done = finetune_backbone(config, Subject(unit.entry.label, ROLES[unit.entry.kind], backbone, identity), unit.splits)
+    done = finetune_backbone(
+        config, PretrainedModel(unit.entry.label, ROLES[unit.entry.kind], backbone, identity), unit.splits
+    )
     assert done is not None
     return done
 
 
-def _learnt(unit: Unit) -> Score | None:
+def _learnt(unit: RowRun) -> Score | None:
     """What `_learn` has written, if it is there and of the same split."""
     path = _tuned_folder(unit) / "finetune.json"
     if not path.is_file():
@@ -201,7 +205,7 @@ def _learnt(unit: Unit) -> Score | None:
     return found if facts["split"] == unit.config.recipe.split else None
 
 
-def _tuning(unit: Unit) -> Tuning:
+def _tuning(unit: RowRun) -> Tuning:
     """The fine-tuning that is asked for; a supervised row has the students' views and schedule, all layers alike."""
     if unit.entry.kind != "supervised":
         return unit.config.tuning
@@ -210,7 +214,7 @@ def _tuning(unit: Unit) -> Tuning:
     return replace(unit.config.tuning, optim=own.optim, layer_decay=1.0, **views)
 
 
-def _tuned_folder(unit: Unit) -> Path:
+def _tuned_folder(unit: RowRun) -> Path:
     if unit.entry.kind == "supervised":
         return unit.folder / "supervised"
     return unit.folder / f"finetune-{digest_of(asdict(unit.config.tuning))}"

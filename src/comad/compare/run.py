@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from comad.compare.config import CompareConfig
-from comad.compare.entries import Entry, list_entries
-from comad.compare.measure import SAME_RESULT, Unit, digest_of, measure
+from comad.compare.entries import ComparisonRow, list_entries
+from comad.compare.measure import SAME_RESULT, RowRun, digest_of, measure
 from comad.compare.table import markdown, tabulate, write_table
 from comad.data.images import Splits, load_images
 from comad.distill.parts import check
@@ -56,7 +56,7 @@ def compare(config: CompareConfig) -> str:
             done = number * len(entries) + position + 1
             _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
             start = time.monotonic()
-            results[position][seed] = measure(Unit(entry, seed, config, splits, hashes, pictures))
+            results[position][seed] = measure(RowRun(entry, seed, config, splits, hashes, pictures))
             _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
@@ -75,7 +75,7 @@ def _check_data(config: CompareConfig, splits: Splits) -> None:
         check_finetune(FinetuneConfig(backbone="", data=recipe.data, tuning=tuning), splits)
 
 
-def _hashes(entries: Sequence[Entry]) -> dict[str, str]:
+def _hashes(entries: Sequence[ComparisonRow]) -> dict[str, str]:
     """Teacher → hash of what it computes; so that a wrong name is told at once, and not after hours."""
     wanted = {(spec, entry.config.student) for entry in entries for spec in entry.teachers}
     hashes = {}

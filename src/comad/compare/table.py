@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from comad.compare.config import CompareConfig
-from comad.compare.entries import Entry
+from comad.compare.entries import ComparisonRow
 from comad.evaluate.scoreboard import paired_interval
 from comad.evaluate.scores import Scores
 
@@ -24,7 +24,7 @@ Results = Mapping[int, Scores]
 
 
 def tabulate(
-    config: CompareConfig, entries: Sequence[Entry], results: Sequence[Results], reference: Entry
+    config: CompareConfig, entries: Sequence[ComparisonRow], results: Sequence[Results], reference: ComparisonRow
 ) -> dict[str, Any]:
     """The whole comparison as plain values.
 
@@ -44,7 +44,7 @@ def tabulate(
     }
 
 
-def _row(entry: Entry, results: Results, against: Results) -> dict[str, Any]:
+def _row(entry: ComparisonRow, results: Results, against: Results) -> dict[str, Any]:
     """One row: means over seeds, and of each score the difference to the reference and its 95 % interval."""
     measured = list(results.values())
     row, facts = measured[0].scores[0].row, [part.facts for part in measured]

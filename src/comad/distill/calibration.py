@@ -54,7 +54,7 @@ def calibrate(
         images = batch.views[0].to(distiller.device).float() / 255
         targets = teacher_step(teachers, images, _whole(teachers), reads=distiller.method.reads)
         rows = position[number * 64 : number * 64 + len(images)].to(distiller.device)
-        for kept, (cls, patches) in zip(found, targets.tokens, strict=True):
+        for kept, (cls, patches, *_) in zip(found, targets.tokens, strict=True):
             kept.append(Tokens(None if cls is None else cls.float(), gather_patches(patches, rows).float()))
     tokens = [_joined(kept) for kept in found]
     for distiller in distillers:
@@ -90,7 +90,7 @@ def held_out_agreement(
         targets = teacher_step(teachers, view, _whole(teachers), reads=distiller.method.reads)
         encoded = distiller.encode(view, targets.masks)
         pairs, _ = distiller.align(encoded, targets)
-        for m, (_, tokens) in enumerate(targets.tokens):
+        for m, (_, tokens, *_) in enumerate(targets.tokens):
             if m in pairs and pairs[m].prediction.shape == pairs[m].target.shape:
                 ours, theirs = pairs[m].prediction[:, 1:], pairs[m].target[:, 1:]
             else:

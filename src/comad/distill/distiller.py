@@ -97,7 +97,7 @@ class Distiller(StudentSide):
         seen = targets.masks.teachers_see(len(student.last), self.student.num_patches, self.device)
         seen = seen | self.method.tap.decoder  # a decoder speaks of every position
         for position, m in enumerate(self.used):
-            cls, patches = targets.tokens[m]
+            cls, patches = targets.tokens[m][:2]
             with_cls = self.teachers_with_cls[m]
             tokens = Tokens(
                 patches.float().mean(dim=1) if self.method.tap.pooled else cls if with_cls else None, patches
@@ -189,7 +189,7 @@ class Distiller(StudentSide):
             target = torch.cat([pair.target for pair in pairs], dim=-1)
             valid = torch.stack([pair.weight > 0 for pair in pairs]).all(dim=0)[:, 1:]
         else:
-            target = torch.cat([F.layer_norm(p.float(), p.shape[-1:]) for _, p in targets.tokens], dim=-1)
+            target = torch.cat([F.layer_norm(p.float(), p.shape[-1:]) for _, p, *_ in targets.tokens], dim=-1)
             target = F.pad(target, (0, 0, 1, 0))
             valid = torch.ones_like(target[:, 1:, 0], dtype=torch.bool)
         if self.decoder is None and self.method.masking.hidden == "drop":

@@ -64,7 +64,7 @@ class StudentSide(nn.Module):
 
     def _rows(self, tokens: Tokens, masks: Masks, fill: bool = False) -> Float[Tensor, "B N1 D"]:
         """Class token, or the mean of the patches in its place, and the whole map; by ``fill`` with the decoder's."""
-        cls, patches = tokens
+        cls, patches = tokens[:2]
         if self.method.tap.pooled:
             cls = patches.mean(dim=1)
         fill = fill and self.decoder is not None and (masks.student is not None or self.method.decoder_fills == "all")
@@ -79,7 +79,7 @@ class StudentSide(nn.Module):
     def _filled(self, tokens: Tokens, masks: Masks) -> Float[Tensor, "B N D"]:
         """The map with the decoder's patches where the student saw nothing, or everywhere."""
         assert self.decoder is not None
-        cls, patches = tokens
+        cls, patches = tokens[:2]
         visible = masks.student
         if visible is None:
             visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)

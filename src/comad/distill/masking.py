@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from comad.models.backbone import Hidden, draw_visible, seen
+from comad.models.backbone import Hidden, random_visible, visible_map
 
 Visible = Int[Tensor, "B V"] | None
 
@@ -30,11 +30,11 @@ class Masks(NamedTuple):
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
-        return seen(self.student, batch_size, num_patches, device)
+        return visible_map(self.student, batch_size, num_patches, device)
 
     def teachers_see(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "M B N"]:
         """Map of the positions that each teacher sees."""
-        return torch.stack([seen(visible, batch_size, num_patches, device) for visible in self.teachers])
+        return torch.stack([visible_map(visible, batch_size, num_patches, device) for visible in self.teachers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +118,19 @@ def _none(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
 
 
 def _shared(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    visible = draw_visible(noise[:, 0], student)
+    visible = random_visible(noise[:, 0], student)
     return Masks(visible, (visible,) * len(teachers))
 
 
 def _independent(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    own = tuple(draw_visible(noise[:, m + 1], count) for m, count in enumerate(teachers))
-    return Masks(draw_visible(noise[:, 0], student), own)
+    own = tuple(random_visible(noise[:, m + 1], count) for m, count in enumerate(teachers))
+    return Masks(random_visible(noise[:, 0], student), own)
 
 
 def _superset(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    visible = draw_visible(noise[:, 0], student)
+    visible = random_visible(noise[:, 0], student)
     own = (noise[:, m + 1].scatter(1, visible, -1.0) for m in range(len(teachers)))  # the student's patches come first
-    return Masks(visible, tuple(draw_visible(rest, count) for rest, count in zip(own, teachers, strict=True)))
+    return Masks(visible, tuple(random_visible(rest, count) for rest, count in zip(own, teachers, strict=True)))
 
 
 def _disjoint(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.models.backbone import Tokens, each_row
+from comad.models.backbone import Tokens, map_tokens
 
 ROWS = ("cls", "patches")
 EPSILON = 1e-6
@@ -29,8 +29,8 @@ class PlainNorm(nn.Module):
         if self.function == "none":
             return tokens
         if self.function == "l2":
-            return each_row(lambda row: F.normalize(row.float(), dim=-1), tokens)
-        return each_row(lambda row: F.layer_norm(row.float(), row.shape[-1:]), tokens)
+            return map_tokens(lambda row: F.normalize(row.float(), dim=-1), tokens)
+        return map_tokens(lambda row: F.layer_norm(row.float(), row.shape[-1:]), tokens)
 
     def calibrate(self, tokens: Sequence[Tokens]) -> None:
         """Nothing to fit."""

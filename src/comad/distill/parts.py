@@ -18,10 +18,10 @@ from comad.distill.speed import quantize_teachers
 from comad.distill.teaching import load_teachers
 from comad.distill.views import DistillViews
 from comad.models.compiling import need_compiler
-from comad.models.packed import pack
+from comad.models.onednn_linear import use_onednn_linear
 from comad.models.quantized import check_quantized
 from comad.models.teachers import Teacher
-from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.runtime.checkpoint import Generators
 
 
@@ -82,14 +82,14 @@ def prepare(config: DistillConfig, fabric: Fabric) -> Parts:
         with random.turn():
             distiller = Distiller(network, config.method, *widths_and_cls(config.method, teachers))
         distiller.to(fabric.device)
-        plain_attention_on_cpu(distiller, fabric.device)
+        math_attention_on_cpu(distiller, fabric.device)
         students.append(Student(start, distiller, random))
     parts = Parts(replace(config, student=vits[0], beside=tuple(vits[1:])), splits, teachers, students)
     for line in quantize_teachers(teachers, config.quantized, parts.views, fabric.device):
         fabric.print(line)
     if not config.compile and config.offload_to is None:
         for teacher in teachers:
-            pack(teacher.backbone)
+            use_onednn_linear(teacher.backbone)
     return parts
 
 

@@ -25,7 +25,7 @@ from comad.distill.speed import compile_step
 from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
 from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, teacher_step
 from comad.evaluate.probe import KnnProbe
-from comad.models.compiling import as_written
+from comad.models.compiling import eager_mode
 from comad.models.teachers import Teacher, licence_notice
 from comad.runtime.job import identity_of
 from comad.runtime.log import first_metrics
@@ -68,7 +68,7 @@ def distill(config: DistillConfig) -> Result | None:
     if not fabric.is_global_zero:
         return None
     ends = [Trained(own, part.start, end) for own, part, end in zip(configs, students, trained, strict=True)]
-    with as_written(config.compile):
+    with eager_mode(config.compile):
         return finish(ends, splits, teachers, fabric)
 
 
@@ -172,7 +172,7 @@ def _job(
         return Step(loss, lambda: _named_shares(metrics(), teachers))
 
     def probe(module: Distiller) -> Metrics:
-        with as_written(config.compile):
+        with eager_mode(config.compile):
             return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
 
     return Job(

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from comad.distill.masking import Masks, Visible
 from comad.distill.taps import LAST, Reads, block_at
-from comad.models.backbone import Backbone, Hidden, Tokens, each_row
+from comad.models.backbone import Backbone, Hidden, Tokens, map_tokens
 from comad.models.listening import listening
 from comad.models.offload import offload
 from comad.models.teachers import Teacher, load_on_grid
-from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 
 SHORT = 256
 """Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
@@ -47,7 +47,7 @@ class Targets(NamedTuple):
 def hide_nothing_in_vain(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
     """Lift the masks of teachers that compute on whole images in any case."""
     seen = zip(teachers, masks.teachers, strict=True)
-    return masks._replace(teachers=tuple(None if t.backbone.sees_whole else visible for t, visible in seen))
+    return masks._replace(teachers=tuple(visible if t.backbone.supports_masking else None for t, visible in seen))
 
 
 def teacher_step(
@@ -117,7 +117,7 @@ def one_row_per_mask(images: Float[Tensor, "B 3 H W"], targets: Targets) -> tupl
     def again(part: Tensor) -> Tensor:
         return part.repeat(times, *(1,) * (part.ndim - 1))
 
-    tokens, qkv = (tuple(each_row(again, part) for part in parts) for parts in (targets.tokens, targets.qkv))
+    tokens, qkv = (tuple(map_tokens(again, part) for part in parts) for parts in (targets.tokens, targets.qkv))
     visible = tuple(None if part is None else again(part) for part in masks.teachers)
     chance = None if masks.chance is None else again(masks.chance)
     return again(images), Targets(tokens, Masks(masks.student, visible, chance), qkv)
@@ -150,6 +150,6 @@ def load_teachers(
         else:
             backbone.to(device)
         if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
-            plain_attention_on_cpu(backbone, device)
+            math_attention_on_cpu(backbone, device)
 
     return load_on_grid(specs, rows, patch_size, dtype, place)

@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _"]]:
         """Class scores of each label set, for pixels in [0, 1]."""
-        cls, patches = self.backbone(images)
+        cls, patches = self.backbone(images)[:2]
         pooled = patches.float().mean(dim=1) if self.pool == "patch" else cast(Tensor, cls).float()
         return {name: head(pooled) for name, head in self.heads.items()}
 

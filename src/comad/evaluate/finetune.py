@@ -13,7 +13,7 @@ from comad.data.images import ImageSet, Splits, load_images
 from comad.evaluate.classifier import Classifier
 from comad.evaluate.scoreboard import LABEL_SETS, Score, cost, shortage
 from comad.evaluate.scores import write_scores
-from comad.evaluate.trial import Subject, Trial, answers, run_trial, top1
+from comad.evaluate.trial import PretrainedModel, Trial, answers, finetune_once, top1
 from comad.evaluate.tuning import FinetuneConfig
 from comad.evaluate.views import load_one, view_size
 from comad.runtime.provenance import code_version, hardware
@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig) -> str:
     splits = load_images(config.data)
     check(config, splits)
     teacher = load_one(config.backbone, config.data, config.image_size)
-    subject = Subject(teacher.name, "teacher", teacher.backbone, {"sha256": teacher.card.sha256})
+    subject = PretrainedModel(teacher.name, "teacher", teacher.backbone, {"sha256": teacher.card.sha256})
     done = finetune_backbone(config, subject, splits)
     if done is None:
         return ""
@@ -77,7 +77,7 @@ def check(config: FinetuneConfig, splits: Splits) -> None:
         )
 
 
-def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) -> Finetuned | None:
+def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: Splits) -> Finetuned | None:
     """Train every setting, choose by the validation images, score the choice once; see `finetune`.
 
     Args:
@@ -86,7 +86,7 @@ def finetune_backbone(config: FinetuneConfig, subject: Subject, splits: Splits) 
         splits: the images.
     """
     fabric = start_fabric(config.run)
-    trials = [run_trial(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
+    trials = [finetune_once(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
     if not fabric.is_global_zero:
         return None
     best = max(trials, key=lambda trial: trial.validation["fine"])
@@ -116,7 +116,7 @@ def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
     return [replace(config, tuning=tuning, run=run) for tuning, run in zip(tunings, runs, strict=True)]
 
 
-def _score(subject: Subject, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
+def _score(subject: PretrainedModel, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
     hits = answers(classifier, images, run)
     percent = {"finetune" + LABEL_SETS[name]: value for name, value in top1(hits).items()}
     row = replace(

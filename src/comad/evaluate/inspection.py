@@ -10,10 +10,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from comad.data.images import Splits, load_images
-from comad.evaluate import suspicion
+from comad.evaluate import sanity_checks
 from comad.evaluate.probe import MIN_BANK, KnnProbe
+from comad.evaluate.sanity_checks import TokenStatistics, reinitialised_copy, token_statistics, weight_structure
 from comad.evaluate.scoreboard import paired_interval
-from comad.evaluate.suspicion import TokenStatistics, random_twin, token_statistics, weight_structure
 from comad.evaluate.views import device, load_one, readable, sample, token_batches, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, licence_notice
@@ -49,12 +49,12 @@ def inspect(config: InspectConfig) -> str:
     splits = readable(load_images(config.data))
     images, indices = sample(splits, config.images)
     teacher = load_one(config.teacher, config.data, config.image_size)
-    structure, twin = weight_structure(teacher.backbone), random_twin(teacher.backbone)
+    structure, twin = weight_structure(teacher.backbone), reinitialised_copy(teacher.backbone)
     for network in filter(None, (teacher.backbone, twin)):
         network.to(device())
     tokens = torch.cat(list(token_batches(teacher.backbone, images, indices[:TOKEN_IMAGES])))
     found = token_statistics(tokens)
-    warnings = suspicion.weight_warnings(structure) + suspicion.token_warnings(tokens, found)
+    warnings = sanity_checks.weight_warnings(structure) + sanity_checks.token_warnings(tokens, found)
     lines = [*_card(teacher), f"patch tokens of {len(tokens)} images of {images.name}", *_statistics(found, tokens)]
     lines += [f"  structure of weights    {'not available' if structure is None else f'{structure:.2f}'} (noise: 1)"]
     scores, more = _neighbours(teacher, twin, splits, config.images)
@@ -78,7 +78,7 @@ def _short(value: object) -> str:
 
 def _statistics(found: TokenStatistics, tokens: Tensor) -> list[str]:
     within = "one patch only" if found.within is None else f"{100 * found.within:.1f} % of their size"
-    rank = min(tokens.shape[-1], suspicion.RANK_TOKENS, len(tokens) * tokens.shape[1] - 1)
+    rank = min(tokens.shape[-1], sanity_checks.RANK_TOKENS, len(tokens) * tokens.shape[1] - 1)
     return [
         f"  mean                    {round(found.mean, 3) + 0.0:.3f}",
         f"  std of a channel        {found.std:.3f} (from {found.smallest_std:.3f} to {found.largest_std:.3f})",
@@ -111,11 +111,11 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, limit: 
     gain = paired_interval(score, untrained, splits.val.groups[probe.queries])
     span = f"{gain.difference:+.1f} points, 95 % interval {gain.low:.1f} to {gain.high:.1f}"
     lines += [*_rows(rows), *below, f"  above random weights    {span}"]
-    if _percent(untrained) >= suspicion.TOO_EASY:
+    if _percent(untrained) >= sanity_checks.TOO_EASY:
         lines.append("  these images are too easy to tell a trained network from an untrained one")
     elif gain.low <= 0 < gain.high:
         lines.append("  too few images to be sure of this difference")
-    return lines, suspicion.gain_warnings(_percent(score), _percent(untrained))
+    return lines, sanity_checks.gain_warnings(_percent(score), _percent(untrained))
 
 
 def _shortage(probe: KnnProbe) -> str:

@@ -20,7 +20,7 @@ from comad.evaluate.scoreboard import LABEL_SETS, Role, shortage
 from comad.evaluate.tuning import FinetuneConfig
 from comad.evaluate.views import view_size
 from comad.models.backbone import Backbone
-from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
 from comad.runtime.optim import OptimConfig
@@ -28,7 +28,7 @@ from comad.runtime.train import Job, Metrics, RunConfig, Step, train
 
 
 @dataclass(frozen=True)
-class Subject:
+class PretrainedModel:
     """What is fine-tuned.
 
     Attributes:
@@ -71,7 +71,7 @@ class ClassifierViews:
         return Sample(random_views(image, [(self.crop, self.colour)]), torch.empty(0))
 
 
-def run_trial(config: FinetuneConfig, subject: Subject, splits: Splits, fabric: Fabric) -> Trial:
+def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Splits, fabric: Fabric) -> Trial:
     """Train a classifier by ``config.tuning`` in the folder ``config.run.out``, and score it on the validation images.
 
     Raises:
@@ -81,7 +81,7 @@ def run_trial(config: FinetuneConfig, subject: Subject, splits: Splits, fabric: 
     backbone, optim = copy.deepcopy(subject.backbone), config.tuning.optim
     set_drop_path(backbone, config.tuning.drop_path)
     classifier = Classifier(backbone, _num_classes(splits), config.tuning.pool)
-    plain_attention_on_cpu(classifier, fabric.device)
+    math_attention_on_cpu(classifier, fabric.device)
     trained = train(_job(config, subject, classifier, splits, fabric), optim, config.run, fabric)
     seconds = 3600 * hours_of_training(Path(config.run.out), optim.batch_size * optim.accumulate)
     return Trial(optim, trained, top1(answers(trained, splits.val, config.run)), seconds)
@@ -105,7 +105,9 @@ def _num_classes(splits: Splits) -> dict[str, int]:
     return {name: 1 + max(int(images.labels[name].max()) for images in parts) for name in known}
 
 
-def _job(config: FinetuneConfig, subject: Subject, classifier: Classifier, splits: Splits, fabric: Fabric) -> Job:
+def _job(
+    config: FinetuneConfig, subject: PretrainedModel, classifier: Classifier, splits: Splits, fabric: Fabric
+) -> Job:
     tuning, optim, seed = config.tuning, config.tuning.optim, config.run.seed
     size, num_classes = view_size(subject.backbone), _num_classes(splits)
     colour = ColourChange(strength=tuning.jitter, hue=tuning.jitter / 4) if tuning.jitter else None

@@ -7,7 +7,7 @@ E teacher width, M teachers, H and W pixels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,10 +19,19 @@ Hidden = Literal["drop", "token", "zero"]
 
 
 class Tokens(NamedTuple):
-    """Tokens after the last block and the final norm. ``patches`` has V rows if patches were dropped, else N."""
+    """What a network gives for a batch of images.
+
+    Attributes:
+        cls: class tokens after the last block and the final norm; None if the network has none.
+        patches: the same of the patches; V rows if patches were dropped, else N.
+        intermediates: after the blocks that were asked for, before any norm, in their order.
+        qkv: queries, keys and values (width 3E) of the block that was asked for.
+    """
 
     cls: Float[Tensor, "B E"] | None
     patches: Float[Tensor, "B n E"]
+    intermediates: tuple[Tokens, ...] = ()
+    qkv: Tokens | None = None
 
 
 class Backbone(nn.Module, ABC):
@@ -34,10 +43,10 @@ class Backbone(nn.Module, ABC):
         grid: rows and columns of patches at the resolution it was built for.
         token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
         pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
-        sees_whole: it computes on whole images in any case, so a teacher of this kind hides nothing.
+        supports_masking: hidden patches can be left out; if not, it computes on whole images in any case.
     """
 
-    sees_whole: bool = False
+    supports_masking: bool = True
 
     width: int
     patch_size: int
@@ -51,6 +60,11 @@ class Backbone(nn.Module, ABC):
         """N, the number of patches at the resolution the backbone was built for."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def image_size(self) -> int:
+        """Pixels on the side of the square images that it was built for."""
+        return self.grid[0] * self.patch_size
+
     @abstractmethod
     def forward(
         self,
@@ -58,6 +72,10 @@ class Backbone(nn.Module, ABC):
         visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None = None,
         hidden: Hidden = "drop",
         mask_token: Float[Tensor, " E"] | None = None,
+        *,
+        intermediates: Sequence[int] = (),
+        qkv: int = 0,
+        stop_early: bool = False,
     ) -> Tokens:
         """Encode images with pixel values in [0, 1], by default whole, else only the ``visible`` patches.
 
@@ -66,10 +84,17 @@ class Backbone(nn.Module, ABC):
             visible: positions to see, or a map of them; dropping needs positions, as many in every image.
             hidden: what becomes of the other patches.
             mask_token: takes the place of hidden patches if ``hidden`` is "token".
+            intermediates: numbers of blocks, from 1 and ascending, whose output is wanted too.
+            qkv: number of the block whose queries, keys and values are wanted; 0: of none.
+            stop_early: leave out the blocks behind the last one that is asked for, and the final norm; class token and
+                patches are then the output of the last block that ran.
+
+        Raises:
+            ValueError: blocks are asked for, and the network has none that can be read.
         """
 
 
-def each_row(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
+def map_tokens(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
     """Apply a function to class token and patches, each by itself."""
     return Tokens(None if tokens.cls is None else function(tokens.cls), function(tokens.patches))
 
@@ -90,7 +115,7 @@ def scatter_patches(
     return whole.unflatten(0, (count, num_patches))
 
 
-def seen(
+def visible_map(
     visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None, batch_size: int, num_patches: int, device: torch.device
 ) -> Bool[Tensor, "B N"]:
     """Which positions are visible, as a map; None means all of them."""
@@ -101,7 +126,7 @@ def seen(
     return torch.zeros(batch_size, num_patches, dtype=torch.bool, device=device).scatter_(1, visible, True)
 
 
-def draw_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor, "B V"]:
+def random_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor, "B V"]:
     """Choose the ``num_visible`` positions with the smallest noise, in ascending order: a uniform random subset."""
     return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
 

@@ -43,6 +43,6 @@ def compile_blocks(network: nn.Module, listened: Collection[int] = ()) -> None:
             block.compile(dynamic=False, recompile_limit=SHAPES)
 
 
-def as_written(compiled: bool) -> AbstractContextManager[object]:
+def eager_mode(compiled: bool) -> AbstractContextManager[object]:
     """Within the context compiled blocks run as they were written, on shapes that do not come again."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from comad.models.backbone import Backbone
-from comad.models.packed import PackedLinear
+from comad.models.onednn_linear import OnednnLinear
 from comad.models.timm_backbone import replace_linears
 
 Quantized = Literal["int8", "fp8"]
@@ -90,7 +90,7 @@ def quantize(backbone: Backbone, kind: Quantized) -> None:
 def precision_of(backbone: Backbone) -> str:
     """The type of the matrix products, as ``torch.bfloat16``, ``packed bf16`` or ``int8``."""
     for module in backbone.modules():
-        if isinstance(module, QuantizedLinear | PackedLinear):
+        if isinstance(module, QuantizedLinear | OnednnLinear):
             return module.kind
     return str(next(backbone.parameters(), torch.empty(0)).dtype)
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from comad.models import efficientnet_lite, huggingface
 from comad.models.backbone import Backbone
 from comad.models.checkpoints import build, recognise
+from comad.models.feature_map_backbone import FeatureMapBackbone, create_whole
 from comad.models.files import read_file, read_json, sha256, sha256_of
 from comad.models.formats import FORMATS
 from comad.models.networks import gives_tokens, has_token_norm, load_weights
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
-from comad.models.whole_backbone import WholeBackbone, create_whole
 
 BUNDLED = Path(__file__).parent / "bundled"
 WAYS = "name a teacher by NAME=FILE_OR_FOLDER, by a bundled name, or by a timm model"
@@ -268,7 +268,7 @@ def _backbone(
     """The kind of backbone that suits a network."""
     if isinstance(network, VisionTransformer):
         return TimmBackbone(network, mean, std, token_types)
-    return WholeBackbone(network, mean, std, request.image_size, request.rows, token_types)
+    return FeatureMapBackbone(network, mean, std, request.image_size, request.rows, token_types)
 
 
 def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:

@@ -13,10 +13,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from comad.models.backbone import Backbone
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.files import sha256_of
 from comad.models.networks import gives_tokens
 from comad.models.sources import Source, find
-from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
 PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
 """Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
@@ -179,13 +179,13 @@ def teacher_from_module(  # noqa: PLR0913 - one keyword per fact that a module d
     features = ModuleFeatures(module.eval(), num_prefix_tokens, has_cls, image_size)
     if has_cls and not num_prefix_tokens:
         raise ValueError(f"{name}: has_cls needs num_prefix_tokens of at least 1; count the class token.")
-    backbone = WholeBackbone(features, mean, std, image_size)
+    backbone = FeatureMapBackbone(features, mean, std, image_size)
     rows = rows or backbone.grid[0]
     if image_size % rows:
         raise ValueError(
             f"{name}: {image_size} pixels are no multiple of {rows} rows; give rows or another image_size."
         )
-    backbone = WholeBackbone(features, mean, std, image_size, rows)
+    backbone = FeatureMapBackbone(features, mean, std, image_size, rows)
     source = Source(
         name=name,
         backbone=backbone.requires_grad_(False).eval(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
+from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, visible_map
 from comad.models.decoder import MaskedDecoder
 from comad.models.embedding import PatchProjection, project_patches
 from comad.models.networks import has_token_norm
@@ -73,19 +73,35 @@ class TimmBackbone(Backbone):
         visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None = None,
         hidden: Hidden = "drop",
         mask_token: Float[Tensor, " E"] | None = None,
+        *,
+        intermediates: Sequence[int] = (),
+        qkv: int = 0,
+        stop_early: bool = False,
     ) -> Tokens:
         """Patch embedding, positions, masking, blocks, norm. See `Backbone.forward`."""
+        if qkv and not hasattr(self.vit.blocks[0], "attn"):
+            raise ValueError(f"{type(self.vit.blocks[0]).__name__} has no attention to read; name a plain ViT.")
         vit = self.vit
         if visible is not None and hidden == "drop" and isinstance(vit.patch_embed.proj, PatchProjection):
             x = self._embed_visible(images, visible)
         else:
             x = self._embed(images, visible, hidden, mask_token)
         x = vit.norm_pre(x)
-        for block in vit.blocks:
+        kept, relations, last = [], None, max([*intermediates, qkv]) if stop_early else len(vit.blocks)
+        for number, block in enumerate(cast(Any, vit.blocks)[:last], start=1):
+            if number == qkv:
+                relations = self._split(block.attn.qkv(block.norm1(x)))
+                if stop_early and number == last and number not in intermediates:
+                    break
             x = block(x)
-        x = vit.norm(x)
-        cls = x[:, 0] if vit.cls_token is not None else None
-        return Tokens(cls, x[:, vit.num_prefix_tokens :])
+            if number in intermediates:
+                kept.append(self._split(x))
+        tokens = self._split(x if stop_early else vit.norm(x))
+        return tokens._replace(intermediates=tuple(kept), qkv=relations)
+
+    def _split(self, x: Float[Tensor, "B n K"]) -> Tokens:
+        """Class token and patches of a sequence."""
+        return Tokens(x[:, 0] if self.vit.cls_token is not None else None, x[:, self.vit.num_prefix_tokens :])
 
     def _embed(
         self,
@@ -99,14 +115,14 @@ class TimmBackbone(Backbone):
         x = vit.patch_embed(self._normalised(images))
         if visible is not None and hidden == "token":
             assert mask_token is not None, "hidden='token' needs a mask token"
-            keep = seen(visible, len(x), x[0, ..., 0].numel(), x.device).view(*x.shape[:-1], 1)
+            keep = visible_map(visible, len(x), x[0, ..., 0].numel(), x.device).view(*x.shape[:-1], 1)
             x = torch.where(keep, x, mask_token.to(x.dtype))
         x = vit._pos_embed(x)
         prefix, patches = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
         if visible is not None and hidden == "drop":
             patches = gather_patches(patches, visible)
         elif visible is not None and hidden == "zero":
-            patches = patches * seen(visible, len(x), patches.shape[1], x.device).unsqueeze(-1)  # M ⊙ z
+            patches = patches * visible_map(visible, len(x), patches.shape[1], x.device).unsqueeze(-1)  # M ⊙ z
         return torch.cat([prefix, patches], dim=1)
 
     def _embed_visible(self, images: Float[Tensor, "B 3 H W"], visible: Int[Tensor, "B V"]) -> Float[Tensor, "B n E"]:
@@ -123,7 +139,7 @@ class TimmBackbone(Backbone):
         return (pixels - self.pixel_mean).div_(self.pixel_std).to(self.vit.patch_embed.proj.weight.dtype)
 
 
-def plain_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
+def math_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
     """Let a network on the CPU compute attention by matrix products.
 
     The fused kernel's backward is slow there for short sequences: the demo's step takes 1.4 times as long with it. In

@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 
 from comad.plan.forecast import Disk, Plan, Stage
 from comad.plan.measure import Measured
-from comad.plan.rehearsal import Flops, Rehearsed
+from comad.plan.profile import Flops, StepProfile
 from comad.runtime.memory import peak_bytes
 from comad.runtime.optim import OptimConfig
 from comad.runtime.provenance import hardware
@@ -54,7 +54,7 @@ def share_of(optim: OptimConfig, devices: int) -> OptimConfig:
     return replace(optim, batch_size=max(1, optim.batch_size // devices))
 
 
-def stage(count: float, took: Rehearsed, optim: OptimConfig, flops: Flops) -> Stage:
+def stage(count: float, took: StepProfile, optim: OptimConfig, flops: Flops) -> Stage:
     """Optimiser steps, from forward passes of another batch."""
     return Stage(count, took.seconds * optim.batch_size / took.batch * optim.accumulate, flops)
 

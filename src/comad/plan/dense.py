@@ -14,7 +14,7 @@ from comad.evaluate.segmentation.config import SegmentConfig
 from comad.plan.assemble import Phases, Planned, assemble, engine, share_of, stage
 from comad.plan.forecast import Plan
 from comad.plan.measure import measure
-from comad.plan.rehearsal import now, seconds_of
+from comad.plan.profile import now, seconds_of
 
 ANSWERED = 2
 """Pictures of the validation part that are timed."""

@@ -25,7 +25,7 @@ from comad.models.backbone import Backbone
 from comad.plan.assemble import Phases, Planned, assemble, engine, share_of, stage
 from comad.plan.forecast import Plan
 from comad.plan.measure import Measured, measure, steps_within_budget
-from comad.plan.rehearsal import Rehearsed, now, rehearse, resized, seconds_of, seconds_per_image
+from comad.plan.profile import StepProfile, now, profile_steps, resized, seconds_of, seconds_per_image
 
 CALIBRATED = (64, 128)
 """Images of two calibrations that are timed."""
@@ -84,7 +84,7 @@ def _what_the_cache_lacks(parts: Parts, fabric: Fabric) -> tuple[float, int]:
     return 1 - sum(known) / (len(known) * shape[0] * shape[1]), sum(store.num_bytes for store in stores)
 
 
-def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[Rehearsed, Rehearsed]:
+def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[StepProfile, StepProfile]:
     """Steps that fill an empty cache, and the same steps from it; it lies in a temporary folder."""
     config, size = parts.config, measured.steps.batch
     keys, shape, example = what_to_cache(config, parts.views, parts.teachers, fabric)
@@ -94,7 +94,7 @@ def _with_cache(parts: Parts, measured: Measured, fabric: Fabric) -> tuple[Rehea
         stores = closed_stores(Path(folder), keys, shape, example, config.cache_storage)
         cache = TeacherCache([store.open() for store in stores], shape[0])
         job = resized(make_jobs(parts, [config.run], cache, fabric)[0], size)
-        live, cached = (rehearse(job, optim, config.run, fabric, count) for _ in range(2))
+        live, cached = (profile_steps(job, optim, config.run, fabric, count) for _ in range(2))
     return live, cached
 
 

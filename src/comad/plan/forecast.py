@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from comad.plan.config import Target
-from comad.plan.rehearsal import Flops
+from comad.plan.profile import Flops
 
 FORMULA = "hours = max(FLOPs / (GPUs x peak x mfu), images x seconds per view / cores) / 3600"
 """Of another machine: bound by arithmetic or by reading; training alone, teachers and student at the same mfu."""

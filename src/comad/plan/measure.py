@@ -11,7 +11,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from comad.plan.rehearsal import Flops, Rehearsed, count_flops, largest_that_fits, rehearse, resized, seconds_per_view
+from comad.plan.profile import (
+    Flops,
+    StepProfile,
+    count_flops,
+    largest_that_fits,
+    profile_steps,
+    resized,
+    seconds_per_view,
+)
 from comad.runtime.job import Job
 from comad.runtime.memory import available_bytes
 
@@ -32,7 +40,7 @@ class Measured(NamedTuple):
         largest_batch, estimated: see `comad.plan.forecast.Plan`.
     """
 
-    steps: Rehearsed
+    steps: StepProfile
     flops: Flops
     view_seconds: float
     readers: int
@@ -55,7 +63,7 @@ def measure(
         job, fabric: of `comad.runtime.train.train`.
         config: has ``optim`` and ``run``, of one device.
         frozen: networks whose operations are counted apart.
-        probe: see `rehearse`.
+        probe: see `profile_steps`.
         brief: the time of a step does not matter.
     """
     optim, run = config.optim, config.run
@@ -64,8 +72,8 @@ def measure(
     flops, seconds = count_flops(resized(job, least), replace(optim, batch_size=least), run, fabric, frozen)
     few = max(1, min(2, batch // 2), min(batch // 4, int(BUDGET / 8 * least / seconds)))
 
-    def take(size: int, num_steps: int, then: Callable[[Any], None] | None = None) -> Rehearsed:
-        return rehearse(resized(job, size), replace(optim, batch_size=size), run, fabric, num_steps, then)
+    def take(size: int, num_steps: int, then: Callable[[Any], None] | None = None) -> StepProfile:
+        return profile_steps(resized(job, size), replace(optim, batch_size=size), run, fabric, num_steps, then)
 
     first = take(few, 3)
     chosen = max(min(batch, 2 * few), min(batch, int(BUDGET / 2 * few / first.seconds)))

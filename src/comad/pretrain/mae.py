@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from comad.data.loader import Batch, Sample
 from comad.data.transforms import Crop
-from comad.models.backbone import draw_visible, normalised_patches, seen
+from comad.models.backbone import normalised_patches, random_visible, visible_map
 from comad.models.decoder import MaskedDecoder
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime.train import Step
@@ -76,10 +76,10 @@ class MaeModel(nn.Module):
     def forward(self, batch: Batch, progress: float) -> Step:
         """One step: squared error to the normalised pixels of the hidden patches (section 3, reconstruction target)."""
         images = batch.views[0].float() / 255
-        visible = draw_visible(batch.noise, self.num_visible)
+        visible = random_visible(batch.noise, self.num_visible)
         tokens = self.backbone(images, visible)
         prediction = self.decoder(tokens.cls, tokens.patches, visible).float()
-        hidden = ~seen(visible, len(images), self.backbone.num_patches, images.device)
+        hidden = ~visible_map(visible, len(images), self.backbone.num_patches, images.device)
         return Step(mae_loss(prediction, images, self.backbone.patch_size, hidden), dict)
 
 

@@ -20,7 +20,7 @@ from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
 from comad.models.mae_decoder import save_decoder
 from comad.models.teachers import TeacherCard, inherited_licence, load_teacher
-from comad.models.timm_backbone import TimmBackbone, plain_attention_on_cpu
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
 from comad.pretrain.mae import MaeModel
 from comad.pretrain.positions import fix_positions
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     if start is None and config.method.fixed_positions:
         fix_positions(backbone.vit)
     model = config.method.build(backbone)
-    plain_attention_on_cpu(model, fabric.device)
+    math_attention_on_cpu(model, fabric.device)
     if fabric.is_global_zero and not config.run.resume:
         write_recipe(config, out / "config.yaml")
     scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)

@@ -22,7 +22,7 @@ from comad.runtime.checkpoint import (
     save_checkpoint,
 )
 from comad.runtime.job import Job, Metrics, RunConfig, Step
-from comad.runtime.log import forget_after
+from comad.runtime.log import truncate_log
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.progress import Report
 
@@ -68,7 +68,7 @@ class Learner:
         if run.resume:
             state.first = state.restore()
             if fabric.is_global_zero:
-                forget_after(Path(run.out), state.first)
+                truncate_log(Path(run.out), state.first)
         return state
 
     @property

@@ -36,7 +36,7 @@ def hours_of_training(folder: Path, images_per_step: int) -> float:
     )
 
 
-def forget_after(folder: Path, step: int) -> None:
+def truncate_log(folder: Path, step: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again."""
     path = folder / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []

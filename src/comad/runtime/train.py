@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from comad.runtime.checkpoint import checkpoints
 from comad.runtime.job import Interrupted, Job, Metrics, RunConfig, Step, TrainingError
 from comad.runtime.learner import Due, Learner
-from comad.runtime.log import RunLog, forget_after
+from comad.runtime.log import RunLog, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig
 from comad.runtime.progress import Report, Stream
@@ -88,7 +88,7 @@ def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunC
     for own, going_on in zip(runs, begun, strict=True):
         Path(own.out).mkdir(parents=True, exist_ok=True)
         if run.resume and not going_on and fabric.is_global_zero:
-            forget_after(Path(own.out), 0)
+            truncate_log(Path(own.out), 0)
     return [replace(own, resume=going_on) for own, going_on in zip(runs, begun, strict=True)]
 
 

@@ -22,7 +22,7 @@ from comad.evaluate.detection.scores import DetectionScore, as_results, score_re
 from comad.evaluate.features import evaluating
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
-from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, open_run, start_fabric, train
 
@@ -62,7 +62,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
     splits = load_coco(config.data)
     splits.validation.check_pictures()
     model, card = build(config, len(splits.class_names))
-    plain_attention_on_cpu(model, fabric.device)
+    math_attention_on_cpu(model, fabric.device)
     dataset = DenseDataset(splits.train, DetectionView(size=config.image_size, scale=config.scale), config.run.seed)
 
     def probe(module: Any) -> dict[str, float]:

@@ -20,7 +20,7 @@ from comad.evaluate.segmentation.scores import count_pixels, score_counts
 from comad.evaluate.segmentation.segmenter import Segmenter, segment_picture
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
-from comad.models.timm_backbone import plain_attention_on_cpu
+from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
 from comad.runtime.train import Job, open_run, start_fabric, train
 
@@ -56,7 +56,7 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
     splits = load_ade20k(config.data)
     splits.validation.check_pictures()
     model, card = build(config, len(splits.class_names))
-    plain_attention_on_cpu(model, fabric.device)
+    math_attention_on_cpu(model, fabric.device)
     view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
     dataset = DenseDataset(splits.train, view, config.run.seed)
 

@@ -114,7 +114,7 @@ def weight_warnings(structure: float | None) -> list[str]:
     return [f"its weights look random: they have {structure:.2f} times the structure of noise; was it ever trained?"]
 
 
-def random_twin(backbone: Backbone, seed: int = 1) -> TimmBackbone | None:
+def reinitialised_copy(backbone: Backbone, seed: int = 1) -> TimmBackbone | None:
     """The same architecture with new random weights, by timm's initialisation; None if it is no plain ViT.
 
     The random state of the caller is left alone.

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, seen
+from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, visible_map
 from comad.models.networks import gives_tokens
 
 
-class WholeBackbone(Backbone):
+class FeatureMapBackbone(Backbone):
     """A network whose ``forward_features`` is a map of channels, or a sequence of prefix tokens and patches.
 
     It cannot leave patches out, so it sees all. Its patches are resampled to the wanted grid; the mean over a map
@@ -35,7 +35,7 @@ class WholeBackbone(Backbone):
         ValueError: the network gives neither, or its patches form no square.
     """
 
-    sees_whole = True
+    supports_masking = False
 
     def __init__(
         self,
@@ -89,8 +89,15 @@ class WholeBackbone(Backbone):
         visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None = None,
         hidden: Hidden = "drop",
         mask_token: Float[Tensor, " E"] | None = None,
+        *,
+        intermediates: Sequence[int] = (),
+        qkv: int = 0,
+        stop_early: bool = False,
     ) -> Tokens:
         """Encode the whole image; of the patches of the map give the visible ones (the others as 0 if not dropped)."""
+        if intermediates or qkv:
+            name = type(self.network).__name__
+            raise ValueError(f"{name} has no blocks that can be read; name a plain Vision Transformer as teacher.")
         cls, features = self._features(images)
         if features.shape[2:] != self.grid:
             features = F.interpolate(features, self.grid, mode="bilinear", antialias=True)
@@ -98,12 +105,12 @@ class WholeBackbone(Backbone):
         if visible is not None and hidden == "drop":
             patches = gather_patches(patches, visible)
         elif visible is not None:
-            patches = patches * seen(visible, len(patches), patches.shape[1], patches.device).unsqueeze(-1)
+            patches = patches * visible_map(visible, len(patches), patches.shape[1], patches.device).unsqueeze(-1)
         return Tokens(cls, patches)
 
 
 class ModuleFeatures(nn.Module):
-    """A module's ``forward`` under the names that `WholeBackbone` reads.
+    """A module's ``forward`` under the names that `FeatureMapBackbone` reads.
 
     Args:
         module: (B, 3, H, W) → a map (B, E, h, w), or tokens (B, prefix + N, E).
@@ -121,7 +128,7 @@ class ModuleFeatures(nn.Module):
         self.feature_info = [{"reduction": image_size}]  # any stride: the images are always of that size
 
     def forward_features(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
-        """What the module gives; `WholeBackbone` says what it may be."""
+        """What the module gives; `FeatureMapBackbone` says what it may be."""
         return self.module(pixels)
 
 

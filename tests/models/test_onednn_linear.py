@@ -4,12 +4,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.models.packed import CAN_PACK, PackedLinear, pack
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
+from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear, use_onednn_linear
 from comad.models.quantized import precision_of
 from comad.models.timm_backbone import VitConfig
-from comad.models.whole_backbone import ModuleFeatures, WholeBackbone
 
-needs_onednn = pytest.mark.skipif(not CAN_PACK, reason="this CPU or this torch has no packed bf16 products")
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN_LINEAR, reason="this CPU or this torch has no packed bf16 products")
 
 
 def network(dtype=torch.bfloat16):
@@ -24,7 +24,7 @@ def test_a_packed_layer_gives_the_same_bits(bias, shape):
     torch.manual_seed(0)
     layer, x = nn.Linear(40, 56, bias=bias).bfloat16(), torch.randn(*shape, 40).bfloat16()
     with torch.no_grad():
-        assert torch.equal(PackedLinear(layer)(x), layer(x))
+        assert torch.equal(OnednnLinear(layer)(x), layer(x))
 
 
 @needs_onednn
@@ -32,7 +32,7 @@ def test_a_packed_layer_gives_the_same_bits(bias, shape):
 def test_gelu_sees_sums_that_are_not_rounded():
     torch.manual_seed(0)
     layer, x = nn.Linear(40, 56).bfloat16(), torch.randn(64, 40).bfloat16()
-    packed = PackedLinear(layer)
+    packed = OnednnLinear(layer)
     packed.gelu = True
     exact = F.gelu(F.linear(x.double(), layer.weight.double(), layer.bias.double()))
     assert (packed(x) - exact).norm() < 0.8 * (F.gelu(layer(x)) - exact).norm()
@@ -43,8 +43,8 @@ def test_gelu_sees_sums_that_are_not_rounded():
 def test_a_packed_network_is_as_near_to_fp32_and_keeps_its_size_and_its_flops():
     plain, packed, images = network(), network(), torch.rand(3, 3, 16, 16)
     exact, visible = network().float()(images, torch.arange(9).expand(3, -1)), torch.arange(9).expand(3, -1)
-    pack(packed)
-    assert sum(isinstance(part, PackedLinear) for part in packed.modules()) == 8
+    use_onednn_linear(packed)
+    assert sum(isinstance(part, OnednnLinear) for part in packed.modules()) == 8
     found = []
     for backbone in (plain, packed):
         with FlopCounterMode(display=False) as counter:
@@ -65,18 +65,18 @@ def test_other_activations_stay_and_products_give_the_same_bits():
         block.mlp.act = nn.GELU("tanh")
     images = torch.rand(2, 3, 16, 16)
     before = backbone(images).patches
-    pack(backbone)
+    use_onednn_linear(backbone)
     assert torch.equal(backbone(images).patches, before)
 
 
 @pytest.mark.parametrize("backbone", [network(torch.float32), network().to("meta")], ids=["fp32", "other device"])
 def test_what_would_not_be_faster_stays(backbone):
-    pack(backbone)
-    assert not any(isinstance(part, PackedLinear) for part in backbone.modules())
+    use_onednn_linear(backbone)
+    assert not any(isinstance(part, OnednnLinear) for part in backbone.modules())
 
 
 def test_a_network_without_blocks_stays():
     features = ModuleFeatures(nn.Conv2d(3, 4, 4, 4), 0, False, 16)
-    backbone = WholeBackbone(features, (0.5,) * 3, (0.5,) * 3, 16).bfloat16()
-    pack(backbone)
-    assert not any(isinstance(part, PackedLinear) for part in backbone.modules())
+    backbone = FeatureMapBackbone(features, (0.5,) * 3, (0.5,) * 3, 16).bfloat16()
+    use_onednn_linear(backbone)
+    assert not any(isinstance(part, OnednnLinear) for part in backbone.modules())

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from comad.data.loader import Batch, EpochBatches, LoaderConfig, training_batches
-from comad.models.timm_backbone import VitConfig, plain_attention_on_cpu
+from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
 from comad.plan import rehearsal
 from comad.plan.assemble import times
-from comad.plan.rehearsal import count_flops, largest_that_fits, rehearse, resized, seconds_per_view
+from comad.plan.profile import count_flops, largest_that_fits, profile_steps, resized, seconds_per_view
 from comad.runtime.job import Job, RunConfig, Step
 from comad.runtime.optim import OptimConfig
 from comad.runtime.train import start_fabric
@@ -60,7 +60,7 @@ def forward_flops():
 
 def test_operations_of_a_vit_are_those_of_the_formula(fabric):
     student, teacher = network(), network().requires_grad_(False)
-    plain_attention_on_cpu(student, fabric.device)
+    math_attention_on_cpu(student, fabric.device)
 
     def step(module, batch, progress):
         images = batch.views[0].float() / 255
@@ -97,7 +97,7 @@ def test_steps_log_lines_and_checkpoints_are_timed_apart(fabric, tmp_path, monke
         wait(30.0)
         probed.append(scored)
 
-    took = rehearse(job(torch.nn.Linear(1, 1), step), OPTIM, RUN, fabric, 8, probe=probe)
+    took = profile_steps(job(torch.nn.Linear(1, 1), step), OPTIM, RUN, fabric, 8, probe=probe)
     assert len(probed) == 1 and took.batch == 4
     assert (took.starting, took.seconds, took.logging, took.saving) == (0.0, 0.25, 1.5, 7.0)
     assert took.checkpoint > 500 and 0 < took.log < 2000

@@ -33,7 +33,7 @@ def now() -> float:
     return CLOCK()
 
 
-class Rehearsed(NamedTuple):
+class StepProfile(NamedTuple):
     """What some steps took.
 
     Attributes:
@@ -70,14 +70,14 @@ class Flops(NamedTuple):
     student: float
 
 
-def rehearse(
+def profile_steps(
     job: Job,
     optim: OptimConfig,
     run: RunConfig,
     fabric: Fabric,
     num_steps: int,
     probe: Callable[[Any], None] | None = None,
-) -> Rehearsed:
+) -> StepProfile:
     """Train for so many steps of one batch and measure them; the first ones only warm up.
 
     Args:
@@ -97,7 +97,7 @@ def rehearse(
         checkpoint = sum(file.stat().st_size for file in Path(folder).rglob("step-*.pt"))
         log = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) - checkpoint
     steps = clock.steps()
-    return Rehearsed(
+    return StepProfile(
         batch=optim.batch_size,
         seconds=statistics.fmean(steps[2 if num_steps > 4 else 1 :]),
         starting=clock.starts[0] - start,
@@ -130,7 +130,7 @@ def count_flops(
     handles = [h for n in frozen for h in (n.register_forward_pre_hook(before), n.register_forward_hook(after))]
     try:
         with counter:
-            took = rehearse(replace(job, step=step), optim, run, fabric, 2)
+            took = profile_steps(replace(job, step=step), optim, run, fabric, 2)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,18 +21,18 @@ from comad.models.timm_backbone import replace_linears
 ONEDNN: Any = torch.ops.mkldnn
 """The operators that torch's own compiler puts in place of a frozen linear layer."""
 
-CAN_PACK = (
+HAS_ONEDNN_LINEAR = (
     torch.backends.mkldnn.is_available() and hasattr(ONEDNN, "_linear_pointwise") and ONEDNN._is_mkldnn_bf16_supported()
 )
 
-if CAN_PACK and ONEDNN._linear_pointwise not in flop_registry:
+if HAS_ONEDNN_LINEAR and ONEDNN._linear_pointwise not in flop_registry:
 
     @register_flop_formula(ONEDNN._linear_pointwise)
     def _count(x_shape: Any, weight_shape: Any, *arguments: Any, **named: Any) -> int:
         return 2 * math.prod(x_shape) * weight_shape[0]
 
 
-class PackedLinear(nn.Module):
+class OnednnLinear(nn.Module):
     """A linear layer for inference, which can be neither copied nor moved.
 
     Args:
@@ -55,11 +55,11 @@ class PackedLinear(nn.Module):
         return ONEDNN._linear_pointwise(x, self.weight, self.bias, *then)
 
 
-def pack(backbone: Backbone) -> None:
+def use_onednn_linear(backbone: Backbone) -> None:
     """Pack the linear layers of a Vision Transformer's blocks, in place, where that is faster: in bf16 on the CPU."""
     weight = next(backbone.parameters(), torch.empty(0))
-    if CAN_PACK and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        replace_linears(backbone, PackedLinear)
+    if HAS_ONEDNN_LINEAR and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        replace_linears(backbone, OnednnLinear)
         for part in backbone.modules():
             if isinstance(part, Mlp) and isinstance(part.act, nn.GELU) and part.act.approximate == "none":
-                cast(PackedLinear, part.fc1).gelu, part.act = True, nn.Identity()
+                cast(OnednnLinear, part.fc1).gelu, part.act = True, nn.Identity()
