@@ -223,7 +223,8 @@ class CacheSpec(NamedTuple):
         if needed > free:
             raise ValueError(
                 f"the teacher cache needs {_size(needed)} in {str(folder)!r}, where {_size(free)} are free; name "
-                "another --cache-folder, lower --loader.fixed-views, set --cache-storage int8, or pass --no-cache-teachers."
+                "another --cache-folder, set --cache-storage int8, lower --loader.fixed-views, or pass "
+                "--no-cache-teachers."
             )
         return known
 

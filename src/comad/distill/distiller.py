@@ -125,15 +125,16 @@ class Distiller(nn.Module):
         visible = masks.student_sees(len(images), self.student.num_patches, images.device)
         parts: dict[str, Tensor] = {}  # name → what each pair and each image adds to the loss
         distances: dict[Hashable, Tensor] = {}
+        positions: dict[str, Tensor] = {}
         shown: list[Pair] = []
         for name, objective in self.method.active.items():
             tokens = fused[objective.teachers][0] if "tokens" in objective.needs else []
             own = [teachers[m] for m in objective.subset(len(teachers))]
-            compared, positions = objective.pairs(self.objectives[name], tokens, student, own, visible)
+            compared, positions[name] = objective.pairs(self.objectives[name], tokens, student, own, visible)
             key = objective.distance_key or name
             if key not in distances:
                 distances[key] = torch.stack([objective.distance_of(pair) for pair in compared])
-            parts[name] = mean_over(distances[key], compared, positions)
+            parts[name] = mean_over(distances[key], compared, positions[name])
             shown = compared if isinstance(objective, FeatureLoss) else shown
         self._reweigh(parts, pairs, masks)
         loss = sum(losses.values(), student.last.new_zeros(()))
@@ -145,7 +146,7 @@ class Distiller(nn.Module):
         evidence = self._evidence(
             student, teachers, masks, shown or [p for part in fused.values() for p in part[0]], fused
         )
-        teacher_losses = self._teacher_losses(parts, pairs)
+        teacher_losses = self._teacher_losses(parts, pairs, positions)
         logged = {f"loss/{name}": part.detach() for name, part in losses.items()}
 
         def metrics() -> dict[str, Tensor]:
@@ -284,16 +285,14 @@ class Distiller(nn.Module):
         return *central_patches(valid, last[:, 1:], target), shares
 
     def _teacher_losses(
-        self, parts: Mapping[str, Tensor], pairs: Mapping[int, Pair]
+        self, parts: Mapping[str, Tensor], pairs: Mapping[int, Pair], positions: Mapping[str, Tensor]
     ) -> Callable[[], dict[str, Tensor]]:
         """For the log, the loss of each teacher in each objective; where targets are fused, to its own target."""
         own: dict[str, Tensor] = {}
         for name, objective in self.method.active.items():
             subset = objective.subset(len(self.teacher_names))
-            if len(parts[name]) == len(subset) > 1:
-                own |= {
-                    f"loss/{self.teacher_names[m]}/{name}": parts[name][i].detach().sum() for i, m in enumerate(subset)
-                }
+            for place, m in enumerate(subset if len(parts[name]) == len(subset) > 1 else ()):
+                own[f"loss/{self.teacher_names[m]}/{name}"] = parts[name][place].detach().sum()
         few = {m: Pair(*(part[:LOGGED_IMAGES].detach() for part in pair)) for m, pair in pairs.items()}
 
         @torch.no_grad()
@@ -301,7 +300,8 @@ class Distiller(nn.Module):
             found = dict(own)
             for name, objective in self.method.active.items() if self.method.fusion.one_target else ():
                 for m in self.subsets[objective.teachers] if objective.distance_key else ():
-                    mean = mean_over(objective.distance_of(few[m]).unsqueeze(0), [few[m]], few[m].valid).sum()
+                    counts = positions[name][:LOGGED_IMAGES] & few[m].valid
+                    mean = mean_over(objective.distance_of(few[m]).unsqueeze(0), [few[m]], counts).sum()
                     found[f"loss/{self.teacher_names[m]}/{name}"] = mean
             return found
 
