@@ -18,9 +18,10 @@ from comad.compare.entries import ComparisonRow, Kind
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
-from comad.evaluate.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluate.finetune import Finetuned, finetune_backbone
 from comad.evaluate.scoreboard import Role, Score, score
 from comad.evaluate.scores import Scores, read_scores, write_scores
+from comad.evaluate.trial import PretrainedModel
 from comad.evaluate.tuning import FinetuneConfig, Tuning
 from comad.evaluate.views import device, view_size
 from comad.models.backbone import Backbone

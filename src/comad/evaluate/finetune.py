@@ -195,9 +195,7 @@ def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Spli
     return Trial(optim, trained, top1(answers(trained, splits.val, config.run)), seconds)
 
 
-def train_steps(
-    trainer: Trainer, tuning: Tuning, labels: Mapping[str, Tensor], num_classes: Mapping[str, int]
-) -> None:
+def train_steps(trainer: Trainer, tuning: Tuning, labels: Mapping[str, Tensor], num_classes: Mapping[str, int]) -> None:
     """The training loop: mixed images, and the cross-entropy of each label set.
 
     Args:
@@ -213,7 +211,9 @@ def train_steps(
                 images, shares = mix(batch.views[0].float() / 255, tuning.mixup, tuning.cutmix)
                 losses = {}
                 for name, scores in state.module(images).items():
-                    own = labels[name][batch.image].where(batch.readable, -1)  # of an unreadable image another stands in
+                    own = labels[name][batch.image].where(
+                        batch.readable, -1
+                    )  # of an unreadable image another stands in
                     targets = mixed_labels(shares, own, num_classes[name], tuning.smoothing)
                     losses[name] = cross_entropy(scores, targets)
                 found = {name: loss.detach() for name, loss in losses.items()}
