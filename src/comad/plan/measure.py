@@ -98,6 +98,7 @@ def measure(
     chosen = max(min(batch, 2 * few), min(batch, int(BUDGET / 2 * few / first.seconds)))
     num_steps = 3 if brief else steps_within_budget(chosen * first.seconds / few)
     second = profile_steps(training, chosen, num_steps, probe)
+    with_probe = peak_bytes(device)
     line = straight_line((first.batch, first.peak), (second.batch, second.peak))
     if device.type == "cuda":
         most, estimated = training.data.num_images, False
@@ -109,7 +110,7 @@ def measure(
         training=training,
         steps=second._replace(starting=max(first.starting, second.starting)),
         flops=flops,
-        peak=max(second.probe_peak, round(line[0] + line[1] * batch)),
+        peak=max(with_probe, round(line[0] + line[1] * batch)),
         largest_batch=fits or None,
         estimated=estimated,
     )

@@ -57,7 +57,7 @@ class StepProfile(NamedTuple):
         starting: seconds before the first step.
         logging: seconds of a log line.
         saving: seconds of a checkpoint.
-        peak, probe_peak: bytes in the steps, and with the probe.
+        peak: bytes in the steps, without the probe.
         checkpoint: bytes of a file.
         log: bytes of a log line wherever it goes.
     """
@@ -68,7 +68,6 @@ class StepProfile(NamedTuple):
     logging: float
     saving: float
     peak: int
-    probe_peak: int
     checkpoint: int
     log: float
 
@@ -168,7 +167,6 @@ def profile_steps(
         logging=statistics.fmean(trainer.spent["log"]),
         saving=trainer.spent["save"][-1],
         peak=trainer.peak,
-        probe_peak=peak_bytes(device),
         checkpoint=checkpoint,
         log=(sum(sizes.values()) - checkpoint) / len(trainer.spent["log"]),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import tyro
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from lightly.models.modules import DINOProjectionHead
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Ibot:
         mask_ratio: range of the share of hidden patches in a masked crop.
         masked_share: how many of the global crops are masked.
         student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax, at the start and after ``temperature_warmup`` of the run.
+        teacher_temperature: of the teacher's softmax, at the start and after ``temperature_warmup``.
+        temperature_warmup: share of the run in which the teacher's temperature rises.
         momentum: of the teacher's weights at the start; it rises to 1 along a cosine.
         freeze_head: share of the run in which the head's last layer stays fixed.
         jitter: strength of brightness, contrast, saturation and hue changes.
@@ -43,7 +45,7 @@ class Ibot:
         blur: how often a crop is blurred.
     """
 
-    kind: Literal["ibot"] = "ibot"
+    kind: tyro.conf.Suppress[Literal["ibot"]] = "ibot"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     vit_arguments: ClassVar[dict[str, Any]] = {"dynamic_img_size": True}  # local crops have fewer patches
     fixed_positions: ClassVar[bool] = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ class Mae:
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
     fixed_positions: ClassVar[bool] = True
-    kind: Literal["mae"] = "mae"
+    kind: tyro.conf.Suppress[Literal["mae"]] = "mae"
     token_types: ClassVar[tuple[str, ...]] = ("patch",)
     mask_ratio: float = field(default=0.75, metadata=COMMON)
     decoder_width: int = 128

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 from jaxtyping import Float
 from lightly.models.modules import MoCoProjectionHead
 from lightly.utils.dist import gather, rank, world_size
@@ -38,7 +39,7 @@ class MoCoV3:
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
     fixed_positions: ClassVar[bool] = True
-    kind: Literal["mocov3"] = "mocov3"
+    kind: tyro.conf.Suppress[Literal["mocov3"]] = "mocov3"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     temperature: float = 0.2
     momentum: float = 0.99
