@@ -7,8 +7,9 @@ from typing import Literal
 
 from comad.data.loader import LoaderConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,14 @@ class DetectConfig:
         figures: draw boxes and masks beside the truth, and the run's curves.
     """
 
-    backbone: str
-    data: str
+    backbone: str = field(metadata=COMMON | NO_EFFECT)
+    data: str = field(metadata=COMMON | NO_EFFECT)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
-    image_size: int = 1024
+    image_size: int = field(default=1024, metadata=COMMON)
     scale: tuple[float, float] = (0.1, 2.0)
     window: int = 14
     drop_path: float = 0.1
-    layer_decay: float = 0.7
+    layer_decay: float = field(default=0.7, metadata=COMMON)
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(workers=4))
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -88,7 +89,7 @@ class DetectConfig:
             out="runs/detect", log_every=50, probe_every=10000, checkpoint_every=2000, keep=1
         )
     )
-    figures: bool = False
+    figures: bool = field(default=False, metadata=COMMON | NO_EFFECT)
 
 
 COCO = DetectConfig(backbone="", data="")

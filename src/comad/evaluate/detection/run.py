@@ -15,7 +15,8 @@ from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
-from comad.evaluate.dense import PROBED, dense_job, sampled, tell, write_json
+from comad.data.loader import TrainingBatches
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
 from comad.evaluate.detection.config import DetectConfig
 from comad.evaluate.detection.detector import Detector, detect_in_picture
 from comad.evaluate.detection.scores import DetectionScore, as_results, score_results
@@ -24,7 +25,8 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, open_run, start_fabric, train
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job
 
 SURE, LIKELIEST = 0.5, 3
 
@@ -42,17 +44,17 @@ def detect(config: DetectConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
-    job, splits, card = prepare(config, fabric)
+    job, data, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero:
         _tell_skipped(splits)
         if not config.run.resume:
             write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
+    trained = train_dense(job, data, config.optim, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
 
 
-def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits, TeacherCard]:
+def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, DetectionSplits, TeacherCard]:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -69,7 +71,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
         score, _ = score_detector(module, splits.validation, config, limit=PROBED)
         return {"box_ap": score.box["ap"], "mask_ap": score.mask["ap"]}
 
-    return dense_job(config, model, dataset, fabric, card, probe), splits, card
+    return *dense_job(config, model, dataset, card, probe), splits, card
 
 
 def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard]:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from comad.data.loader import LoaderConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,17 @@ class SegmentConfig:
         figures: draw predictions beside the truth, and the run's curves.
     """
 
-    backbone: str
-    data: str
-    head: Literal["upernet", "linear"] = "upernet"
+    backbone: str = field(metadata=COMMON | NO_EFFECT)
+    data: str = field(metadata=COMMON | NO_EFFECT)
+    head: Literal["upernet", "linear"] = field(default="upernet", metadata=COMMON)
     channels: int = 512
     auxiliary: float = 0.4
-    crop: int = 512
-    short_side: int = 512
+    crop: int = field(default=512, metadata=COMMON)
+    short_side: int = field(default=512, metadata=COMMON)
     scale: tuple[float, float] = (0.5, 2.0)
-    stride: int = 341
+    stride: int = field(default=341, metadata=COMMON)
     drop_path: float = 0.1
-    layer_decay: float = 0.65
+    layer_decay: float = field(default=0.65, metadata=COMMON)
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(workers=4))
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -61,7 +62,7 @@ class SegmentConfig:
             out="runs/segment", log_every=50, probe_every=16000, checkpoint_every=4000, keep=1
         )
     )
-    figures: bool = False
+    figures: bool = field(default=False, metadata=COMMON | NO_EFFECT)
 
 
 ADE20K = SegmentConfig(backbone="", data="")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.evaluate.dense import PROBED, dense_job, sampled, write_json
+from comad.data.loader import TrainingBatches
+from comad.evaluate.dense import PROBED, dense_job, sampled, train_dense, write_json
 from comad.evaluate.features import evaluating
 from comad.evaluate.segmentation.config import SegmentConfig
 from comad.evaluate.segmentation.scores import count_pixels, score_counts
@@ -22,7 +23,8 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, open_run, start_fabric, train
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job
 
 
 def segment(config: SegmentConfig) -> str:
@@ -38,15 +40,15 @@ def segment(config: SegmentConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
-    job, splits, card = prepare(config, fabric)
+    job, data, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero and not config.run.resume:
         write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
+    trained = train_dense(job, data, config.optim, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
 
 
-def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSplits, TeacherCard]:
+def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, SegmentationSplits, TeacherCard]:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -65,7 +67,7 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
         scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
         return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
 
-    return dense_job(config, model, dataset, fabric, card, probe), splits, card
+    return *dense_job(config, model, dataset, card, probe), splits, card
 
 
 def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:

@@ -14,7 +14,7 @@ from comad.data.ade20k import IGNORED
 from comad.data.dense import GREY
 from comad.evaluate.segmentation.heads import ConvHead, LinearHead, UPerHead
 from comad.models.maps import FeatureMaps
-from comad.runtime.train import Step
+from comad.runtime.run import LossAndMetrics
 
 WINDOWS_AT_ONCE = 8
 
@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
             ConvHead(maps.widths[2], max(16, channels // 2), num_classes) if self.auxiliary_weight else None
         )
 
-    def forward(self, images: UInt8[Tensor, "B 3 H W"], classes: UInt8[Tensor, "B H W"]) -> Step:
+    def forward(self, images: UInt8[Tensor, "B 3 H W"], classes: UInt8[Tensor, "B H W"]) -> LossAndMetrics:
         """Cross-entropy over the pixels that have a class, 0 if none has, and the share of them named rightly."""
         maps = self.maps(images.float() / 255)
         scores = self._enlarged(self.head(maps), images)
@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
             right = (scores.argmax(dim=1) == classes) & known
             return {"loss_main": main.detach(), "pixel_accuracy": 100 * right.sum() / known.sum().clamp_min(1)}
 
-        return Step(loss, metrics)
+        return loss, metrics
 
     def scores(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C H W"]:
         """Class scores for views in [0, 1] of the size that the backbone was loaded for."""
