@@ -84,11 +84,12 @@ def evaluate_command(arguments: list[str]) -> None:
     """
     if arguments and arguments[0] in EVALUATIONS:
         return EVALUATIONS[arguments[0]](arguments[1:])
-    from comad.evaluate.command import EvaluateConfig, evaluate
+    from comad.evaluate.command import EvaluateConfig
+    from comad.evaluate.command import evaluate_command as score
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--backbone", *arguments]
-    _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
+    _print(score(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
 
 
 def finetune_command(arguments: list[str]) -> None:

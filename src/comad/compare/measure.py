@@ -109,13 +109,15 @@ def measure(unit: RowRun) -> Scores:
     kind = unit.entry.kind
     constant = kind in ("teacher", "pixels")  # the same for every seed
     path = (unit.row_folder if constant else unit.folder) / f"scores-{unit.config.recipe.split}.json"
-    if not path.is_file():
+    found = read_scores(path)
+    if found is None:
         made = MAKERS[kind](unit)
-        write_scores(path, [_score(unit, made.backbone)], made.facts)
-    (frozen,), facts = read_scores(path)
+        found = Scores((_score(unit, made.backbone),), made.facts)
+        write_scores(path, *found)
+    (frozen,), facts = found
     if kind == "pixels" or not (unit.config.finetune or kind == "supervised"):
         return Scores((frozen,), facts)
-    return Scores((_merged(frozen, _learnt(unit) or _learn(unit).score),), facts)
+    return Scores((frozen.joined((_learnt(unit) or _learn(unit).score).found),), facts)
 
 
 def _score(unit: RowRun, backbone: Backbone | None) -> Score:
@@ -156,7 +158,9 @@ def _untrained(unit: RowRun) -> TrainedModel:
 
 def _supervised(unit: RowRun) -> TrainedModel:
     """The untrained student, trained with labels."""
-    done, facts = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json").facts
+    done, written = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json")
+    assert written is not None
+    facts = written.facts
     return TrainedModel(
         done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")}
     )
@@ -198,11 +202,8 @@ def _learn(unit: RowRun) -> Finetuned:
 
 def _learnt(unit: RowRun) -> Score | None:
     """What `_learn` has written, if it is there and of the same split."""
-    path = _tuned_folder(unit) / "finetune.json"
-    if not path.is_file():
-        return None
-    (found,), facts = read_scores(path)
-    return found if facts["split"] == unit.config.recipe.split else None
+    written = read_scores(_tuned_folder(unit) / "finetune.json")
+    return written.scores[0] if written and written.facts["split"] == unit.config.recipe.split else None
 
 
 def _tuning(unit: RowRun) -> Tuning:
@@ -218,12 +219,6 @@ def _tuned_folder(unit: RowRun) -> Path:
     if unit.entry.kind == "supervised":
         return unit.folder / "supervised"
     return unit.folder / f"finetune-{digest_of(asdict(unit.config.tuning))}"
-
-
-def _merged(frozen: Score, tuned: Score) -> Score:
-    """Both in one."""
-    row = replace(frozen.row, finetune=tuned.row.finetune, finetune_coarse=tuned.row.finetune_coarse)
-    return Score(row, {**frozen.correct, **tuned.correct}, {**frozen.groups, **tuned.groups})
 
 
 def _no_training() -> dict[str, Any]:

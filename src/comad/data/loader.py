@@ -20,6 +20,8 @@ from comad.data.transforms import evaluation_view
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
+DECODED_FOR = 224
+"""Pixels of the smallest view that images are decoded for when they are scored."""
 DECODED_TOGETHER = 4
 """More images at a time would push each other out of the cache."""
 
@@ -193,37 +195,47 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _EvaluationDataset(Dataset[tuple[Tensor, bool]]):
-    def __init__(self, images: ImageSet, image_size: int, indices: Tensor):
+class _EvaluationDataset(Dataset[tuple[tuple[Tensor, ...], bool]]):
+    def __init__(self, images: ImageSet, image_sizes: Sequence[int], indices: Tensor):
         self.images = images
-        self.image_size = image_size
+        self.image_sizes = image_sizes
         self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, bool]:
+    def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], bool]:
         crop = self.images.eval_crop
         try:
-            image = self.images.load(int(self.indices[position]), round(self.image_size / crop))
+            image = self.images.load(
+                int(self.indices[position]), max(round(s / crop) for s in (224, *self.image_sizes))
+            )
         except UnreadableImageError:
-            return torch.full((3, self.image_size, self.image_size), 255, dtype=torch.uint8), False
-        return evaluation_view(image, self.image_size, crop), True
+            return tuple(torch.full((3, size, size), 255, dtype=torch.uint8) for size in self.image_sizes), False
+        return tuple(evaluation_view(image, size, crop) for size in self.image_sizes), True
 
 
 def evaluation_batches(
     images: ImageSet, image_size: int, batch_size: int = 256, indices: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1].
+    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1]; see `evaluation_views`."""
+    return (batch for (batch,) in evaluation_views(images, (image_size,), batch_size, indices))
 
+
+def evaluation_views(
+    images: ImageSet, image_sizes: Sequence[int], batch_size: int = 256, indices: Tensor | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Fixed views of several sizes in order, of images that are decoded once: float32 (b, 3, size, size) in [0, 1].
+
+    Images are decoded for views of `DECODED_FOR` pixels at least, so a small view is the same alone and beside others.
     An unreadable file is a white picture, and it is said how many there are.
     """
-    dataset = _EvaluationDataset(images, image_size, torch.arange(len(images)) if indices is None else indices)
+    dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0
     unreadable = 0
-    for batch, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
+    for views, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
         unreadable += int((~readable).sum())
-        yield batch.float().div_(255)
+        yield tuple(view.float().div_(255) for view in views)
     if unreadable:
         _tell_unreadable(images.name, unreadable)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,5 +131,5 @@ def _card(
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
         teachers=tuple(teacher.card for teacher in teachers),
-        scores=tuple(asdict(row) for row in board.shared_rows) if config.split == "test" else (),
+        scores=tuple(board.as_dict()["rows"]) if config.split == "test" else (),
     )

@@ -11,9 +11,10 @@ from lightning_fabric import Fabric
 
 from comad.data.images import ImageSet, Splits, load_images
 from comad.evaluate.classifier import Classifier
-from comad.evaluate.scoreboard import LABEL_SETS, Score, cost, shortage
+from comad.evaluate.evaluation import LABEL_SETS, PerImage
+from comad.evaluate.scoreboard import Score, cost, shortage
 from comad.evaluate.scores import write_scores
-from comad.evaluate.trial import PretrainedModel, Trial, answers, finetune_once, top1
+from comad.evaluate.trial import PretrainedModel, Trial, answers, finetune_once
 from comad.evaluate.tuning import FinetuneConfig
 from comad.evaluate.views import load_one, view_size
 from comad.runtime.provenance import code_version, hardware
@@ -47,10 +48,11 @@ def finetune(config: FinetuneConfig) -> str:
     if done is None:
         return ""
     row, (optim, _, validation, _) = done.score.row, done.chosen
-    coarse = "" if row.finetune_coarse is None else f", coarse {row.finetune_coarse:.1f} %"
+    coarse = f", coarse {row.scores['finetune_coarse']:.1f} %" if "finetune_coarse" in row.scores else ""
     return (
         f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
-        f"{config.split} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
+        f"{config.split} top-1 {row.scores['finetune']:.1f} %{coarse} on {row.num_images['finetune']:,} images "
+        f"(validation {validation['fine']:.1f} %); "
         f"every image's result is in {config.run.out}/finetune.json"
     )
 
@@ -117,10 +119,9 @@ def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
 
 
 def _score(subject: PretrainedModel, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
-    hits = answers(classifier, images, run)
-    percent = {"finetune" + LABEL_SETS[name]: value for name, value in top1(hits).items()}
-    row = replace(
-        cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role, **percent
-    )
-    groups = {"finetune" + LABEL_SETS[name]: images.groups[images.labels[name] >= 0] for name in hits}
-    return Score(row, {"finetune" + LABEL_SETS[name]: correct for name, correct in hits.items()}, groups)
+    row = replace(cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role)
+    found = {
+        "finetune" + LABEL_SETS[name]: PerImage(correct, images.groups[images.labels[name] >= 0])
+        for name, correct in answers(classifier, images, run).items()
+    }
+    return Score(row, {}, {}).joined(found)

@@ -17,7 +17,7 @@ from comad.distill.parts import Parts, prepare
 from comad.distill.run import make_jobs, what_to_cache
 from comad.distill.teacher_cache import TeacherCache, check_room, closed_stores
 from comad.evaluate.features import Features, FeatureSplits, extract_features, labelled_indices, pixel_features
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.knn import KNN
 from comad.evaluate.linear import LinearProbe
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import LABEL_SETS, shortage
@@ -182,4 +182,4 @@ def _classifier_seconds(splits: Splits, pools: int, width: int) -> float:
         return 0.0
     probe, whole = LinearProbe(epochs=1), LinearProbe()
     linear = seconds_of(lambda: probe(features)) * whole.epochs / probe.epochs / shares[0]
-    return linear + seconds_of(lambda: NearestNeighbours()(features)) / shares[0] / min(shares[1:])
+    return linear + seconds_of(lambda: KNN()(features)) / shares[0] / min(shares[1:])
