@@ -17,7 +17,7 @@ from comad.compare.measure import RowRun
 from comad.data.images import load_images
 from comad.distill import run as distill_module
 from comad.distill.config import DistillConfig
-from comad.evaluate.scoreboard import paired_interval
+from comad.evaluate.intervals import paired_interval
 from comad.evaluate.scores import read_scores
 from comad.presets import recipe
 from comad.runtime.train import RunConfig
@@ -108,7 +108,9 @@ def test_differences_are_those_of_the_stored_results(finished):
     a, b = (torch.stack([score.correct["knn"] for score in part]) for part in (untrained, others))
     expected = paired_interval(a, b, untrained[0].groups["knn"])
     found = rows["untrained"]
-    assert [found["knn_minus_reference"], *found["knn_interval"]] == pytest.approx(list(expected), abs=1e-3)
+    assert [found["knn_minus_reference"], *found["knn_interval"]] == pytest.approx(list(expected[:3]), abs=1e-3)
+    assert found["knn_images"] == expected.images and found["knn_concepts"] == expected.concepts
+    assert found["knn_seeds"] == 2 and found["knn_over"] == "seeds and concepts"
     assert found["knn"] == pytest.approx(100 * a.double().mean().item(), abs=1e-3)
 
 
@@ -196,7 +198,7 @@ def test_test_images_stay_unseen_while_choosing(compare_command, finished, tmp_p
 def _of_seed(out, seed):
     for path in out.glob(f"runs/comad-*/seed-{seed}/run/config.yaml"):
         if "second=" in path.read_text():
-            return read_scores(path.parents[1] / "scores-test.json").scores[0].row.knn
+            return read_scores(path.parents[1] / "scores-test.json").scores[0].row.scores["knn"]
     return None
 
 

@@ -21,7 +21,7 @@ from comad.data.transforms import evaluation_view
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
 DECODED_FOR = 224
-"""Pixels of the smallest view that images are decoded for when they are scored."""
+"""Pixels of the view that images are decoded for, at least, when they are scored."""
 DECODED_TOGETHER = 4
 """More images at a time would push each other out of the cache."""
 
@@ -205,14 +205,14 @@ class _EvaluationDataset(Dataset[tuple[tuple[Tensor, ...], bool]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], bool]:
-        crop = self.images.eval_crop
+        crop, index = self.images.eval_crop, int(self.indices[position])
+        sides = [round(max(DECODED_FOR, size) / crop) for size in self.image_sizes]
         try:
-            image = self.images.load(
-                int(self.indices[position]), max(round(s / crop) for s in (224, *self.image_sizes))
-            )
+            decoded = {side: self.images.load(index, side) for side in dict.fromkeys(sides)}
         except UnreadableImageError:
             return tuple(torch.full((3, size, size), 255, dtype=torch.uint8) for size in self.image_sizes), False
-        return tuple(evaluation_view(image, size, crop) for size in self.image_sizes), True
+        pairs = zip(self.image_sizes, sides, strict=True)
+        return tuple(evaluation_view(decoded[side], size, crop) for size, side in pairs), True
 
 
 def evaluation_batches(
@@ -225,9 +225,10 @@ def evaluation_batches(
 def evaluation_views(
     images: ImageSet, image_sizes: Sequence[int], batch_size: int = 256, indices: Tensor | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Fixed views of several sizes in order, of images that are decoded once: float32 (b, 3, size, size) in [0, 1].
+    """Fixed views of several sizes in order: float32 (b, 3, size, size) in [0, 1].
 
-    Images are decoded for views of `DECODED_FOR` pixels at least, so a small view is the same alone and beside others.
+    An image is decoded once for all views of up to `DECODED_FOR` pixels, and once for each larger size; so a view is
+    the same alone and beside others.
     An unreadable file is a white picture, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)

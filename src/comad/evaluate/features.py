@@ -87,8 +87,8 @@ def extract_many(
 ) -> list[dict[str, Float[Tensor, "n width"]]]:
     """Encode whole images and pool their tokens, by several networks that each compute on their own device.
 
-    Every image is decoded once, and its views are cut from that; so a network's features do not depend on the others,
-    up to 224 pixels (see `comad.data.loader.evaluation_views`).
+    Every image is decoded once for all of them (those of more than 224 pixels: see `evaluation_views`), and a network's
+    features do not depend on the others.
 
     Args:
         views: networks and their image sizes; their train or eval mode is restored afterwards.

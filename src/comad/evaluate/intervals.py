@@ -43,8 +43,8 @@ def paired_interval(
     A difference has a part of its seed, a part of its concept (images of one concept are not independent), and the
     rest. With mean squares MS of S seeds and C concepts, crossed, the variance of the mean is (MS_concept + max(0,
     MS_seed - MS_rest)) / SC, with Satterthwaite's degrees of freedom (1946, doi:10.2307/3002019). Concepts of different
-    size enter as in the linearised ratio of sums. At 3 and 5 seeds, 37 and 101 concepts it covers the truth in 94 to 97 %
-    of cases (`benchmarks/intervals.py`); at two seeds in 92 % if seeds differ by 2 points.
+    size enter as in the linearised ratio of sums. At 3 and 5 seeds, 37 and 101 concepts it covers the truth in 94 to
+    97 % of cases (`benchmarks/intervals.py`); at two seeds in 92 % if seeds differ by 2 points.
 
     Args:
         correct_a, correct_b: was each test image named rightly; a row per training seed, the same seed in both.
