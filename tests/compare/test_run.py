@@ -179,13 +179,13 @@ def test_a_run_without_a_checkpoint_begins_again(compare_command, tmp_path, trai
 def test_test_images_stay_unseen_while_choosing(compare_command, finished, tmp_path, trainings, monkeypatch):
     from comad.evaluate import features
 
-    out, seen, real = tmp_path / "out", set(), features.evaluation_batches
+    out, seen, real = tmp_path / "out", set(), features.evaluation_views
 
     def watched(images, *rest, **more):
         seen.add(images.name.split("/")[-1])
         return real(images, *rest, **more)
 
-    monkeypatch.setattr(features, "evaluation_batches", watched)
+    monkeypatch.setattr(features, "evaluation_views", watched)
     rows = ["--presets", "comad", "mean", "--seeds", 0]
     assert main(compare_command(out, *rows, "--split=val")) == 0
     assert "test" not in seen and "val" in seen and table(out)[0]["split"] == "val"

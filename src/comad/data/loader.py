@@ -229,7 +229,7 @@ def evaluation_views(
 
     An image is decoded once for all views of up to `DECODED_FOR` pixels, and once for each larger size; so a view is
     the same alone and beside others.
-    An unreadable file is a white picture, and it is said how many there are.
+    An unreadable file is a white image, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0
@@ -245,5 +245,5 @@ def evaluation_views(
 def _tell_unreadable(name: str, count: int) -> None:
     """Once, however often the images are looked at."""
     sys.stderr.write(
-        f"comad: {count} unreadable images of {name} are scored as white pictures; restore or remove them.\n"
+        f"comad: {count} unreadable images of {name} are scored as white images; restore or remove them.\n"
     )

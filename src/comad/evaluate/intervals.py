@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -78,4 +78,4 @@ def _half_width(rest: np.ndarray) -> float:
     if seed > both:
         variance = seed + concept - both
         freedom = variance**2 / (mean**2 / free.clip(min=1)).sum()
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1)) * np.sqrt(variance / (seeds * concepts)))
+    return float(stdtrit(max(freedom, 1), (1 + CONFIDENCE) / 2) * np.sqrt(variance / (seeds * concepts)))
