@@ -36,8 +36,23 @@ def line(work: Callable[[int], object], few: int, more: int) -> float:
     return (seconds_of(lambda: work(more)) - seconds_of(lambda: work(few))) / (more - few)
 
 
+def everything(images: int, *evaluations: Any) -> None:
+    """Score one pool of so many training images, half of a hundredth of them to choose and to test on."""
+    import torch
+
+    from comad.evaluate.features import Features, FeatureSplits
+
+    def draw(count: int) -> Features:
+        labels = {"fine": torch.arange(count) % 100}
+        return Features({"patch": torch.randn(count, WIDTH)}, labels, torch.arange(count))
+
+    features = FeatureSplits(draw(images), draw(images // 200), draw(images // 200))
+    for evaluation in evaluations:
+        evaluation(features)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the parts and of the whole, and the peak of memory of the smaller run."""
+    """Seconds of the parts and of the whole, and the peak of memory with all images but few classes and steps."""
     import torch
 
     from comad.evaluate import knn, linear
@@ -49,11 +64,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     old = hasattr(knn, "NearestNeighbours")  # the version that this one is compared with
     probe, batch = linear.LinearProbe(), 1024
 
-    def steps(count: int, settings: int = 9) -> object:
+    def steps(count: int, settings: int = 9, **changes: Any) -> object:
         rows = slice(0, count * batch)
         if old:
             return linear.LinearProbe(epochs=1).fit(x[rows], y[rows], options.classes)
-        return probe.fit(x[rows], y[rows], probe.settings[:settings], count)
+        return linear.LinearProbe(**changes).fit(x[rows], y[rows], probe.settings[:settings], count)
 
     neighbours = (knn.NearestNeighbours if old else knn.KNN)()
     most = 8
@@ -68,14 +83,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         full, trial = probe.num_steps(options.images), probe.trial_steps
         total_steps = POOLS * min(full, trial) * step + (full * few if full > trial else 0)
         facts = {"trial_steps": POOLS * trial, "step": step, "full_steps": full, "step_of_kept": few}
+        facts["step_bf16"] = line(lambda count: steps(count, precision="bf16"), 1, most)
     knn_seconds = (POOLS + 1) * options.held_out * options.images * pair
     seconds = {"linear": options.networks * total_steps, "knn": options.networks * knn_seconds}
+    del x
+    everything(options.images, neighbours, linear.LinearProbe(epochs=1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds_per_core": {name: round(value) for name, value in seconds.items()},
         "hours_per_core": round(sum(seconds.values()) / 3600, 2),
         "peak_gib": round(peak, 2),
-        "features_gib": round(x.nbytes / 2**30, 2),
+        "features_gib": round(4 * options.images * WIDTH / 2**30, 2),
         **facts,
         "knn_ns_per_pair": round(1e9 * pair, 1),
     }
