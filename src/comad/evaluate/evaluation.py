@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,9 +56,9 @@ class Evaluation(Slot, slot="evaluation"):
 
     title: ClassVar[str] = ""
 
+    @abstractmethod
     def __call__(self, features: FeatureSplits, device: torch.device | str = "cpu") -> Result:
         """Score the features of one network, on a device."""
-        raise NotImplementedError(f"{type(self).__name__} needs __call__(self, features, device).")
 
     def label_sets(self, features: FeatureSplits) -> tuple[str, ...]:
         """The label sets that can be scored; choices are made on the first.
