@@ -189,6 +189,9 @@ def test_evaluate_takes_objects(backbone, splits):
     assert [row.role for row in board.rows] == ["pixels", "teacher"] and board.rows[1].name == "TimmBackbone"
     assert board.rows[1].scores == score("x", "teacher", backbone, splits, evaluations=("knn",)).row.scores
     assert set(board.rows[0].scores) == {"knn", "knn_coarse"}
+    for mistake, words in (({"precision": "fp8"}, "fp32, bf16"), ({"image_size": 32}, "built for images of 16 pixels")):
+        with pytest.raises(ValueError, match=words):
+            evaluate(backbone, splits, **mistake)
     splits.train.labels.clear()
     with pytest.raises(ValueError, match=r"'train' cannot be scored: 0 train images .* one sub-folder per label"):
         evaluate(backbone, splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -15,6 +15,8 @@ from comad.evaluate.scoreboard import LABEL_SETS, Candidate, Scoreboard, score_a
 from comad.evaluate.views import device, load_one
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, load_teacher
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class EvaluateConfig:
     backbone: str
     data: str = "stamps"
     image_size: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     evaluations: tuple[str, ...] = ()
     out: str | None = None
 
@@ -60,7 +62,7 @@ def evaluate(
     data: str | Splits = "stamps",
     *,
     image_size: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     evaluations: tuple[Evaluation | str, ...] | None = None,
 ) -> Scoreboard:
     """Score a backbone beside raw pixels; what there is to choose is chosen on the validation part.
@@ -68,8 +70,8 @@ def evaluate(
     Args:
         backbone: a name as for `comad.models.teachers.load_teacher`, or a network, which is left where it is.
         data: a folder, a bundled name, or splits.
-        image_size: pixels on the side of the view. None is the size that a network was built for and an exported
-            student trained at; for other names 224, and on stamps as many as give 6 × 6 patches.
+        image_size: pixels on the side of the view, of what is loaded by name. None is the size that an exported student
+            trained at; for other names 224, and on stamps as many as give 6 × 6 patches. A network has its own.
         precision: bf16 computes features under autocast; cost is measured as the weights are.
         evaluations: names or objects; None is all there are, also of plugins.
 
@@ -77,6 +79,8 @@ def evaluate(
         ValueError: the backbone or the data cannot be loaded, there are no labels, or there is no such evaluation.
     """
     chosen = choose(evaluations)
+    if precision not in get_args(Precision):
+        raise ValueError(f"no precision {precision!r}; there are: {', '.join(get_args(Precision))}.")
     splits, name = (load_images(data), data) if isinstance(data, str) else (data, "")
     if reason := shortage(splits, next(iter(LABEL_SETS))):
         where = f"{name or splits.train.name!r} cannot be scored"
@@ -84,7 +88,10 @@ def evaluate(
     if isinstance(backbone, str):
         backbone = _load(backbone, name, image_size)
     title, network = backbone[:2] if isinstance(backbone, Teacher) else (type(backbone).__name__, backbone)
-    candidates = [Candidate("pixels", "pixels", None), Candidate(title, "teacher", network, image_size)]
+    if image_size not in (None, network.image_size):
+        own = f"{title} was built for images of {network.image_size} pixels"
+        raise ValueError(f"{own}, not {image_size}; leave image_size out, or name a file or folder to load.")
+    candidates = [Candidate("pixels", "pixels", None), Candidate(title, "teacher", network)]
     dtype = torch.bfloat16 if precision == "bf16" else None
     return Scoreboard(tuple(score.row for score in score_all(candidates, splits, dtype, chosen)))
 
