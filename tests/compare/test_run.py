@@ -2,7 +2,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from comad.compare.measure import RowRun
 from comad.data.images import load_images
 from comad.distill import run as distill_module
 from comad.distill.config import DistillConfig
+from comad.evaluate.evaluation import Evaluation, PerImage, Result
 from comad.evaluate.intervals import paired_interval
 from comad.evaluate.scores import read_scores
 from comad.presets import recipe
@@ -248,6 +249,23 @@ def test_changed_pictures_are_other_rows(compare_command, labelled_folder, tmp_p
     (data / "away").rename(data / "bee")
     assert main(compare_command(out, *rows)) == 0
     assert len(trainings) == 2 and len(list(out.glob("runs/*"))) == 4
+
+
+def test_an_evaluation_that_is_new_is_measured_of_old_rows(compare_command, finished, tmp_path, trainings, monkeypatch):
+    monkeypatch.setattr(Evaluation, "members", dict(Evaluation.members))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Luck(Evaluation, name="luck"):
+        def __call__(self, features, device="cpu"):
+            return Result({"fortune": PerImage(torch.ones(len(features.test.groups)) / 4, features.test.groups)}, {})
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = table(out)[1]
+    assert main(compare_command(out, *ROWS)) == 0
+    assert trainings == [] and all(row["fortune"] == 25 for row in table(out)[1].values())
+    assert all(row["knn"] == before[label]["knn"] for label, row in table(out)[1].items())
+    assert "fortune" in (out / "comparison.md").read_text()
 
 
 def test_workers_and_a_network_that_is_two_baselines_change_nothing(compare_command, tmp_path):

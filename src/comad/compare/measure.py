@@ -18,6 +18,7 @@ from comad.compare.entries import ComparisonRow, Kind
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
+from comad.evaluate.evaluation import Evaluation
 from comad.evaluate.finetune import Finetuned, finetune_backbone
 from comad.evaluate.scoreboard import Role, Score, score
 from comad.evaluate.scores import Scores, read_scores, write_scores
@@ -107,9 +108,10 @@ def measure(unit: RowRun) -> Scores:
     constant = kind in ("teacher", "pixels")  # the same for every seed
     path = (unit.row_folder if constant else unit.folder) / f"scores-{unit.config.recipe.split}.json"
     found = read_scores(path)
-    if found is None:
+    if found is None or not Evaluation.members.keys() <= set(found.facts.get("evaluations", ())):
         made = MAKERS[kind](unit)
-        found = Scores((_score(unit, made.backbone),), made.facts)
+        facts = made.facts | {"evaluations": list(Evaluation.members)}
+        found = Scores((_score(unit, made.backbone),), facts)
         write_scores(path, *found)
     (frozen,), facts = found
     if kind == "pixels" or not (unit.config.finetune or kind == "supervised"):

@@ -54,6 +54,20 @@ class FeatureSplits(NamedTuple):
         return tuple(name for name in self.train.labels if name in self.val.labels and name in self.test.labels)
 
 
+class View(NamedTuple):
+    """A network, and the pixels on the side of its square images. None is raw pixels: see `pixel_features`."""
+
+    backbone: Backbone | None
+    image_size: int
+
+    def allocate(self, count: int) -> dict[str, Float[Tensor, "n width"]]:
+        """Room for the features of so many images."""
+        if self.backbone is None:
+            return {"pixels": torch.empty(count, 3 * self.image_size**2)}
+        names = ("cls", "patch") if "cls" in self.backbone.token_types else ("patch",)
+        return {name: torch.empty(count, self.backbone.width) for name in names}
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[torch.device]:
     """Put a module into eval mode, give its device, and restore the mode of each of its parts afterwards."""
@@ -117,20 +131,6 @@ def extract_many(
             start = stop
     assert start == num_images, f"{images.name} gave {start} images, not {num_images}"
     return features
-
-
-class View(NamedTuple):
-    """A network, and the pixels on the side of its square images. None is raw pixels: see `pixel_features`."""
-
-    backbone: Backbone | None
-    image_size: int
-
-    def allocate(self, count: int) -> dict[str, Float[Tensor, "n width"]]:
-        """Room for the features of so many images."""
-        if self.backbone is None:
-            return {"pixels": torch.empty(count, 3 * self.image_size**2)}
-        names = ("cls", "patch") if "cls" in self.backbone.token_types else ("patch",)
-        return {name: torch.empty(count, self.backbone.width) for name in names}
 
 
 def _pooled(
