@@ -159,7 +159,7 @@ def test_evaluation_views_come_in_order_and_white_where_unreadable(folder, capsy
     chosen = torch.cat(list(evaluation_batches(train, 8, indices=torch.tensor([5, 1]))))
     assert torch.equal(chosen, whole[[5, 1]])
     list(evaluation_batches(train, 8))
-    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white pictures") == 1
+    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white images") == 1
 
 
 def test_processes_share_every_batch():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,5 +166,5 @@ def _card(
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
         teachers=tuple(teacher.card for teacher in teachers),
-        scores=tuple(asdict(row) for row in board.shared_rows) if config.split == "test" else (),
+        scores=tuple(board.as_dict()["rows"]) if config.split == "test" else (),
     )

@@ -17,7 +17,8 @@ from comad.data.images import ImageSet, Splits, load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.evaluate.classifier import Classifier, correct_answers, cross_entropy, mix, mixed_labels, set_drop_path
-from comad.evaluate.scoreboard import LABEL_SETS, Role, Score, cost, shortage
+from comad.evaluate.evaluation import LABEL_SETS, PerImage
+from comad.evaluate.scoreboard import Role, Score, cost, shortage
 from comad.evaluate.scores import write_scores
 from comad.evaluate.tuning import FinetuneConfig, Tuning
 from comad.evaluate.views import load_one, view_size
@@ -102,10 +103,11 @@ def finetune(config: FinetuneConfig) -> str:
     if done is None:
         return ""
     row, (optim, _, validation, _) = done.score.row, done.chosen
-    coarse = "" if row.finetune_coarse is None else f", coarse {row.finetune_coarse:.1f} %"
+    coarse = f", coarse {row.scores['finetune_coarse']:.1f} %" if "finetune_coarse" in row.scores else ""
     return (
         f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
-        f"{config.split} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
+        f"{config.split} top-1 {row.scores['finetune']:.1f} %{coarse} on {row.num_images['finetune']:,} images "
+        f"(validation {validation['fine']:.1f} %); "
         f"every image's result is in {config.run.out}/finetune.json"
     )
 
@@ -254,8 +256,9 @@ def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
 
 
 def _score(subject: PretrainedModel, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
-    hits = answers(classifier, images, run)
-    row = cost(classifier.backbone, view_size(subject.backbone))
-    row = replace(row, name=subject.name, role=subject.role, **_by_score(top1(hits)))
-    groups = {name: images.groups[images.labels[name] >= 0] for name in hits}
-    return Score(row, _by_score(hits), _by_score(groups))
+    row = replace(cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role)
+    found = {
+        "finetune" + LABEL_SETS[name]: PerImage(correct, images.groups[images.labels[name] >= 0])
+        for name, correct in answers(classifier, images, run).items()
+    }
+    return Score(row, {}, {}).joined(found)

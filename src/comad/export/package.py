@@ -138,7 +138,8 @@ def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = tor
 def model_card(card: ModelCard, folder: Path) -> str:
     """Build the text of ``README.md``, with the metadata block that the Hugging Face Hub reads."""
     teachers = [(f"`{t.name}`", t.format, f"`{t.sha256}`", t.licence) for t in card.teachers]
-    scores = [(f"`{row['name']}`", row["role"], *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores]
+    measured = dict.fromkeys([*_SCORES, *(name for row in card.scores for name in row.get("num_images", ()))])
+    scores = [(f"`{row['name']}`", row["role"], *(_percent(row.get(key)) for key in measured)) for row in card.scores]
     known = card.licence if card.licence == "apache-2.0" else "other"  # the hub has its own names
     metadata = {"library_name": "timm", "license": known, "tags": ["timm", "image-feature-extraction", "comad"]}
     return "\n".join(
@@ -179,7 +180,7 @@ def model_card(card: ModelCard, folder: Path) -> str:
             "",
             "Top-1 percent on the test images; k, pool and probe settings were chosen on the validation images.",
             "",
-            *_markdown(("model", "role", *_SCORES.values()), scores),
+            *_markdown(("model", "role", *(_SCORES.get(key, key) for key in measured)), scores),
             "",
         ]
     )

@@ -17,7 +17,7 @@ from comad.distill.config import DistillConfig
 from comad.distill.run import calibrate_students, make_jobs, train_students
 from comad.distill.setup import Setup, prepare
 from comad.evaluate.features import Features, FeatureSplits, extract_features, labelled_indices, pixel_features
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.knn import KNN
 from comad.evaluate.linear import LinearProbe
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import LABEL_SETS, shortage
@@ -177,4 +177,4 @@ def _classifier_seconds(splits: Splits, pools: int, width: int) -> float:
         return 0.0
     probe, whole = LinearProbe(epochs=1), LinearProbe()
     linear = seconds_of(lambda: probe(features)) * whole.epochs / probe.epochs / shares[0]
-    return linear + seconds_of(lambda: NearestNeighbours()(features)) / shares[0] / min(shares[1:])
+    return linear + seconds_of(lambda: KNN()(features)) / shares[0] / min(shares[1:])
