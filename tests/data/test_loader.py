@@ -115,7 +115,7 @@ def test_loading_leaves_the_random_state_of_the_training_alone(train, workers):
 
 
 def test_an_unreadable_file_is_replaced_by_the_next_one(folder, train):
-    (folder / "train" / "3.png").write_bytes(b"not a picture")
+    (folder / "train" / "3.png").write_bytes(b"not an image")
     (folder / "train" / "4.png").unlink()
     (folder / "train" / "8.png").write_bytes(b"")
     order = EpochBatches(len(train), 9, 0, (0, 1))
@@ -159,7 +159,7 @@ def test_evaluation_views_come_in_order_and_white_where_unreadable(folder, capsy
     chosen = torch.cat(list(evaluation_batches(train, 8, indices=torch.tensor([5, 1]))))
     assert torch.equal(chosen, whole[[5, 1]])
     list(evaluation_batches(train, 8))
-    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white pictures") == 1
+    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white images") == 1
 
 
 def test_processes_share_every_batch():

@@ -1,4 +1,4 @@
-"""Which image files lie below a folder; the list is kept until a folder changes."""
+"""Which image files lie below a folder, and what else does; the list is kept until a folder changes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,54 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+import numpy as np
+
+from comad.data.decoding import endings
+
+SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "#recycle"}
+SYSTEM_FOLDERS |= {"@recycle", "#snapshot", "@recently-snapshot", "_gsdata_", "thumbnails"}
+"""Thumbnails, waste bins and the like, in small letters; so are all whose names start with a dot."""
+SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}
+NOT_REGULAR = "pipes, devices and broken links"
 
 
-def index_folder(root: Path) -> list[str]:
-    """List the image files below a folder as sorted relative paths; the list is cached until a folder changes.
+class FolderIndex(NamedTuple):
+    """What lies below a folder.
+
+    Attributes:
+        files: image files, sorted paths relative to it.
+        left_out: ending, or `NOT_REGULAR` → number of other files; hidden ones and those of a system do not count.
+        ignored: system folders that were not entered, relative paths.
+    """
+
+    files: list[str]
+    left_out: dict[str, int]
+    ignored: list[str]
+
+
+class PathTable(Sequence[str]):
+    """Many paths in two blocks of memory, cheap to share with worker processes; a long one costs its own length."""
+
+    def __init__(self, paths: Iterable[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        index = range(len(self))[index]
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+def index_folder(root: Path) -> FolderIndex:
+    """List what lies below a folder; the list is cached until a folder changes.
 
     The cache holds each directory's modification time, so that a changed tree is read anew.
     """
@@ -21,33 +62,67 @@ def index_folder(root: Path) -> list[str]:
     stored = _read_index(root, cache)
     if stored is not None:
         return stored
-    files, folders = [], {}
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and not _leads_back(folder, name)]
-        relative = os.path.relpath(folder, root)
-        folders[relative] = os.stat(folder).st_mtime_ns
-        prefix = "" if relative == "." else f"{relative}/"
-        files += [prefix + name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    files.sort()
+    folders: dict[str, int] = {}
+    index = _walk(root, folders)
     with contextlib.suppress(OSError):  # without a place for the cache the folder is read every time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"folders": folders, "files": files}))
+        temporary.write_text(json.dumps({"endings": endings(), "folders": folders, **index._asdict()}))
         temporary.replace(cache)
-    return files
+    return index
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether a sub-folder is a link to one that it lies in, however many links lie between."""
-    path = Path(folder, name).absolute()
-    return path.is_symlink() and path.resolve() in {parent.resolve() for parent in path.parents}
+def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:
+    """Read the tree; ``folders`` gets the modification time of each directory."""
+    files: list[str] = []
+    left_out: Counter[str] = Counter()
+    ignored: list[str] = []
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        folder = root / prefix
+        folders[prefix] = os.stat(folder).st_mtime_ns
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+                    continue
+                if entry.is_dir():
+                    _enter(entry, prefix, waiting, ignored)
+                elif reason := _fault(entry):
+                    left_out[reason] += 1
+                else:
+                    files.append(prefix + entry.name)
+    return FolderIndex(sorted(files), dict(left_out.most_common()), sorted(ignored))
 
 
-def _read_index(root: Path, cache: Path) -> list[str] | None:
+def _enter(entry: os.DirEntry[str], prefix: str, waiting: list[str], ignored: list[str]) -> None:
+    """Put a sub-folder on the list, unless it is a system's or a link to one that it lies in."""
+    if entry.name.lower() in SYSTEM_FOLDERS:
+        ignored.append(prefix + entry.name)
+    elif not (entry.is_symlink() and _leads_back(entry.path)):
+        waiting.append(f"{prefix}{entry.name}/")
+
+
+def _fault(entry: os.DirEntry[str]) -> str:
+    """Why a file is not an image; empty if it may be."""
+    if not entry.name.lower().endswith(endings()):
+        return os.path.splitext(entry.name)[1].lower() or "no ending"
+    return "" if entry.is_file() else NOT_REGULAR  # a look at the directory's entry alone, but for links
+
+
+def _leads_back(path: str) -> bool:
+    """Whether a link leads to a folder that it lies in, however many links lie between."""
+    link = Path(path).absolute()
+    return link.resolve() in {parent.resolve() for parent in link.parents}
+
+
+def _read_index(root: Path, cache: Path) -> FolderIndex | None:
     """The cached list; None if there is none, if it is damaged, or if a folder has changed since."""
     try:
         stored = json.loads(cache.read_text())
+        index = FolderIndex(stored["files"], stored["left_out"], stored["ignored"])
         current = all(os.stat(root / folder).st_mtime_ns == time for folder, time in stored["folders"].items())
-        return stored["files"] if current else None
-    except (OSError, ValueError, KeyError, TypeError):
+        sound = all(isinstance(file, str) for file in index.files) and isinstance(index.left_out, dict)
+        return index if current and sound and tuple(stored["endings"]) == endings() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -216,7 +216,7 @@ def evaluation_batches(
 ) -> Iterator[Tensor]:
     """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1].
 
-    An unreadable file is a white picture, and it is said how many there are.
+    An unreadable file is a white image, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_size, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0
@@ -232,5 +232,5 @@ def evaluation_batches(
 def _tell_unreadable(name: str, count: int) -> None:
     """Once, however often the images are looked at."""
     sys.stderr.write(
-        f"comad: {count} unreadable images of {name} are scored as white pictures; restore or remove them.\n"
+        f"comad: {count} unreadable images of {name} are scored as white images; restore or remove them.\n"
     )

@@ -18,11 +18,11 @@ BICUBIC = InterpolationMode.BICUBIC
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A random resized crop and a flip; a picture with alpha is pasted on a random backdrop.
+    """A random resized crop and a flip; an image with alpha is pasted on a random backdrop.
 
     Args:
         size: pixels on the side of the view.
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         flip: probability of a horizontal flip.
     """
 
@@ -82,10 +82,10 @@ def random_backdrop(size: int) -> Tensor:
     return F.resize(colours, [size, size], InterpolationMode.BILINEAR, antialias=False)
 
 
-def paste(picture: Tensor, backdrop: Tensor) -> Tensor:
-    """Lay a premultiplied picture (4, H, W) over a backdrop (3, H, W), both uint8."""
-    behind = (255 - picture[3:].to(torch.int32)) * backdrop
-    return (picture[:3] + (behind + 127) // 255).clamp(max=255).to(torch.uint8)
+def paste(image: Tensor, backdrop: Tensor) -> Tensor:
+    """Lay a premultiplied image (4, H, W) over a backdrop (3, H, W), both uint8."""
+    behind = (255 - image[3:].to(torch.int32)) * backdrop
+    return (image[:3] + (behind + 127) // 255).clamp(max=255).to(torch.uint8)
 
 
 def evaluation_view(image: Tensor, size: int, crop: float) -> Tensor:

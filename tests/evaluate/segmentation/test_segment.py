@@ -38,8 +38,8 @@ def test_a_run_scores_and_draws(command, dense_folder, capfd):
     assert main([*command, "--run.out=run", "--figures"]) == 0
     told = capfd.readouterr().out
     scores = json.loads(Path("run/scores.json").read_text())
-    assert f"mIoU {scores['miou']:.2f} %" in told and scores["pictures"] == 4 and len(scores["iou"]) == 37
-    assert scores["absent"] and "have no pixel" in told  # four pictures do not show 37 classes
+    assert f"mIoU {scores['miou']:.2f} %" in told and scores["images"] == 4 and len(scores["iou"]) == 37
+    assert scores["absent"] and "have no pixel" in told  # four images do not show 37 classes
     counts = np.load("run/counts.npz")["counts"]
     images = load_ade20k(str(dense_folder)).validation
     labelled = [int((images.load(index)[1] != 255).sum()) for index in range(4)]
