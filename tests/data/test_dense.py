@@ -139,3 +139,18 @@ def test_the_next_readable_image_stands_in():
 
 def test_images_come_in_order():
     assert list(in_order(lambda index: index * index, 5)) == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("shape", [(2, 20_000), (20_000, 2)])
+def test_a_piece_of_a_thin_image_is_taken_before_it_is_resized(shape):
+    classes = torch.arange(20_000).remainder(200).to(torch.uint8).expand(2, -1).view(2, -1)
+    classes = classes if shape[0] == 2 else classes.T
+    image = classes.expand(3, -1, -1)
+    view = SegmentationView(crop=64, short_side=64)
+    starts = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        pixels, labels = view(image, classes)
+        assert pixels.shape == (3, 64, 64) and labels.shape == (64, 64)
+        starts.add(int(labels[0, 0]))
+    assert len(starts) > 2

@@ -353,10 +353,9 @@ def _mask_fault(segmentation: Any, record: ImageRecord) -> str:
         return "with a mask of another size"
     counts = segmentation["counts"]
     lengths = run_lengths_of(counts) if isinstance(counts, str) else counts
-    full = isinstance(lengths, list) and {int} >= set(map(type, lengths)) and min(lengths, default=-1) >= 0
-    return (
-        "" if full and sum(lengths) == record.height * record.width else "with run lengths that do not fill the image"
-    )
+    if isinstance(lengths, list) and set(map(type, lengths)) <= {int} and min(lengths, default=-1) >= 0:
+        return "" if sum(lengths) == record.height * record.width else "with run lengths that do not fill the image"
+    return "with run lengths that are no lengths"
 
 
 def _polygon_fault(polygon: Any, record: ImageRecord) -> str:

@@ -21,6 +21,8 @@ GREY = [124.0, 116.0, 104.0]
 """What fills a view beyond its image: the mean of ImageNet."""
 NEAREST = InterpolationMode.NEAREST_EXACT
 CROP_TRIES = 10
+THIN = 8
+"""Times the shorter side, beyond which a piece of the longer one is taken before an image is resized."""
 
 
 @runtime_checkable
@@ -73,6 +75,7 @@ class SegmentationView:
 
     def __call__(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (3, h, w) and (h, w) → (3, crop, crop) and (crop, crop)."""
+        image, classes = _piece(image, classes)
         factor = self.short_side * float(torch.empty(()).uniform_(*self.scale)) / min(image.shape[1:])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         image = F.resize(image, size, antialias=True)
@@ -98,6 +101,16 @@ class SegmentationView:
             if labelled > most:
                 best, most = (top, left), labelled
         return best
+
+
+def _piece(image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """A random piece of a thin image, for the whole would be made as high as a view; others are left as they are."""
+    longer, most = max(classes.shape), THIN * min(classes.shape)
+    if longer <= most:
+        return image, classes
+    start = int(torch.randint(0, longer - most + 1, ()))
+    axis = -1 if classes.shape[1] == longer else -2
+    return image.narrow(axis, start, most), classes.narrow(axis, start, most)
 
 
 @dataclass(frozen=True, kw_only=True)
