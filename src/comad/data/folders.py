@@ -55,14 +55,14 @@ class FolderImages(ImageSet):
         return load_file(self.path(index), min_side)
 
     def content_numbers(self) -> np.ndarray:
-        """See `ImageSet.content_numbers`: sizes in bytes, -1 where the file is gone."""
+        """See `ImageSet.content_numbers`: sizes in bytes, -1 of a file that is gone or empty."""
         prefix = os.path.join(self.root, "")
         return np.fromiter((_size(prefix + file) for file in self.files), dtype=np.int64, count=len(self))
 
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        return os.stat(path).st_size or -1
     except OSError:
         return -1
 

@@ -17,7 +17,7 @@ ROW = np.dtype([("name", "<u8"), ("content", "<i8"), ("label", "<i8")])
 
 def normalised(name: str) -> str:
     """A name in Unicode's form NFC, for some systems write é as two characters."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def manifest(images: ImageSet) -> np.ndarray:

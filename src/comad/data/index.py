@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comad.data.decoding import endings
+from comad.data.identity import normalised
 
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "#recycle"}
 SYSTEM_FOLDERS |= {"@recycle", "#snapshot", "@recently-snapshot", "_gsdata_", "thumbnails"}
@@ -26,7 +27,7 @@ class FolderIndex(NamedTuple):
     """What lies below a folder.
 
     Attributes:
-        files: image files, sorted paths relative to it.
+        files: paths of image files relative to it, sorted.
         left_out: ending, or `NOT_REGULAR` → number of other files; hidden ones and those of a system do not count.
         ignored: system folders that were not entered, relative paths.
     """
@@ -92,7 +93,7 @@ def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:
                     left_out[reason] += 1
                 else:
                     files.append(prefix + entry.name)
-    return FolderIndex(sorted(files), dict(left_out.most_common()), sorted(ignored))
+    return FolderIndex(sorted(files, key=normalised), dict(left_out.most_common()), sorted(ignored))
 
 
 def _enter(entry: os.DirEntry[str], prefix: str, waiting: list[str], ignored: list[str]) -> None:

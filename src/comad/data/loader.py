@@ -87,9 +87,18 @@ def randomness_of(seed: int, view: int, index: int) -> Iterator[None]:
 
 
 class ViewDataset(Dataset[Batch]):
-    """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
+    """Images as random views. A sample's randomness is a function of (seed, view number, image).
 
-    def __init__(self, images: ImageSet, make: Callable[[Tensor], Sample], seed: int, min_side: int):
+    Args:
+        images: what is viewed.
+        make: image → its views, uint8 (3, H, W) each, and the random numbers that belong to them; draws with torch.
+        seed: of all views.
+        min_side: see `ImageSet.load`.
+    """
+
+    def __init__(
+        self, images: ImageSet, make: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], seed: int, min_side: int
+    ):
         self.images = images
         self.make = make
         self.seed = seed
@@ -110,8 +119,8 @@ class ViewDataset(Dataset[Batch]):
     def _sample(self, key: tuple[int, int], image: Tensor, readable: bool) -> Batch:
         view, index = key
         with randomness_of(self.seed, view, index):
-            sample = self.make(image)
-        return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
+            views, noise = self.make(image)
+        return Batch(views, noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
         tried = min(MAX_UNREADABLE_RUN, len(self.images))

@@ -96,7 +96,7 @@ def _untrained(splits: Splits, first: str) -> dict[str, list[str]]:
 
 
 def _unreadable(images: ImageSet, sizes: np.ndarray) -> list[str]:
-    """Files that are gone, and those of a few that cannot be decoded."""
+    """Files that are gone or empty, and those of a few that cannot be decoded."""
     gone = np.flatnonzero(sizes < 0).tolist()
     tried = np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(int)).tolist()
     return [images.key(index) for index in sorted({*gone, *(i for i in tried if _is_damaged(images, i))})]
