@@ -59,7 +59,7 @@ class ImageSet(ABC):
         return self.path(index)
 
     def content_numbers(self) -> np.ndarray:
-        """int64 (n,): the size of each file in bytes, or another number that tells contents apart; 0: unknown, -1: none."""
+        """int64 (n,): the size of each file in bytes, or a number that tells contents apart; 0: unknown, -1: none."""
         return np.zeros(len(self), dtype=np.int64)
 
     def fingerprint(self) -> str:

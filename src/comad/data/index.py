@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from comad.data.decoding import endings
 from comad.data.identity import normalised
@@ -42,15 +42,15 @@ class PathTable(Sequence[str]):
 
     def __init__(self, paths: Iterable[str]):
         encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._bytes = b"".join(encoded)
+        self._ends = array("q", accumulate(map(len, encoded), initial=0))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         index = range(len(self))[index]
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
 def index_folder(root: Path) -> FolderIndex:
