@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -54,10 +55,14 @@ def load_file(path: str, min_side: int = 0, upright: bool = True) -> Tensor:
     Raises:
         UnreadableImageError: the file is missing, truncated, too large, not an image, or one of unknown range.
     """
-    with _named(path):
-        content = read_bytes(path)
-        pixels = _decode_plain_jpeg(content, min_side) if upright else None
-        return torch.from_numpy(_decode(content, min_side, upright) if pixels is None else pixels).permute(2, 0, 1)
+    with naming(path):
+        return decode_bytes(read_bytes(path), min_side, upright)
+
+
+def decode_bytes(content: bytes, min_side: int = 0, upright: bool = True) -> Tensor:
+    """Decode the content of an image file, see `load_file`. Raises whatever a decoder raises; see `naming`."""
+    pixels = _decode_plain_jpeg(content, min_side) if upright else None
+    return torch.from_numpy(_decode(content, min_side, upright) if pixels is None else pixels).permute(2, 0, 1)
 
 
 def load_label_map(path: str) -> np.ndarray:
@@ -66,7 +71,7 @@ def load_label_map(path: str) -> np.ndarray:
     Raises:
         UnreadableImageError: the file cannot be decoded, or has colours.
     """
-    with _named(path), _opened(read_bytes(path)) as image:
+    with naming(path), _opened(read_bytes(path)) as image:
         _check_mode(image)
         return np.array(_upright(image))
 
@@ -77,7 +82,7 @@ def check_label_map(path: str) -> None:
     Raises:
         UnreadableImageError: it cannot.
     """
-    with _named(path), _opened(read_bytes(path)) as image:
+    with naming(path), _opened(read_bytes(path)) as image:
         _check_mode(image)
 
 
@@ -157,7 +162,7 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _named(path: str):
+def naming(path: str) -> Iterator[None]:
     """Whatever a decoder raises for a file that is not sound, which may be anything, becomes one error."""
     try:
         yield

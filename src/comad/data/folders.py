@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,28 +82,54 @@ def load_folder(
         ValueError: no image, two sub-folders for the same part, or a list that fits no image.
     """
     index = index_folder(root)
+    if not index.files and ".tar" in index.left_out:
+        from comad.data.shards import load_shards
+
+        return load_shards(root, sorted(root.rglob("*.tar")), labels, subset)
     if not index.files:
         raise ValueError(
             f"no images below {str(root)!r}; expected files ending in {', '.join(endings())}{_hint(index)}."
         )
-    parts = _find_parts(root, index.files)
+    notes = (f"Folders of the system are ignored: {some(index.ignored)}.",) if index.ignored else ()
+
+    def build(part: str, files: list[str], labels: dict[str, Tensor]) -> FolderImages:
+        return FolderImages(f"{root.name}/{part}", root, files, labels)
+
+    splits = split_files(root, index.files, build, LabelOptions(label_depth, labels, subset))
+    source = splits.source
+    return splits._replace(source=Source(source.split, index.left_out, source.notes + notes))
+
+
+class LabelOptions(NamedTuple):
+    """Those of `load_images`. ``labels`` may also be a table of path → label."""
+
+    label_depth: int = 1
+    labels: str | Path | Mapping[str, str] | None = None
+    subset: str | Path | None = None
+
+
+def split_files(
+    root: Path,
+    files: list[str],
+    build: Callable[[str, list[str], dict[str, Tensor]], ImageSet],
+    options: LabelOptions,
+) -> Splits:
+    """Put relative paths into parts, give them labels, and build the sets; see `load_folder`."""
+    parts = _find_parts(root, files)
     notes = list(parts.notes)
-    files = parts.files if subset is None else _read_subset(Path(subset), index.files, parts, notes)
-    if labels is None:
-        sets, labels_of = _labels_from_folders(parts.depth, label_depth)
+    chosen = parts.files if options.subset is None else _read_subset(Path(options.subset), files, parts, notes)
+    if options.labels is None:
+        sets, labels_of = _labels_from_folders(parts.depth, options.label_depth)
+    elif isinstance(options.labels, Mapping):
+        sets, labels_of = _labels_from_table(options.labels)
     else:
-        sets, labels_of = _labels_from_csv(Path(labels), parts.depth, index.files, notes)
-    listed = _hash_split(files[0], labels_of) if parts.hashed else files
-    labelled = labels is not None or _are_labelled(listed[0] or index.files, labels_of)
-    if index.ignored:
-        notes.append(f"Folders of the system are ignored: {some(index.ignored)}.")
-    sources = Source(parts.told(labelled), index.left_out, tuple(notes))
+        sets, labels_of = _labels_from_csv(Path(options.labels), parts.depth, files, notes)
+    listed = _hash_split(chosen[0], labels_of) if parts.hashed else chosen
+    labelled = isinstance(options.labels, (str, Path)) or _are_labelled(listed[0] or files, labels_of)
     numbered, class_names = _number(sets if labelled else (), labels_of, listed)
-    train, val, test = (
-        FolderImages(f"{root.name}/{name}", root, part, labels)
-        for name, part, labels in zip(SPLIT_NAMES, listed, numbered, strict=True)
-    )
-    return Splits(train, val, test, class_names, "your own", sources)
+    train, val, test = map(build, SPLIT_NAMES, listed, numbered)
+    source = Source(parts.told(labelled), {}, tuple(notes))
+    return Splits(train, val, test, class_names, "your own", source)
 
 
 def _number(
@@ -218,6 +244,10 @@ def _labels_from_folders(depth: int, label_depth: int) -> tuple[tuple[str, ...],
         return (fine,) if label_depth == 1 else (fine, levels[0] if levels else None)
 
     return LABEL_SETS[: 1 + (label_depth > 1)], labels_of
+
+
+def _labels_from_table(table: Mapping[str, str]) -> tuple[tuple[str, ...], LabelsOf]:
+    return LABEL_SETS[:1], lambda file: (table.get(file),)
 
 
 def _labels_from_csv(path: Path, depth: int, files: list[str], notes: list[str]) -> tuple[tuple[str, ...], LabelsOf]:

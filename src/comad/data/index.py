@@ -58,8 +58,7 @@ def index_folder(root: Path) -> FolderIndex:
 
     The cache holds each directory's modification time, so that a changed tree is read anew.
     """
-    key = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"index-{key}.json"
+    cache = cache_file("index", root)
     stored = _read_index(root, cache)
     if stored is not None:
         return stored
@@ -71,6 +70,12 @@ def index_folder(root: Path) -> FolderIndex:
         temporary.write_text(json.dumps({"endings": endings(), "folders": folders, **index._asdict()}))
         temporary.replace(cache)
     return index
+
+
+def cache_file(kind: str, path: Path) -> Path:
+    """Where the index of a path is kept."""
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"{kind}-{key}.json"
 
 
 def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:

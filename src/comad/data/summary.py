@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from itertools import combinations
@@ -133,18 +134,22 @@ def _equal(group: list[tuple[str, int]], parts: dict[str, ImageSet]) -> Iterator
     for length in (HEAD, None):
         together: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
         for name, index in group:
-            together[_digest(parts[name].path(index), length)].append((name, index))
+            together[_digest(parts[name], index, length)].append((name, index))
         alike = [same for same in together.values() if len({name for name, _ in same}) > 1]
         group = [member for same in alike for member in same]
     yield from ([name for name, _ in same] for same in alike)
 
 
-def _digest(path: str, length: int | None) -> bytes:
-    """Of the first bytes of a file, of all if None; images that are no files have pixels for a size, and are equal."""
+def _digest(images: ImageSet, index: int, length: int | None) -> bytes:
+    """Of the first bytes of a file, of all if None; of the pixels of an image that is no file."""
+    path = images.path(index)
     try:
-        content = read_bytes(path) if length is None else read_bytes(path, length)
-    except OSError:
-        return b""
+        if not os.path.isfile(path):
+            content = images.load(index).contiguous().numpy().tobytes()
+        else:
+            content = read_bytes(path) if length is None else read_bytes(path, length)
+    except (OSError, UnreadableImageError):
+        content = path.encode(errors="surrogateescape")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
