@@ -71,6 +71,11 @@ def test_a_dict_of_datasets_has_parts():
     assert load_images(splits) is splits
 
 
+def test_a_part_without_labels_is_unlabelled_beside_one_that_has_some():
+    facts = load_images({"train": Labelled(60), "test": Own(7)}).summary().facts
+    assert facts["unlabelled"] == {"train": 0, "val": 0, "test": 7} and facts["classes"] == {"fine": 3}
+
+
 @pytest.mark.parametrize("data", [{}, {"training": [1]}, {"train": 3}, [], iter([1]), 5, None])
 def test_what_is_no_dataset_is_refused(data):
     with pytest.raises(ValueError, match=r"no path, and no dataset|a dict of datasets has train"):

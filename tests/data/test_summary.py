@@ -250,3 +250,9 @@ def test_a_folder_of_files_that_cannot_be_read_names_them(tmp_path, monkeypatch)
     monkeypatch.setattr("comad.data.index.endings", lambda: (".jpg",))
     with pytest.raises(ValueError, match=r"no images below .*; there are 1 \.heic; pip install 'comad\[heic\]'"):
         load_images(str(tmp_path))
+
+
+def test_the_bundled_set_has_a_summary():
+    text, facts = load_images("stamps").summary()
+    assert facts["images"] == {"train": 7573, "val": 1095, "test": 2167} and facts["classes"]["fine"] == 37
+    assert text.startswith("data stamps\n  images        train 7,573, val 1,095, test 2,167 (as published)")

@@ -140,6 +140,7 @@ def _load_path(root: Path, label_depth: int, labels: Any, subset: str | Path | N
 
     if label_depth < 1 or not (labels is None or isinstance(labels, (str, os.PathLike))):
         raise ValueError("label_depth is 1 or more, and labels of a folder are the path of a CSV file.")
+    labels = None if labels is None else Path(labels)
     if root.suffix == ".tar":
         return load_shards(root.parent, expand(root), labels, subset)
     if not root.is_dir():

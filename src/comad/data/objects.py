@@ -89,6 +89,8 @@ def load_objects(data: Any, labels: Any = None) -> Splits:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
             raise ValueError(f"{type(dataset).__name__} is no path, and no dataset with a length, items and images.")
     known = {name: _labels_of(dataset, labels) for name, dataset in sets.items()}
+    if any(found is not None for found in known.values()):
+        known = {name: torch.full((len(sets[name]),), -1) if found is None else found for name, found in known.items()}
     chosen, how = _choose(sets)
     train, val, test = (
         DatasetImages(f"dataset/{part}", sets[name], indices, known[name])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from comad.data.decoding import HEIF_ENDINGS, UnreadableImageError, read_bytes
+from comad.data.decoding import HEIF_ENDINGS, read_bytes
 
 if TYPE_CHECKING:
     from comad.data.images import ImageSet, Splits
@@ -106,7 +106,7 @@ def _unreadable(images: ImageSet, sizes: np.ndarray) -> list[str]:
 def _is_damaged(images: ImageSet, index: int) -> bool:
     try:
         images.load(index, 32)
-    except UnreadableImageError:
+    except ValueError:
         return True
     return False
 
@@ -148,7 +148,7 @@ def _digest(images: ImageSet, index: int, length: int | None) -> bytes:
             content = images.load(index).contiguous().numpy().tobytes()
         else:
             content = read_bytes(path) if length is None else read_bytes(path, length)
-    except (OSError, UnreadableImageError):
+    except (OSError, ValueError):
         content = path.encode(errors="surrogateescape")
     return hashlib.blake2b(content, digest_size=16).digest()
 
