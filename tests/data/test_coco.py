@@ -240,7 +240,19 @@ def test_an_image_that_ends_too_early_is_told_before_the_run(folder):
         images.check_images()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"images": [], "annotations": [], "categories": [{}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "1" * 5000,
+        '{"images": 3}',
+        "\0",
+        "{",
+        "[]",
+        "{}",
+        '{"images": [], "annotations": [], "categories": [{}]}',
+    ],
+)
 def test_a_json_of_something_else_is_refused(folder, text):
     (folder / "annotations" / "instances_train2017.json").write_text(text)
     with pytest.raises(ValueError, match="restore the published file"):

@@ -10,7 +10,7 @@ from PIL import Image
 from comad.data import summary as summary_module
 from comad.data.identity import changes, manifest, tell_changes
 from comad.data.images import load_images
-from comad.data.index import NOT_REGULAR, PathTable, index_folder
+from comad.data.index import NOT_READABLE, NOT_REGULAR, PathTable, index_folder
 
 
 @pytest.fixture(autouse=True)
@@ -256,3 +256,18 @@ def test_the_bundled_set_has_a_summary():
     text, facts = load_images("stamps").summary()
     assert facts["images"] == {"train": 7573, "val": 1095, "test": 2167} and facts["classes"]["fine"] == 37
     assert text.startswith("data stamps\n  images        train 7,573, val 1,095, test 2,167 (as published)")
+
+
+def test_links_to_themselves_and_folders_that_cannot_be_read_are_told(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path, ["a/1.png", "closed/2.png"])
+    (tmp_path / "a" / "self.png").symlink_to(tmp_path / "a" / "self.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(os.path.normpath(path)) == "closed":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr("comad.data.index.os.scandir", refuse)
+    index = index_folder(tmp_path)
+    assert index.files == ["a/1.png"] and index.left_out == {NOT_REGULAR: 1, NOT_READABLE: 1}

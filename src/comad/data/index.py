@@ -8,7 +8,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ SYSTEM_FOLDERS |= {"@recycle", "#snapshot", "@recently-snapshot", "_gsdata_", "t
 """Thumbnails, waste bins and the like, in small letters; so are all whose names start with a dot."""
 SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}
 NOT_REGULAR = "pipes, devices and broken links"
+NOT_READABLE = "folders that cannot be read"
 
 
 class FolderIndex(NamedTuple):
@@ -28,7 +29,7 @@ class FolderIndex(NamedTuple):
 
     Attributes:
         files: paths of image files relative to it, sorted.
-        left_out: ending, or `NOT_REGULAR` → number of other files; hidden ones and those of a system do not count.
+        left_out: ending, `NOT_REGULAR` or `NOT_READABLE` → number of others; hidden and system files do not count.
         ignored: system folders that were not entered, relative paths.
     """
 
@@ -86,18 +87,22 @@ def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
-        folder = root / prefix
-        folders[prefix] = os.stat(folder).st_mtime_ns
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
-                    continue
-                if entry.is_dir():
-                    _enter(entry, prefix, waiting, ignored)
-                elif reason := _fault(entry):
-                    left_out[reason] += 1
-                else:
-                    files.append(prefix + entry.name)
+        try:
+            folders[prefix] = os.stat(root / prefix).st_mtime_ns
+            with os.scandir(root / prefix) as entries:
+                listed = list(entries)
+        except OSError:
+            left_out[NOT_READABLE] += 1
+            continue
+        for entry in listed:
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+                continue
+            if _holds(entry.is_dir):
+                _enter(entry, prefix, waiting, ignored)
+            elif reason := _fault(entry):
+                left_out[reason] += 1
+            else:
+                files.append(prefix + entry.name)
     return FolderIndex(sorted(files, key=normalised), dict(left_out.most_common()), sorted(ignored))
 
 
@@ -113,7 +118,15 @@ def _fault(entry: os.DirEntry[str]) -> str:
     """Why a file is not an image; empty if it may be."""
     if not entry.name.lower().endswith(endings()):
         return os.path.splitext(entry.name)[1].lower() or "no ending"
-    return "" if entry.is_file() else NOT_REGULAR  # a look at the directory's entry alone, but for links
+    return "" if _holds(entry.is_file) else NOT_REGULAR
+
+
+def _holds(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind, which only links need a look at the disk for; a link to itself is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _leads_back(path: str) -> bool:
