@@ -273,3 +273,17 @@ def test_without_faster_coco_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(coco_module.importlib, "import_module", refuse)
     with pytest.raises(ValueError, match=r"comad\[dense\]"):
         coco_tools("mask")
+
+
+def test_a_summary_counts_what_is_used(change):
+    def edit(content):
+        content["annotations"][0]["segmentation"] = None
+
+    splits = load_coco(change(edit))
+    text, facts = splits.summary()
+    assert facts["images"] == {"train": 8, "validation": 4} and facts["classes"] == 37
+    assert facts["objects"]["train"] == sum(map(len, splits.train.instances))
+    trained = {instance.label for found in splits.train.instances for instance in found}
+    shown = {instance.label for found in splits.validation.instances for instance in found}
+    assert len(facts["classes_without_training"]) == len(shown - trained)
+    assert "1 objects without a mask are left out" in text and "train 8, validation 4" in text

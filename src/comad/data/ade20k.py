@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from comad.data.decoding import UnreadableImageError, check_label_map, load_file, load_label_map
+from comad.data.summary import Summary, dense_text
 
 IGNORED = 255
 """What a pixel without a class is in our label maps; in the files it is 0."""
@@ -106,6 +107,12 @@ class SegmentationSplits(NamedTuple):
     train: SegmentationImages
     validation: SegmentationImages
     class_names: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """What is there."""
+        images = {"train": len(self.train), "validation": len(self.validation)}
+        facts = {"images": images, "classes": len(self.class_names)}
+        return Summary(dense_text(self.train.root.name, facts), facts)
 
 
 def load_ade20k(data: str) -> SegmentationSplits:

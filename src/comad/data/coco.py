@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from comad.data.decoding import UnreadableImageError, load_file
+from comad.data.summary import Summary, dense_text
 
 LAYOUT = "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json"
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -200,6 +201,24 @@ class DetectionSplits(NamedTuple):
     train: DetectionImages
     validation: DetectionImages
     class_names: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """What is there and what is left out."""
+        parts = {"train": self.train, "validation": self.validation}
+        counts = {
+            name: Counter(instance.label for found in images.instances for instance in found)
+            for name, images in parts.items()
+        }
+        facts: dict[str, Any] = {
+            "images": {name: len(images) for name, images in parts.items()},
+            "objects": {name: count.total() for name, count in counts.items()},
+            "classes": len(self.class_names),
+            "classes_without_training": [
+                self.class_names[label - 1] for label in sorted(counts["validation"].keys() - counts["train"].keys())
+            ],
+            "notes": self.train.notes() + self.validation.notes(),
+        }
+        return Summary(dense_text(self.train.folder.parent.name, facts), facts)
 
 
 def load_coco(data: str) -> DetectionSplits:

@@ -171,6 +171,18 @@ def _text(facts: dict[str, Any]) -> str:
     return "\n".join([f"data {facts['name']}", *shown, *(f"  note: {note}" for note in facts["notes"])])
 
 
+def dense_text(name: str, facts: dict[str, Any]) -> str:
+    """The facts of a set with objects or label maps."""
+    lines = {
+        "images": _listed(facts["images"]),
+        "objects": _listed(facts.get("objects", {})),
+        "classes": f"{facts['classes']:,}",
+        "never trained": some(facts.get("classes_without_training", [])),
+    }
+    shown = [f"  {key:13} {text}" for key, text in lines.items() if text]
+    return "\n".join([f"data {name}", *shown, *(f"  note: {note}" for note in facts.get("notes", []))])
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 

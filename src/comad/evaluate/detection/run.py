@@ -45,7 +45,7 @@ def detect(config: DetectConfig) -> str:
     job, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero:
-        _tell_skipped(splits)
+        tell(splits.summary().text)
         if not config.run.resume:
             write_recipe(config, out / "config.yaml")
     trained = train(job, config.optim, config.run, fabric)
@@ -93,18 +93,13 @@ def score_detector(
     return score_results(images, results, [record.id for record in images.records[:count]]), results
 
 
-def _tell_skipped(splits: DetectionSplits) -> None:
-    """Say what of the files is not used."""
-    for note in splits.train.notes() + splits.validation.notes():
-        tell(note)
-
-
 def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path, card: TeacherCard) -> str:
     """Score the trained network on all validation images."""
     images = splits.validation
     score, results = score_detector(module, images, config)
     skipped = {"objects": dict(splits.train.skipped), "images": len(splits.train.missing)}
     facts = {"backbone": card.name, "detector": config.detector.kind, "images": len(images), "skipped": skipped}
+    facts["data"] = splits.summary().facts
     write_json(out / "scores.json", {**facts, **score.as_dict()})
     (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
     _save_samples(config, splits, module, out)

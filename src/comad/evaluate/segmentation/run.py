@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.evaluate.dense import PROBED, dense_job, sampled, write_json
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, write_json
 from comad.evaluate.features import evaluating
 from comad.evaluate.segmentation.config import SegmentConfig
 from comad.evaluate.segmentation.scores import count_pixels, score_counts
@@ -41,6 +41,7 @@ def segment(config: SegmentConfig) -> str:
     job, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero and not config.run.resume:
+        tell(splits.summary().text)
         write_recipe(config, out / "config.yaml")
     trained = train(job, config.optim, config.run, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
@@ -99,7 +100,14 @@ def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter
     images = len(splits.validation)
     write_json(
         out / "scores.json",
-        {"backbone": card.name, "head": config.head, "images": images, "absent": absent, **score.as_dict()},
+        {
+            "backbone": card.name,
+            "head": config.head,
+            "images": images,
+            "absent": absent,
+            **score.as_dict(),
+            "data": splits.summary().facts,
+        },
     )
     np.savez_compressed(out / "counts.npz", counts=counts.numpy().astype(np.int32))
     _save_samples(config, splits, module, out)
