@@ -98,6 +98,7 @@ FAULTS |= {
     "with a box that is not four numbers": break_entry(bbox=["1", 2, 3, 4]),
     "with an iscrowd that is neither 0 nor 1": break_entry(iscrowd="maybe"),
     "with a polygon that is not pairs of numbers": break_entry(segmentation=[[1, 2, 3, None, 5, 6]]),
+    "with a polygon that crosses the image too often": break_entry(segmentation=[[0, 0, 40, 40] * 5000]),
     "with a polygon far outside the image": break_entry(segmentation=[[1, 2, 1e9, 4, 5, 6]]),
 }
 
@@ -171,6 +172,8 @@ def test_compressed_run_lengths_are_read_as_the_tools_write_them():
         ({"file_name": "../../secret.jpg"}, r"image 1: file_name '../../secret.jpg' leaves the folder"),
         ({"file_name": "/etc/x.jpg"}, "leaves the folder"),
         ({"file_name": "..\\..\\x.jpg"}, "leaves the folder"),
+        ({"file_name": "."}, "leaves the folder"),
+        ({"height": -48, "width": -48}, "has a size of -48 × -48 pixels"),
         ({"file_name": None}, "image 1 has no id or no file_name"),
         ({"id": None}, "image number 0 has no id"),
         ({"id": 2}, "image 2 is listed twice"),

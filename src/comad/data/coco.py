@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -314,7 +315,7 @@ def _records(entries: list[Any], path: Path) -> Iterator[ImageRecord]:
         if _leaves(file):
             raise ValueError(f"{where}: file_name {file[:80]!r} leaves the folder; use names relative to it.")
         height, width = _whole(entry.get("height")), _whole(entry.get("width"))
-        if height is None or width is None or not 0 < height * width <= MAX_PIXELS:
+        if height is None or width is None or min(height, width) < 1 or height * width > MAX_PIXELS:
             size = f"{str(entry.get('height'))[:20]} × {str(entry.get('width'))[:20]}"
             raise ValueError(f"{where} ({file[:80]}) has a size of {size} pixels; correct the file.")
         yield ImageRecord(number, file, height, width)
@@ -323,7 +324,7 @@ def _records(entries: list[Any], path: Path) -> Iterator[ImageRecord]:
 def _leaves(file: str) -> bool:
     """Whether a name may lead out of its folder, on any system."""
     path = PurePosixPath(file.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in file
+    return not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in file
 
 
 def _instance(entry: Any, record: ImageRecord | None, labels: dict[Id, int]) -> Instance | str:
@@ -379,18 +380,28 @@ def _mask_fault(segmentation: Any, record: ImageRecord) -> str:
 
 def _polygon_fault(polygon: Any, record: ImageRecord) -> str:
     side = max(record.height, record.width)
-    if not isinstance(polygon, list) or len(polygon) % 2 or not _are_numbers(polygon):
+    if not isinstance(polygon, list) or len(polygon) % 2 or not polygon:
         return "with a polygon that is not pairs of numbers"
+    if not _are_numbers(polygon, -side, 2 * side):
+        return f"with a polygon {'far outside the image' if _are_numbers(polygon) else 'that is not pairs of numbers'}"
     if len(polygon) < 6:
         return "with a polygon of fewer than 3 points"
-    return "" if _are_numbers(polygon, -side, 2 * side) else "with a polygon far outside the image"
+    most = 4 * record.height * record.width  # drawing takes memory for every pixel of the outline
+    if len(polygon) * 2 * side <= most:
+        return ""
+    corners = list(zip(polygon[::2], polygon[1::2], strict=True))
+    pairs = zip(corners, corners[1:] + corners[:1], strict=True)
+    outline = sum(max(abs(x - left), abs(y - top)) for (x, y), (left, top) in pairs)
+    return "" if outline <= most else "with a polygon that crosses the image too often"
 
 
 def _are_numbers(values: list[Any], low: float = -1e15, high: float = 1e15) -> bool:
     """Whether all are finite numbers in a range; it is quick, for there are millions."""
-    if not set(map(type, values)) <= {int, float}:
+    try:
+        numbers = set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+    except OverflowError:  # a whole number that no float can hold
         return False
-    return bool(values) and low <= min(values) and max(values) <= high and all(value == value for value in values)
+    return numbers and low <= min(values) and max(values) <= high
 
 
 def run_lengths_of(text: str) -> list[int] | None:
