@@ -154,3 +154,14 @@ def test_a_crop_is_that_of_torchvision():
         expected = reference(image)
         torch.manual_seed(seed)
         assert torch.equal(Crop(size=12, flip=0.0)(image), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (1, 20_000), (20_000, 1), (5000, 7)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_images_of_every_shape_have_views(shape, channels):
+    image = torch.full((channels, *shape), 100, dtype=torch.uint8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        (view,) = random_views(image, [(Crop(size=16), ColourChange(grey=0.5, blur=0.5))])
+        assert view.shape == (3, 16, 16)
+    assert evaluation_view(image, 16, 0.875).shape == (3, 16, 16)
