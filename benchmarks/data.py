@@ -20,7 +20,8 @@ import torchvision
 from torchvision.transforms import InterpolationMode, v2
 
 from comad.data.bundled import load_stamps
-from comad.data.images import FolderImages, jpeg_library
+from comad.data.decoding import jpeg_library
+from comad.data.folders import FolderImages
 from comad.data.loader import ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distill.setup import DistillViews
@@ -72,7 +73,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = write_pictures(Path(name) / "class", options.images).parent
         files = sorted(path.name for path in (folder / "class").iterdir())
-        images = FolderImages("pictures", folder / "class", files, None)
+        images = FolderImages("images", folder / "class", files)
         measured = {
             "torchvision": theirs(folder, False),
             "ours": ours(images, False),

@@ -90,9 +90,18 @@ def randomness_of(seed: int, view: int, index: int) -> Iterator[None]:
 
 
 class ViewDataset(Dataset[Batch]):
-    """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
+    """Images as random views. A sample's randomness is a function of (seed, view number, image).
 
-    def __init__(self, images: ImageSet, make: Callable[[Tensor], Sample], seed: int, min_side: int):
+    Args:
+        images: what is viewed.
+        make: image → its views, uint8 (3, H, W) each, and the random numbers that belong to them; draws with torch.
+        seed: of all views.
+        min_side: see `ImageSet.load`.
+    """
+
+    def __init__(
+        self, images: ImageSet, make: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], seed: int, min_side: int
+    ):
         self.images = images
         self.make = make
         self.seed = seed
@@ -113,8 +122,8 @@ class ViewDataset(Dataset[Batch]):
     def _sample(self, key: tuple[int, int], image: Tensor, readable: bool) -> Batch:
         view, index = key
         with randomness_of(self.seed, view, index):
-            sample = self.make(image)
-        return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
+            views, noise = self.make(image)
+        return Batch(views, noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
         tried = min(MAX_UNREADABLE_RUN, len(self.images))
@@ -229,8 +238,7 @@ def evaluation_views(
     """Fixed views of several sizes in order: float32 (b, 3, size, size) in [0, 1].
 
     An image is decoded once for all views of up to `DECODED_FOR` pixels, and once for each larger size; so a view is
-    the same alone and beside others.
-    An unreadable file is a white image, and it is said how many there are.
+    the same alone and beside others. An unreadable file is a white image, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0

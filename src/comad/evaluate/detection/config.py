@@ -52,12 +52,12 @@ class DetectConfig:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
         data: a folder in the format of COCO 2017.
         detector: its sizes.
-        image_size: pixels on the side of training views, and on the longer side of pictures in the test.
-        scale: smallest and largest longer side of a picture in training, as a share of ``image_size``.
+        image_size: pixels on the side of training views, and on the longer side of images in the test.
+        scale: smallest and largest longer side of an image in training, as a share of ``image_size``.
         window: patches on the side of the windows that most blocks attend within; 0: all see the whole image.
         drop_path: stochastic depth of the backbone's last block.
         layer_decay: learning rate of a block of the backbone as a share of the next one's; the heads have all of it.
-        loader: how pictures are read.
+        loader: how images are read.
         optim: the optimiser and how long it runs.
         run: where the run lives.
         figures: draw boxes and masks beside the truth, and the run's curves.
@@ -124,7 +124,7 @@ SCENES = replace(
     ),
     run=replace(COCO.run, log_every=50, probe_every=600, checkpoint_every=300, threads=1),
 )
-"""For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
+"""For the images of `comad data scenes`: minutes on one CPU core for a small student."""
 
 RECIPES = {"coco": COCO, "scenes": SCENES}
 

@@ -65,7 +65,7 @@ class Detector(nn.Module):
         return total, lambda: {name: value.detach() for name, value in losses.items()}
 
     def detect(self, images: Float[Tensor, "B 3 H W"], shapes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections in views in [0, 1], in eval mode, within the part of each view that its picture fills."""
+        """Detections in views in [0, 1], in eval mode, within the part of each view that its image fills."""
         levels, proposals, _ = self._propose(images, shapes, None)
         return self.heads.detect(levels, proposals, shapes)
 
@@ -83,11 +83,11 @@ class Detector(nn.Module):
 
 
 @torch.inference_mode()
-def detect_in_picture(detector: Detector, image: UInt8[Tensor, "3 h w"], image_size: int) -> dict[str, Tensor]:
-    """What a detector in eval mode finds in a picture whose longer side is brought to ``image_size`` pixels.
+def detect_in_image(detector: Detector, image: UInt8[Tensor, "3 h w"], image_size: int) -> dict[str, Tensor]:
+    """What a detector in eval mode finds in an image whose longer side is brought to ``image_size`` pixels.
 
     Returns:
-        On the CPU ``boxes`` (k, 4) in pixels of the picture as left, top, right, bottom, ``labels`` (k,) from 1 on,
+        On the CPU ``boxes`` (k, 4) in pixels of the image as left, top, right, bottom, ``labels`` (k,) from 1 on,
         ``scores`` (k,) and ``masks``, bool (k, h, w).
     """
     device = detector.maps.pixel_mean.device
