@@ -1,0 +1,263 @@
+"""What a run's numbers say, in plain sentences, with intervals where each test image's result is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from comad.report.folder import BoardRow, RunFolder
+
+RESAMPLES = 2000
+COLLAPSED_INFORMATION = 0.5
+"""Share of the targets' information that must be left."""
+CONSTANT_COSINE = 0.95
+SLOW_DATA = 10.0
+"""Percent of the time that may go into waiting for images."""
+
+
+class Sentence(NamedTuple):
+    """A finding: ``good``, ``warn``, ``bad`` or ``info``, and its words."""
+
+    level: Literal["good", "warn", "bad", "info"]
+    text: str
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share_interval(
+    student: Bool[np.ndarray, " n"], teacher: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> Interval | None:
+    """The student's accuracy in percent of the teacher's, by a bootstrap over concepts; None if the teacher has none."""
+    draws = _resampled(np.stack([student, teacher]), groups)
+    if not teacher.any() or not draws[:, 1].all():
+        return None
+    low, high = 100 * np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
+    return Interval(float(100 * student.sum() / teacher.sum()), float(low), float(high))
+
+
+def difference_interval(
+    a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
+) -> Interval:
+    """Accuracy of a minus accuracy of b in points, paired by image, by a bootstrap over concepts."""
+    draws = _resampled(np.stack([a, b, np.ones_like(a)]), groups)
+    low, high = 100 * np.quantile((draws[:, 0] - draws[:, 1]) / draws[:, 2], (0.025, 0.975))
+    return Interval(float(100 * (a.mean() - b.mean())), float(low), float(high))
+
+
+def _resampled(columns: Bool[np.ndarray, "k n"], groups: Int[np.ndarray, " n"]) -> Float[np.ndarray, "draws k"]:
+    """Sums over images when whole concepts are drawn with replacement."""
+    _, cluster = np.unique(groups, return_inverse=True)
+    sums = np.stack([np.bincount(cluster, column) for column in columns], axis=1)
+    count, generator = len(sums), np.random.default_rng(0)
+    chunk = max(1, 4_000_000 // count)  # bounds memory where every image is a concept
+    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
+    return np.concatenate([generator.multinomial(count, np.full(count, 1 / count), size) @ sums for size in sizes])
+
+
+def share_of_best(run: RunFolder) -> Interval | None:
+    """The student's kNN in percent of the best teacher's; both ends of the interval are the value if it is unknown."""
+    student, best = run.role("student"), run.best_teacher
+    if student is None or best is None or student.knn is None or not best.knn:
+        return None
+    ours, theirs = _results(run, student), _results(run, best)
+    found = None
+    if ours is not None and theirs is not None and len(ours[0]) == len(theirs[0]) > 0:
+        found = share_interval(ours[0], theirs[0], ours[1])
+    value = 100 * student.knn / best.knn
+    return found or Interval(value, value, value)
+
+
+def headline(run: RunFolder) -> str:
+    """What was distilled from what, and how good it is, in one or two sentences."""
+    student, best, share = run.role("student"), run.best_teacher, share_of_best(run)
+    size = f" of {params(student.params)} parameters" if student and student.params else ""
+    text = f"A student{size}, distilled from {listed(run.teacher_names) or 'teachers that no file names'}"
+    if student is None or student.knn is None:
+        return f"{text}. It has no scores: {(student and student.reason) or 'no scoreboard could be read'}"
+    text += f", names {student.knn:.1f} % of {images_scored(run)} rightly (kNN)"
+    if best is None or share is None:
+        return f"{text}."
+    interval = f" (95 % interval {share.low:.0f} to {share.high:.0f})" if share.low < share.high else ""
+    return f"{text}: {share.value:.0f} %{interval} of its best teacher, {best.name}, with {best.knn:.1f} %."
+
+
+def images_scored(run: RunFolder) -> str:
+    """``1,933 test images``, as far as known."""
+    counts = {len(hits) for part in run.results.values() for name, hits in part.correct.items() if name == "knn"}
+    split = run.split or "test"
+    return f"{counts.pop():,} {split} images" if len(counts) == 1 else f"the {split} images"
+
+
+def verdicts(run: RunFolder) -> list[Sentence]:
+    """Is the student better than what costs nothing: itself untrained, its starting weights, raw pixels?"""
+    student = run.role("student")
+    if student is None or student.knn is None:
+        return []
+    names = {"untrained": "itself untrained", "init_only": "its starting weights", "pixels": "raw pixels, no network"}
+    rows = {role: row for role in names if (row := run.role(role)) is not None and row.knn is not None}
+    if "untrained" in rows and "init_only" in rows and rows["untrained"].knn == rows["init_only"].knn:
+        del rows["init_only"]  # the student started from random weights: they are the same network
+    return [_verdict(run, student, row, names[role]) for role, row in rows.items()]
+
+
+def _verdict(run: RunFolder, student: BoardRow, row: BoardRow, name: str) -> Sentence:
+    assert student.knn is not None and row.knn is not None
+    difference, interval = student.knn - row.knn, ""
+    low = high = difference
+    ours, theirs = _results(run, student), _results(run, row)
+    if ours is not None and theirs is not None and len(ours[0]) == len(theirs[0]) > 0:
+        _, low, high = difference_interval(ours[0], theirs[0], ours[1])
+        interval = f", 95 % interval {low:+.1f} to {high:+.1f}"
+    tail = f"than {name}: {student.knn:.1f} against {row.knn:.1f} % ({difference:+.1f} points{interval})."
+    if high < 0 or (low == high and difference < 0):
+        return Sentence("bad", f"The student is worse {tail}")
+    if low <= 0:
+        return Sentence("warn", f"The student is not clearly better {tail}")
+    return Sentence("good", f"The student is better {tail}")
+
+
+def health(run: RunFolder) -> list[Sentence]:
+    """What the log says of the training: loss, collapse, the gate, gradients, data."""
+    found = [Sentence("bad", text) for text in run.remarks]
+    if not run.log:
+        return [*found, Sentence("info", "There is no log to judge the training by.")]
+    for judge in (_loss, _targets, _student, _gate, _gradients, _data):
+        sentence = judge(run)
+        if sentence:
+            found.append(sentence)
+    return found
+
+
+def ends(run: RunFolder, key: str) -> tuple[float, float] | None:
+    """First and last logged value."""
+    values = [line[key] for line in run.log if key in line]
+    return (values[0], values[-1]) if values else None
+
+
+def _loss(run: RunFolder) -> Sentence | None:
+    found = ends(run, "loss")
+    if not found:
+        return None
+    first, last = found
+    text = f"The loss went from {first:.3g} to {last:.3g}"
+    return Sentence("good", f"{text}.") if last < first else Sentence("bad", f"{text}: it did not fall.")
+
+
+def _targets(run: RunFolder) -> Sentence | None:
+    found = ends(run, "target_information")
+    if not found or not found[0]:
+        return None
+    left = found[1] / found[0]
+    if left < COLLAPSED_INFORMATION:
+        text = f"The targets have collapsed: they keep {left:.0%} of the information they had at the start."
+        return Sentence("bad", text)
+    return Sentence("good", f"The targets keep their information ({left:.0%} of the start): they have not collapsed.")
+
+
+def _student(run: RunFolder) -> Sentence | None:
+    found, rank = ends(run, "student_cosine"), ends(run, "student_rank")
+    if not found:
+        return None
+    text = f"tokens of different images have a mean cosine of {found[1]:.2f}"
+    if rank:
+        text += f" and fill about {rank[1]:.0f} directions"
+    if found[1] > CONSTANT_COSINE:
+        return Sentence("bad", f"The student answers nearly the same to every image: {text}.")
+    return Sentence("good", f"The student tells images apart: {text}.")
+
+
+def _gate(run: RunFolder) -> Sentence | None:
+    names = run.teacher_names
+    shares = {name: found[1] for name in names if (found := ends(run, f"share_{name}"))}
+    if len(shares) < 2:
+        return None
+    text = ", ".join(f"{name} {value:.0%}" for name, value in shares.items())
+    if max(shares.values()) > 0.9:
+        return Sentence("warn", f"One teacher gives nearly all of the target: {text}.")
+    return Sentence("good", f"Every teacher is heard, or nearly so: {text} of the target at the end.") if min(
+        shares.values()
+    ) > 0.02 else Sentence("warn", f"A teacher is hardly heard: {text} of the target at the end.")
+
+
+def _gradients(run: RunFolder) -> Sentence | None:
+    norms = [line["grad_norm"] for line in run.log if "grad_norm" in line]
+    if not norms:
+        return None
+    median, largest = float(np.median(norms)), max(norms)
+    if largest > 20 * median > 0:
+        return Sentence("warn", f"Gradients jumped: the largest norm is {largest / median:.0f} times the median.")
+    return Sentence("good", f"Gradients are steady: median norm {median:.2g}, largest {largest:.2g}.")
+
+
+def _data(run: RunFolder) -> Sentence | None:
+    waits = [line["data_wait"] for line in run.log if "data_wait" in line]
+    if not waits:
+        return None
+    mean = float(np.mean(waits))
+    if mean > SLOW_DATA:
+        return Sentence("warn", f"{mean:.0f} % of the time went into waiting for images; more --loader.workers help.")
+    return Sentence("good", f"Images came fast enough: {mean:.1f} % of the time went into waiting for them.")
+
+
+def lost_classes(run: RunFolder) -> list[dict[str, Any]]:
+    """Per class: number of test images, accuracy of the best teacher and of the student in percent, most lost first."""
+    samples, student, best = run.samples, run.role("student"), run.best_teacher
+    if samples is None or samples.labels is None or student is None or best is None:
+        return []
+    ours, theirs = _results(run, student), _results(run, best)
+    if ours is None or theirs is None or not len(ours[0]) == len(theirs[0]) == len(samples.labels):
+        return []
+    classes = np.unique(samples.labels)
+    of = [samples.labels == label for label in classes]
+    rows = [
+        {
+            "name": samples.class_names[label],
+            "count": int(where.sum()),
+            "teacher": 100 * float(theirs[0][where].mean()),
+            "student": 100 * float(ours[0][where].mean()),
+        }
+        for label, where in zip(classes, of, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (row["student"] - row["teacher"]) * row["count"])
+
+
+def params(count: float | None) -> str:
+    """``0.7M``."""
+    if not count:
+        return "–"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``1.5 h``, ``12 min`` or ``40 s``."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return names[0] if len(names) == 1 else " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _results(run: RunFolder, row: BoardRow) -> tuple[np.ndarray, np.ndarray] | None:
+    """Results and concepts of a network's kNN."""
+    part = run.results.get(row.name)
+    return (part.correct["knn"], part.groups["knn"]) if part and "knn" in part.correct else None
