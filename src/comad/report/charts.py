@@ -32,7 +32,9 @@ def _terms(key: str, run: RunFolder) -> bool:
 
 
 def _per_teacher(key: str, run: RunFolder) -> bool:
-    return key.startswith("loss") and any(name in key.replace("_", "/").split("/") or name in key for name in run.teacher_names)
+    return key.startswith("loss") and any(
+        name in key.replace("_", "/").split("/") or name in key for name in run.teacher_names
+    )
 
 
 def _starts(prefix: str) -> Picks:
@@ -72,7 +74,7 @@ MAIN = 8
 
 
 def charts(run: RunFolder) -> list[dict[str, Any]]:
-    """Charts as plain values: ``title``, ``unit``, ``main``, ``steps``, ``series`` (name, values), ``rows`` of a table."""
+    """Charts as plain values: title, unit, whether it is main, steps, series (name, values), rows of a table, words."""
     keys = dict.fromkeys(key for line in run.log for key in line if key not in HIDDEN)
     owner = {key: next(i for i, group in enumerate(GROUPS) if group.picks(key, run)) for key in keys}
     order = [1, 0, *range(2, len(GROUPS))]
@@ -84,7 +86,10 @@ def _chart(run: RunFolder, group: Group, keys: Sequence[str], main: bool) -> dic
     lines = [line for line in run.log if any(key in line for key in keys)]
     lines = [lines[i] for i in _spaced(len(lines), MAX_POINTS)]
     series = [
-        {"name": key.removeprefix(group.prefix).lstrip("/_") or key, "values": [_short(line.get(key)) for line in lines]}
+        {
+            "name": key.removeprefix(group.prefix).lstrip("/_") or key,
+            "values": [_short(line.get(key)) for line in lines],
+        }
         for key in keys
     ]
     steps = [int(line["step"]) for line in lines]

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from comad.report.samples import FILE, Samples, read_samples
+from comad.report.samples import FACTS, SAMPLES, Samples, read_samples
 
 SCORES = {
     "knn": "kNN",
@@ -48,11 +48,11 @@ class BoardRow(_Plain):
 
     @property
     def scores(self) -> dict[str, float]:
-        """Score → percent, those that are there; a dict of scores in the file counts as well."""
-        inner = self.__pydantic_extra__ or {}
-        found = {**self.model_dump(), **(inner["scores"] if isinstance(inner.get("scores"), dict) else {})}
-        known = [*SCORES, *(inner.get("scores") or {})] if isinstance(inner.get("scores"), dict) else list(SCORES)
-        return {key: float(found[key]) for key in dict.fromkeys(known) if is_number(found.get(key))}
+        """Score → percent, those that are there; of a dict of scores in the file all are taken."""
+        inner = (self.__pydantic_extra__ or {}).get("scores")
+        given = self.model_dump() | (inner if isinstance(inner, dict) else {})
+        names = dict.fromkeys([*SCORES, *(inner if isinstance(inner, dict) else ())])
+        return {str(name): float(given[name]) for name in names if is_number(given.get(name))}
 
 
 class TeacherCard(_Plain):
@@ -86,6 +86,15 @@ class Card(_Plain):
     sha256: str = ""
 
 
+class Interval(NamedTuple):
+    """Mean percent of a row, its difference to the reference in points, and the ends of the 95 % interval of that."""
+
+    mean: float
+    difference: float
+    low: float
+    high: float
+
+
 class Difference(_Plain):
     """A row of ``comparison.json``."""
 
@@ -100,15 +109,14 @@ class Difference(_Plain):
     seconds: float | None = None
     commit: str = ""
 
-    def score(self, name: str) -> tuple[float, float, float, float] | None:
-        """Mean percent, difference to the reference and the ends of its 95 % interval; None if not compared."""
+    def score(self, name: str) -> Interval | None:
+        """The comparison of a score such as ``knn``; None if there is none."""
         extra = self.__pydantic_extra__ or {}
         ends = extra.get(f"{name}_interval")
         values = [extra.get(name), extra.get(f"{name}_minus_reference"), *(ends if isinstance(ends, list) else [])]
         if len(values) != 4 or not all(map(is_number, values)):
             return None
-        mean, difference, low, high = map(float, values)  # pyright: ignore[reportArgumentType]
-        return mean, difference, low, high
+        return Interval(*(float(value) for value in values if is_number(value)))
 
 
 class Comparison(_Plain):
@@ -142,6 +150,7 @@ class RunFolder:
     card: Card
     exported_bytes: int
     samples: Samples | None
+    facts: Mapping[str, Any]
     problems: tuple[str, ...]
 
     @property
@@ -200,7 +209,8 @@ def read_run(folder: Path) -> RunFolder:
     rows = attempt("scoreboard.json", _rows, ())
     split, results = attempt("scores.json", _results, ("", {}))
     card = attempt("student/config.json", _card, Card())
-    samples = attempt(FILE, lambda path: read_samples(path.parent), None)
+    samples = attempt(SAMPLES, read_samples, None)
+    facts = attempt(FACTS, _facts, {})
     weights = folder / "student" / "model.safetensors"
     return RunFolder(
         path=folder,
@@ -213,6 +223,7 @@ def read_run(folder: Path) -> RunFolder:
         card=card,
         exported_bytes=weights.stat().st_size if weights.is_file() else 0,
         samples=samples,
+        facts=facts,
         problems=tuple(problems),
     )
 
@@ -239,6 +250,13 @@ def _config(path: Path) -> dict[str, Any]:
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(plain, dict):
         raise ValueError("it holds no options")
+    return plain
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    plain = json.loads(path.read_bytes())
+    if not isinstance(plain, dict):
+        raise ValueError("it holds no facts")
     return plain
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from comad.report.charts import charts
 from comad.report.folder import (
     SCORES,
     Comparison,
+    Difference,
+    Interval,
     RunFolder,
     is_comparison,
     is_number,
@@ -27,7 +29,6 @@ from comad.report.folder import (
     read_comparison,
     read_run,
 )
-
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE = "report.html"
@@ -97,9 +98,15 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Path:
 def render(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
     """The page as HTML. Everything that stands in a folder is escaped, and the page may load and run nothing else."""
     templates = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    script = (ASSETS / "uPlot.iife.min.js").read_text(encoding="utf-8") + (ASSETS / "charts.js").read_text(encoding="utf-8")
+    script = (ASSETS / "uPlot.iife.min.js").read_text(encoding="utf-8") + (ASSETS / "charts.js").read_text(
+        encoding="utf-8"
+    )
     style = (ASSETS / "uPlot.min.css").read_text(encoding="utf-8") + (ASSETS / "style.css").read_text(encoding="utf-8")
     views = [_run_view(number, run) for number, run in enumerate(runs)]
     return templates.get_template("page.html").render(
@@ -133,7 +140,7 @@ def _title(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
 
 def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
     """All that the template shows of a run, as plain values."""
-    samples, facts = run.samples, (run.samples.facts if run.samples else {})
+    samples, facts = run.samples, run.facts
     classes = words.lost_classes(run)
     shown = [{**chart, "id": f"run{number}-chart{i}"} for i, chart in enumerate(charts(run))]
     return {
@@ -159,12 +166,12 @@ def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
         "most_won": [row for row in classes[::-1][:MAX_CLASSES] if row["student"] > row["teacher"]],
         "best": run.best_teacher.name if run.best_teacher else "",
         "agreement": _agreement(run),
-        "data": _data(run, facts),
-        "cost": _cost(run, facts),
+        "data": _data(run),
+        "cost": _cost(run),
         "command": _text(facts.get("command")) or run.card.command,
         "changed": _changed(facts.get("changed")),
         "options": {key: _text(value) for key, value in words.leaves(run.config).items()},
-        "exports": _exports(run, facts),
+        "exports": _exports(run),
         "licences": _licences(run),
         "card": run.card,
     }
@@ -183,7 +190,13 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         interval = f"95 % interval {share.low:.0f} to {share.high:.0f} %" if share.low < share.high else ""
         tiles.append((f"{share.value:.0f} %", "of the best teacher", interval))
     if student and student.latency_ms:
-        tiles.append((f"{student.latency_ms:.1f} ms", "per image on the CPU", f"best teacher {best.latency_ms:.1f} ms" if best and best.latency_ms else ""))
+        tiles.append(
+            (
+                f"{student.latency_ms:.1f} ms",
+                "per image on the CPU",
+                f"best teacher {best.latency_ms:.1f} ms" if best and best.latency_ms else "",
+            )
+        )
     if run.card.hours is not None:
         tiles.append((words.duration(3600 * run.card.hours), "of training", run.card.hardware))
     return tiles
@@ -220,7 +233,7 @@ def _agreement(run: RunFolder) -> list[dict[str, str]]:
             both = f"{100 * float(a[b].mean()):.0f} %" if len(a) == len(b) and b.any() else "–"
         cells = {
             "share": f"{100 * share[1]:.0f} %" if share else "–",
-            "first": f"{cosine[0]:.2f}" if cosine else "–",
+            "first": f"{cosine[0]:.2f}" if cosine and cosine[0] != cosine[1] else "–",
             "last": f"{cosine[1]:.2f}" if cosine else "–",
             "both": both,
         }
@@ -229,7 +242,7 @@ def _agreement(run: RunFolder) -> list[dict[str, str]]:
     return rows
 
 
-def _data(run: RunFolder, facts: Mapping[str, Any]) -> dict[str, str]:
+def _data(run: RunFolder) -> dict[str, str]:
     scored = {len(hits) for part in run.results.values() for key, hits in part.correct.items() if key == "knn"}
     concepts = {len(set(part.groups["knn"].tolist())) for part in run.results.values() if "knn" in part.groups}
     found = {
@@ -239,10 +252,10 @@ def _data(run: RunFolder, facts: Mapping[str, Any]) -> dict[str, str]:
         "concepts among them": f"{max(concepts):,}" if concepts else "",
         "licence": run.card.data_licence if run.card.data else "",
     }
-    return {key: value for key, value in (found | _plain(facts.get("data"))).items() if value}
+    return {key: value for key, value in (found | _plain(run.facts.get("data"))).items() if value}
 
 
-def _cost(run: RunFolder, facts: Mapping[str, Any]) -> dict[str, str]:
+def _cost(run: RunFolder) -> dict[str, str]:
     speeds = [line["images_per_s"] for line in run.log if "images_per_s" in line]
     memory = [line["memory_gib"] for line in run.log if "memory_gib" in line]
     found = {
@@ -252,18 +265,20 @@ def _cost(run: RunFolder, facts: Mapping[str, Any]) -> dict[str, str]:
         "memory": f"{max(memory):.1f} GiB at most" if memory else "",
         "steps": f"{int(run.log[-1]['step']):,}" if run.log else "",
     }
-    return {key: value for key, value in (found | _plain(facts.get("cost"))).items() if value}
+    return {key: value for key, value in (found | _plain(run.facts.get("cost"))).items() if value}
 
 
 def _changed(changed: Any) -> list[tuple[str, str, str]]:
     """Option, value, default."""
     pairs = changed.items() if isinstance(changed, dict) else ()
-    return [(str(key), _text(pair[0]), _text(pair[1])) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    return [
+        (str(key), _text(pair[0]), _text(pair[1])) for key, pair in pairs if isinstance(pair, list) and len(pair) == 2
+    ]
 
 
-def _exports(run: RunFolder, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _exports(run: RunFolder) -> dict[str, Any]:
     """A table whose columns are the words that the run gave."""
-    rows = [_plain(row) for row in facts.get("exports") or () if isinstance(row, dict)]
+    rows = [_plain(row) for row in _list(run.facts.get("exports")) if isinstance(row, dict)]
     if run.exported_bytes and not any(row.get("format") == "timm" for row in rows):
         fidelity = "the same tokens as the trained network, checked when it was written"
         size = f"{run.exported_bytes / 1e6:.1f} MB"
@@ -291,39 +306,49 @@ def _comparison_view(table: Comparison) -> dict[str, Any]:
         found = [(row, row.score(name)) for row in table.rows]
         scored = [(row, score) for row, score in found if score]
         if scored:
-            panels.append(_panel(title, scored))
+            panels.append(_panel(title, scored, table.reference))
     seeds = sorted({seed for row in table.rows for seed in row.seeds})
     return {
         "data": table.data,
         "split": table.split,
         "reference": table.reference,
+        "sentences": words.compared(table),
         "panels": panels,
         "seeds": ", ".join(map(str, seeds)),
         "few_seeds": len(seeds) < 3,
         "code": words.listed(sorted({row.commit for row in table.rows if row.commit})),
         "cost": [
-            (row.label, ", ".join(row.teachers), words.params(row.params), _number(row.images_seen, 1, 0), words.duration(row.seconds or 0))
+            (
+                row.label,
+                ", ".join(row.teachers),
+                words.params(row.params),
+                _number(row.images_seen, 1, 0),
+                words.duration(row.seconds or 0),
+            )
             for row in table.rows
         ],
     }
 
 
-def _panel(title: str, scored: Sequence[tuple[Any, tuple[float, float, float, float]]]) -> dict[str, Any]:
-    reach = 1.05 * max(*(abs(value) for _, score in scored for value in score[1:]), 0.1)
+def _panel(title: str, scored: Sequence[tuple[Difference, Interval]], reference: str) -> dict[str, Any]:
+    """The scale is that of the students; what lies beyond it is cut off and said to be."""
+    ends = [abs(end) for row, (_, _, *ends) in scored if row.kind != "teacher" for end in ends]
+    reach = 1.1 * max([*ends, 0.5])
 
-    def place(value: float) -> str:
-        return f"{50 + 50 * value / reach:.2f}"
+    def place(value: float) -> float:
+        return 50 + 50 * min(1.0, max(-1.0, value / reach))
 
     rows = [
         {
             "label": row.label,
-            "kind": row.kind,
+            "reference": row.label == reference,
             "mean": f"{mean:.1f}",
             "difference": f"{difference:+.1f}",
             "interval": f"{low:+.1f} to {high:+.1f}",
-            "left": place(low),
-            "width": f"{50 * (high - low) / reach:.2f}",
-            "point": place(difference),
+            "left": f"{min(place(low), 98.0):.2f}",
+            "width": f"{max(place(high) - place(low), 2.0):.2f}",
+            "point": f"{place(difference):.2f}",
+            "beyond": max(abs(low), abs(high)) > reach,
             "level": "good" if low > 0 else "bad" if high < 0 else "even",
         }
         for row, (mean, difference, low, high) in scored
@@ -333,6 +358,10 @@ def _panel(title: str, scored: Sequence[tuple[Any, tuple[float, float, float, fl
 
 def _plain(values: Any) -> dict[str, str]:
     return {str(key): _text(value) for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run keeps for its report, beside logs and scores: ``report.npz``, written by `collect`."""
+"""What a run keeps for its report beside logs and scores: ``report.npz`` by `collect`, ``facts.json`` by `write_facts`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-FILE = "report.npz"
+SAMPLES, FACTS = "report.npz", "facts.json"
 VERSION = 1
 IMAGE_SIDE = 160
 """Longest side in pixels of the images that are kept."""
@@ -27,137 +27,148 @@ TARGET, STUDENT = "target", "student"
 Array = np.ndarray | Tensor
 
 
+class Neighbours(NamedTuple):
+    """Nearest training images, for `collect`.
+
+    Attributes:
+        numbers: network → (n, k), numbers of the images, the nearest first.
+        images: number → uint8 (H, W, 3), for every number.
+    """
+
+    numbers: Mapping[str, Int[Array, "n k"]]
+    images: Mapping[int, UInt8[Array, "_ _ 3"]]
+
+
+class Classes(NamedTuple):
+    """Classes of the labelled test images, for `collect`.
+
+    Attributes:
+        names: of the classes.
+        labels: (t,), one per labelled test image, in the order of ``correct`` in ``scores.json``.
+        lost: images that a teacher names rightly and the student does not, such as those of `lost_by_student`.
+        lost_labels: their classes.
+    """
+
+    names: Sequence[str]
+    labels: Int[Array, " t"]
+    lost: Sequence[UInt8[Array, "_ _ 3"]] = ()
+    lost_labels: Sequence[int] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The content of ``report.npz``; what was not given is None or empty. n images, M teachers, grids of h × w patches.
+    """The content of ``report.npz``; what was not given is empty. n images, each network with its own h × w patches.
 
     Attributes:
         images: uint8 (n, H, W, 3).
-        teachers: names, in the order of ``teacher_masks`` and ``gate``.
-        student_mask: bool (n, h, w), True where the student sees the patch.
-        teacher_masks: bool (M, n, h, w).
-        gate: (M, n, h, w), the weights of the teachers at each patch, in [0, 1].
+        masks: network → bool (n, h, w), True where it sees the patch.
+        gate: teacher → (n, h, w), its weight in the target at each patch, in [0, 1].
         colours: network → uint8 (n, h, w, 3), see `feature_colours`.
         explained: network → share of its variance that its three directions hold.
         neighbours: network → (n, k) numbers of thumbnails, the nearest first.
         thumbnails: uint8 (T, s, s, 3).
-        labels: (t,) class of each labelled test image, in the order of ``correct`` in ``scores.json``.
         class_names: of the labels.
-        lost: uint8 (l, s, s, 3), test images that a teacher names rightly and the student does not.
+        labels: (t,) class of each labelled test image, in the order of ``correct`` in ``scores.json``.
+        lost: uint8 (l, s, s, 3), test images that the student lost.
         lost_labels: (l,) their classes.
-        facts: plain values; see `collect`.
     """
 
     images: np.ndarray
-    teachers: tuple[str, ...]
-    student_mask: np.ndarray | None = None
-    teacher_masks: np.ndarray | None = None
-    gate: np.ndarray | None = None
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    gate: Mapping[str, np.ndarray] = field(default_factory=dict)
     colours: Mapping[str, np.ndarray] = field(default_factory=dict)
     explained: Mapping[str, float] = field(default_factory=dict)
     neighbours: Mapping[str, np.ndarray] = field(default_factory=dict)
-    thumbnails: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    thumbnails: np.ndarray
     class_names: tuple[str, ...] = ()
-    lost: np.ndarray | None = None
-    lost_labels: np.ndarray | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: np.ndarray
+    lost: np.ndarray
+    lost_labels: np.ndarray
 
 
 def collect(
     folder: Path,
-    *,
     images: UInt8[Array, "n H W 3"],
-    teachers: Sequence[str],
-    student_mask: Bool[Array, "n N"] | None = None,
-    teacher_masks: Bool[Array, "M n N"] | None = None,
-    gate: Float[Array, "M n N"] | None = None,
+    *,
+    masks: Mapping[str, Bool[Array, "n _"]] | None = None,
+    gate: Mapping[str, Float[Array, "n _"]] | None = None,
     features: Mapping[str, Float[Array, "n _ _"]] | None = None,
-    neighbours: Mapping[str, Int[Array, "n k"]] | None = None,
-    neighbour_images: Mapping[int, UInt8[Array, "_ _ 3"]] | None = None,
-    labels: Int[Array, " t"] | None = None,
-    class_names: Sequence[str] = (),
-    lost_images: Sequence[UInt8[Array, "_ _ 3"]] = (),
-    lost_labels: Sequence[int] = (),
-    facts: Mapping[str, Any] | None = None,
+    neighbours: Neighbours | None = None,
+    classes: Classes | None = None,
 ) -> Path:
-    """Write ``report.npz`` into a run's folder; a reader never sees half a file. Only the first two are required.
+    """Write ``report.npz`` into a run's folder; a reader never sees half a file. What is left out is not shown.
 
-    Patches are given in one row of N = h × w, with h = w. Features are kept as colours, not as numbers.
+    Networks are named ``student``, ``target``, and as the teachers are. Their patches are given in one row of
+    N = h × w with h = w; N and E may differ from network to network. Features are kept as colours, not as numbers.
 
     Args:
         folder: of the run.
-        images: the images that everything is shown on, such as the first eight of the test images.
-        teachers: names of the M teachers.
-        student_mask: True where the student sees the patch.
-        teacher_masks: True where the teacher sees the patch.
-        gate: weights of the teachers in the target.
-        features: network → its patches (n, N, E); the names of the teachers, ``target`` and ``student``. N and E may
-            differ from network to network.
-        neighbours: network → numbers of the nearest training images of each image, the nearest first.
-        neighbour_images: number → image, for every number in ``neighbours``.
-        labels: class of each labelled test image, in the order of ``correct`` in ``scores.json``.
-        class_names: of the labels.
-        lost_images: some of the images of `lost_by_student`.
-        lost_labels: their classes.
-        facts: plain values. ``command``: text. ``changed``: option → [value, default]. ``data``, ``cost``: word →
-            value. ``exports``: a list of word → value, such as format, file, size, largest difference, latency.
+        images: the images that everything is shown on, such as eight of the test images.
+        masks: network → True where it sees the patch; of student and teachers.
+        gate: teacher → its weight in the target at each patch.
+        features: network → its patches (n, N, E); of teachers, target and student.
+        neighbours: nearest training images of each image.
+        classes: what results per class need.
 
     Raises:
         ValueError: shapes do not fit each other; nothing is written.
     """
     pixels = _numpy(images)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise ValueError(f"images are uint8 (n, H, W, 3), not {pixels.dtype} {pixels.shape}.")
-    arrays: dict[str, np.ndarray] = {"images": np.stack([shrink(image, IMAGE_SIDE) for image in pixels])}
+    _fits("images", pixels, (None, None, None, 3), np.uint8)
+    arrays = {"images": np.stack([shrink(image, IMAGE_SIDE) for image in pixels])}
+    arrays |= {f"masks/{name}": _grid(_numpy(part).astype(bool), name) for name, part in (masks or {}).items()}
+    for name, part in (gate or {}).items():
+        arrays[f"gate/{name}"] = np.rint(255 * np.clip(_grid(_numpy(part), name), 0, 1)).astype(np.uint8)
     colours, explained = feature_colours({name: _numpy(part) for name, part in (features or {}).items()})
     arrays |= {f"colours/{name}": part for name, part in colours.items()}
-    for name, part in (("student_mask", student_mask), ("teacher_masks", teacher_masks)):
-        if part is not None:
-            arrays[name] = _grid(_numpy(part).astype(bool), name)
-    if gate is not None:
-        arrays["gate"] = np.rint(255 * np.clip(_grid(_numpy(gate), "gate"), 0, 1)).astype(np.uint8)
-    arrays |= _neighbour_arrays(neighbours or {}, neighbour_images or {})
-    if labels is not None:
-        arrays["labels"] = _numpy(labels)
-    if len(lost_images):
-        arrays["lost"] = np.stack([square(_numpy(image)) for image in lost_images])
-        arrays["lost_labels"] = np.asarray(lost_labels, dtype=np.int64)
-    about = {
-        "version": VERSION,
-        "teachers": list(teachers),
-        "explained": explained,
-        "class_names": list(class_names),
-        "facts": dict(facts or {}),
-    }
-    _build(arrays, about)
+    if neighbours:
+        arrays |= _neighbour_arrays(neighbours)
+    if classes:
+        arrays["labels"], arrays["lost_labels"] = _numpy(classes.labels), np.asarray(classes.lost_labels, np.int64)
+        if len(classes.lost):
+            arrays["lost"] = np.stack([square(_numpy(image)) for image in classes.lost])
+    about = {"version": VERSION, "explained": explained, "class_names": list(classes.names) if classes else []}
+    _samples(arrays, about)
     arrays["about"] = np.array(json.dumps(about))
-    path, temporary = folder / FILE, folder / f".{FILE}.{os.getpid()}"
+    path, temporary = folder / SAMPLES, folder / f".{SAMPLES}.{os.getpid()}"
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     os.replace(temporary, path)
     return path
 
 
-def read_samples(folder: Path) -> Samples:
+def read_samples(path: Path) -> Samples:
     """Read what `collect` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or was written by another version.
     """
-    path = folder / FILE
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         about = json.loads(str(arrays.pop("about")))
         if about["version"] != VERSION:
-            raise ValueError(f"it was written by version {about['version']} of the format, not {VERSION}")
-        return _build(arrays, about)
+            raise ValueError(f"version {about['version']} of the format, this comad reads {VERSION}")
+        return _samples(arrays, about)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, MemoryError) as error:
-        raise ValueError(f"{FILE} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Write ``facts.json``, plain values that no other file of a run holds; a reader never sees half a file.
+
+    Args:
+        folder: of the run.
+        facts: any of ``command``: text. ``changed``: option → [value, default]. ``data``, ``cost``: word → value.
+            ``exports``: a list of word → value, such as format, file, size, fidelity, latency.
+    """
+    path, temporary = folder / FACTS, folder / f".{FACTS}.{os.getpid()}"
+    temporary.write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
 
 
 def feature_colours(
@@ -190,9 +201,7 @@ def feature_colours(
     return colours, explained
 
 
-def lost_by_student(
-    teacher: Bool[Array, " n"], student: Bool[Array, " n"], limit: int = 16
-) -> Int[np.ndarray, " l"]:
+def lost_by_student(teacher: Bool[Array, " n"], student: Bool[Array, " n"], limit: int = 16) -> Int[np.ndarray, " l"]:
     """Numbers of test images that a teacher names rightly and the student does not, evenly over all of them."""
     lost = np.flatnonzero(_numpy(teacher).astype(bool) & ~_numpy(student).astype(bool))
     return lost[np.linspace(0, len(lost) - 1, min(limit, len(lost))).astype(int)]
@@ -234,77 +243,68 @@ def _grid(part: np.ndarray, name: str, axis: int = -1) -> np.ndarray:
     return part.reshape(*part.shape[:axis], side, side, *part.shape[axis + 1 :])
 
 
-def _neighbour_arrays(
-    neighbours: Mapping[str, Array], images: Mapping[int, Array]
-) -> dict[str, np.ndarray]:
+def _neighbour_arrays(neighbours: Neighbours) -> dict[str, np.ndarray]:
     """Each thumbnail once, and the networks' lists as numbers of thumbnails."""
-    if not neighbours:
-        return {}
-    lists = {name: _numpy(part).astype(np.int64) for name, part in neighbours.items()}
+    lists = {name: _numpy(part).astype(np.int64) for name, part in neighbours.numbers.items()}
     wanted = np.unique(np.concatenate([part.ravel() for part in lists.values()]))
-    missing = [int(number) for number in wanted if int(number) not in images]
+    missing = [int(number) for number in wanted if int(number) not in neighbours.images]
     if missing:
-        raise ValueError(f"neighbour_images lacks image {missing[0]}, which is a neighbour.")
+        raise ValueError(f"the images of the neighbours lack number {missing[0]}.")
     found = {f"neighbours/{name}": np.searchsorted(wanted, part) for name, part in lists.items()}
-    return {**found, "thumbnails": np.stack([square(_numpy(images[int(number)])) for number in wanted])}
+    return {**found, "thumbnails": np.stack([square(_numpy(neighbours.images[int(number)])) for number in wanted])}
 
 
-def _build(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Samples:
+def _samples(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Samples:
     """Samples of what stands in the file, if it fits together."""
-
-    def family(name: str) -> dict[str, np.ndarray]:
-        return {key.removeprefix(name): part for key, part in arrays.items() if key.startswith(name)}
-
-    images, teachers = arrays["images"], tuple(map(str, about["teachers"]))
-    n, m = len(images), len(teachers)
-    gate = arrays.get("gate")
-    samples = Samples(
-        images=images,
-        teachers=teachers,
-        student_mask=arrays.get("student_mask"),
-        teacher_masks=arrays.get("teacher_masks"),
-        gate=None if gate is None else gate.astype(np.float32) / 255,
-        colours=family("colours/"),
+    n, none, number = len(arrays["images"]), np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int64)
+    shapes = {
+        "masks": ((n, None, None), np.bool_),
+        "gate": ((n, None, None), np.uint8),
+        "colours": ((n, None, None, 3), np.uint8),
+        "neighbours": ((n, None), np.integer),
+        "images": ((n, None, None, 3), np.uint8),
+        "thumbnails": ((None, None, None, 3), np.uint8),
+        "lost": ((None, None, None, 3), np.uint8),
+        "labels": ((None,), np.integer),
+        "lost_labels": ((len(arrays.get("lost", none)),), np.integer),
+    }
+    for key, part in arrays.items():
+        _fits(key, part, *shapes[key.partition("/")[0]])
+    families = {name: _family(arrays, f"{name}/") for name in ("masks", "gate", "colours", "neighbours")}
+    thumbnails, names = arrays.get("thumbnails", none), tuple(map(str, about["class_names"]))
+    for part in families["neighbours"].values():
+        _within("neighbours", part, len(thumbnails))
+    for key in ("labels", "lost_labels"):
+        _within(key, arrays.get(key, number), len(names))
+    return Samples(
+        images=arrays["images"],
+        masks=families["masks"],
+        gate={name: part.astype(np.float32) / 255 for name, part in families["gate"].items()},
+        colours=families["colours"],
         explained={str(name): float(value) for name, value in about["explained"].items()},
-        neighbours=family("neighbours/"),
-        thumbnails=arrays.get("thumbnails"),
-        labels=arrays.get("labels"),
-        class_names=tuple(map(str, about["class_names"])),
-        lost=arrays.get("lost"),
-        lost_labels=arrays.get("lost_labels"),
-        facts=dict(about["facts"]),
+        neighbours=families["neighbours"],
+        thumbnails=thumbnails,
+        class_names=names,
+        labels=arrays.get("labels", number),
+        lost=arrays.get("lost", none),
+        lost_labels=arrays.get("lost_labels", number),
     )
-    _fits("images", images, (n, None, None, 3), np.uint8)
-    _fits("student_mask", samples.student_mask, (n, None, None), np.bool_)
-    _fits("teacher_masks", samples.teacher_masks, (m, n, None, None), np.bool_)
-    _fits("gate", gate, (m, n, None, None), np.uint8)
-    for name, part in samples.colours.items():
-        _fits(f"colours/{name}", part, (n, None, None, 3), np.uint8)
-    _fits("thumbnails", samples.thumbnails, (None, None, None, 3), np.uint8)
-    for name, part in samples.neighbours.items():
-        _fits(f"neighbours/{name}", part, (n, None), np.integer)
-        if samples.thumbnails is None or (part.size and not 0 <= part.min() <= part.max() < len(samples.thumbnails)):
-            raise ValueError(f"neighbours/{name} names thumbnails that are not there")
-    _fits("lost", samples.lost, (None, None, None, 3), np.uint8)
-    _fits("lost_labels", samples.lost_labels, (0 if samples.lost is None else len(samples.lost),), np.integer)
-    _labels_named(samples)
-    return samples
 
 
-def _labels_named(samples: Samples) -> None:
-    _fits("labels", samples.labels, (None,), np.integer)
-    for part in (samples.labels, samples.lost_labels):
-        if part is not None and part.size and not 0 <= part.min() <= part.max() < len(samples.class_names):
-            raise ValueError("labels are numbers of class_names")
+def _family(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): part for key, part in arrays.items() if key.startswith(prefix)}
 
 
-def _fits(name: str, part: np.ndarray | None, shape: tuple[int | None, ...], kind: Any) -> None:
-    if part is None:
-        return
+def _within(name: str, numbers: np.ndarray, limit: int) -> None:
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < limit:
+        raise ValueError(f"{name} has numbers outside 0 to {limit - 1}.")
+
+
+def _fits(name: str, part: np.ndarray, shape: tuple[int | None, ...], kind: Any) -> None:
     right = len(part.shape) == len(shape) and all(b in (None, a) for a, b in zip(part.shape, shape, strict=True))
     if not right or not np.issubdtype(part.dtype, kind):
-        wanted = ", ".join("?" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} is {part.dtype} {part.shape}, not {np.dtype(kind).name if kind != np.integer else 'whole numbers'} ({wanted})")
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} is {part.dtype} {part.shape}; it must be {kind.__name__} ({wanted}).")
 
 
 def _numpy(part: Any) -> np.ndarray:

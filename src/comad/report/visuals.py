@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from comad.report.samples import STUDENT, TARGET, Samples
+from comad.report.words import percent
 
 SHOWN_SIDE = 96
 """Pixels on the side of the images with masks."""
@@ -50,43 +51,27 @@ def originals(samples: Samples) -> Strip:
 
 
 def masks(samples: Samples) -> list[Strip]:
-    """What student and teachers see of each image; the rest is veiled."""
-    named = [("student", samples.student_mask)]
-    if samples.teacher_masks is not None:
-        named += list(zip(samples.teachers, samples.teacher_masks, strict=True))
-    return [_masked(samples, name, mask) for name, mask in named if mask is not None]
+    """What each network sees of each image; the rest is veiled."""
+    return [_masked(samples, name, mask) for name, mask in samples.masks.items()]
 
 
 def gates(samples: Samples) -> list[Strip]:
     """The weight of each teacher at each patch of each image."""
-    if samples.gate is None:
-        return []
-    viridis = colormaps["viridis"]
-    return [
-        Strip(
-            f"{name}: {_share(weights)} of the target",
-            [
-                Figure(pixels((255 * viridis(part)[..., :3]).astype(np.uint8)), f"image {i + 1}, {name}: {_share(part)}")
-                for i, part in enumerate(weights)
-            ],
-            pixelated=True,
-        )
-        for name, weights in zip(samples.teachers, samples.gate, strict=True)
-    ]
+    return [_gate(name, weights) for name, weights in samples.gate.items()]
 
 
 def colours(samples: Samples) -> list[Strip]:
-    """Features as colours: teachers, target, student, then what else was given."""
-    order = [*samples.teachers, TARGET, STUDENT]
-    names = [name for name in order if name in samples.colours]
-    names += [name for name in samples.colours if name not in order]
+    """Features as colours: teachers, target, student."""
     return [
         Strip(
-            f"{name} (these colours hold {samples.explained.get(name, 0):.0%} of its variance)",
-            [Figure(pixels(part), f"features of {name}, image {i + 1}") for i, part in enumerate(samples.colours[name])],
+            f"{name} (these colours hold {percent(samples.explained.get(name, 0))} of its variance)",
+            [
+                Figure(pixels(part), f"features of {name}, image {i + 1}")
+                for i, part in enumerate(samples.colours[name])
+            ],
             pixelated=True,
         )
-        for name in names
+        for name in sorted(samples.colours, key=_last)
     ]
 
 
@@ -99,10 +84,10 @@ class Query(NamedTuple):
 
 def neighbours(samples: Samples) -> list[Query]:
     """Per image, the nearest training images by each network; which ones student and teachers share is in words."""
-    if not samples.neighbours or samples.thumbnails is None:
+    if not samples.neighbours:
         return []
     uris = {int(t): photo(samples.thumbnails[t]) for t in _shown(samples.neighbours.values())}
-    order = sorted(samples.neighbours, key=lambda name: name == STUDENT)
+    order = sorted(samples.neighbours, key=_last)
     found = []
     for i, image in enumerate(samples.images):
         strips = []
@@ -116,8 +101,6 @@ def neighbours(samples: Samples) -> list[Query]:
 
 def lost(samples: Samples) -> list[tuple[Figure, str]]:
     """Test images that the student lost, and the names of their classes."""
-    if samples.lost is None or samples.lost_labels is None:
-        return []
     names = [samples.class_names[label] for label in samples.lost_labels]
     return [(Figure(photo(image), name), name) for image, name in zip(samples.lost, names, strict=True)]
 
@@ -134,18 +117,28 @@ def _shown(lists: Iterable[np.ndarray]) -> Sequence[int]:
     return np.unique(np.concatenate([part[:, :MAX_NEIGHBOURS].ravel() for part in lists])).tolist()
 
 
+def _last(name: str) -> int:
+    """Teachers first, then the target, the student last."""
+    return {TARGET: 1, STUDENT: 2}.get(name, 0)
+
+
+def _gate(name: str, weights: Float[np.ndarray, "n h w"]) -> Strip:
+    maps = (255 * colormaps["viridis"](weights)[..., :3]).astype(np.uint8)
+    figures = [
+        Figure(pixels(shown), f"image {i + 1}, {name}: {percent(part.mean())}")
+        for i, (shown, part) in enumerate(zip(maps, weights, strict=True))
+    ]
+    return Strip(f"{name}: {percent(weights.mean())} of the target", figures, pixelated=True)
+
+
 def _masked(samples: Samples, name: str, visible: Bool[np.ndarray, "n h w"]) -> Strip:
     figures = []
     for i, (image, mask) in enumerate(zip(samples.images, visible, strict=True)):
         veil = Image.fromarray(np.where(mask, 0, 215).astype(np.uint8))
         shown = Image.fromarray(image).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         shown.paste((110, 118, 132), mask=veil.resize(shown.size, Image.Resampling.NEAREST))
-        figures.append(Figure(photo(np.asarray(shown)), f"image {i + 1}: {name} sees {mask.mean():.0%}"))
-    return Strip(f"{name} sees {visible.mean():.0%}", figures)
-
-
-def _share(weights: Float[np.ndarray, "..."]) -> str:
-    return f"{float(weights.mean()):.0%}"
+        figures.append(Figure(photo(np.asarray(shown)), f"image {i + 1}: {name} sees {percent(mask.mean())}"))
+    return Strip(f"{name} sees {percent(visible.mean())}", figures)
 
 
 def _uri(image: np.ndarray, **options: object) -> str:

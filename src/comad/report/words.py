@@ -8,12 +8,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from comad.report.folder import BoardRow, RunFolder
+from comad.report.folder import BoardRow, Comparison, RunFolder
 
 RESAMPLES = 2000
 COLLAPSED_INFORMATION = 0.5
 """Share of the targets' information that must be left."""
 CONSTANT_COSINE = 0.95
+ONE_TEACHER, NO_TEACHER = 0.9, 0.02
+"""Shares of the target from which one teacher is nearly all of it, or nearly nothing."""
 SLOW_DATA = 10.0
 """Percent of the time that may go into waiting for images."""
 
@@ -25,8 +27,8 @@ class Sentence(NamedTuple):
     text: str
 
 
-class Interval(NamedTuple):
-    """A value and its 95 % interval."""
+class Share(NamedTuple):
+    """A number and its 95 % interval."""
 
     value: float
     low: float
@@ -35,22 +37,20 @@ class Interval(NamedTuple):
 
 def share_interval(
     student: Bool[np.ndarray, " n"], teacher: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
-) -> Interval | None:
-    """The student's accuracy in percent of the teacher's, by a bootstrap over concepts; None if the teacher has none."""
+) -> Share | None:
+    """The student's accuracy in percent of the teacher's, by a bootstrap over concepts; None if that one's is 0."""
     draws = _resampled(np.stack([student, teacher]), groups)
     if not teacher.any() or not draws[:, 1].all():
         return None
     low, high = 100 * np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
-    return Interval(float(100 * student.sum() / teacher.sum()), float(low), float(high))
+    return Share(float(100 * student.sum() / teacher.sum()), float(low), float(high))
 
 
-def difference_interval(
-    a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]
-) -> Interval:
+def difference_interval(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"]) -> Share:
     """Accuracy of a minus accuracy of b in points, paired by image, by a bootstrap over concepts."""
     draws = _resampled(np.stack([a, b, np.ones_like(a)]), groups)
     low, high = 100 * np.quantile((draws[:, 0] - draws[:, 1]) / draws[:, 2], (0.025, 0.975))
-    return Interval(float(100 * (a.mean() - b.mean())), float(low), float(high))
+    return Share(float(100 * (a.mean() - b.mean())), float(low), float(high))
 
 
 def _resampled(columns: Bool[np.ndarray, "k n"], groups: Int[np.ndarray, " n"]) -> Float[np.ndarray, "draws k"]:
@@ -63,7 +63,7 @@ def _resampled(columns: Bool[np.ndarray, "k n"], groups: Int[np.ndarray, " n"]) 
     return np.concatenate([generator.multinomial(count, np.full(count, 1 / count), size) @ sums for size in sizes])
 
 
-def share_of_best(run: RunFolder) -> Interval | None:
+def share_of_best(run: RunFolder) -> Share | None:
     """The student's kNN in percent of the best teacher's; both ends of the interval are the value if it is unknown."""
     student, best = run.role("student"), run.best_teacher
     if student is None or best is None or student.knn is None or not best.knn:
@@ -73,7 +73,7 @@ def share_of_best(run: RunFolder) -> Interval | None:
     if ours is not None and theirs is not None and len(ours[0]) == len(theirs[0]) > 0:
         found = share_interval(ours[0], theirs[0], ours[1])
     value = 100 * student.knn / best.knn
-    return found or Interval(value, value, value)
+    return found or Share(value, value, value)
 
 
 def headline(run: RunFolder) -> str:
@@ -98,15 +98,30 @@ def images_scored(run: RunFolder) -> str:
 
 
 def verdicts(run: RunFolder) -> list[Sentence]:
-    """Is the student better than what costs nothing: itself untrained, its starting weights, raw pixels?"""
+    """Is the student better than what costs nothing: its untrained self, its starting weights, raw pixels?"""
     student = run.role("student")
     if student is None or student.knn is None:
         return []
-    names = {"untrained": "itself untrained", "init_only": "its starting weights", "pixels": "raw pixels, no network"}
+    names = {"untrained": "its untrained self", "init_only": "its starting weights", "pixels": "raw pixels, no network"}
     rows = {role: row for role in names if (row := run.role(role)) is not None and row.knn is not None}
     if "untrained" in rows and "init_only" in rows and rows["untrained"].knn == rows["init_only"].knn:
         del rows["init_only"]  # the student started from random weights: they are the same network
-    return [_verdict(run, student, row, names[role]) for role, row in rows.items()]
+    found = [_verdict(run, student, row, names[role]) for role, row in rows.items()]
+    return sorted(found, key=lambda sentence: ("bad", "warn", "good").index(sentence.level))
+
+
+def compared(table: Comparison) -> list[Sentence]:
+    """Which rows are better than the reference, which are worse, and of which nothing can be said; by kNN."""
+    scored = [(row.label, score) for row in table.rows if row.label != table.reference and (score := row.score("knn"))]
+    better = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.low > 0]
+    worse = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.high < 0]
+    open_ = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.low <= 0 <= score.high]
+    found = [
+        Sentence("good", f"Better than {table.reference} in kNN: {listed(better)}.") if better else None,
+        Sentence("bad", f"Worse than {table.reference} in kNN: {listed(worse)}.") if worse else None,
+        Sentence("warn", f"Not told apart from {table.reference} in kNN: {listed(open_)}.") if open_ else None,
+    ]
+    return [sentence for sentence in found if sentence]
 
 
 def _verdict(run: RunFolder, student: BoardRow, row: BoardRow, name: str) -> Sentence:
@@ -158,9 +173,11 @@ def _targets(run: RunFolder) -> Sentence | None:
         return None
     left = found[1] / found[0]
     if left < COLLAPSED_INFORMATION:
-        text = f"The targets have collapsed: they keep {left:.0%} of the information they had at the start."
+        text = f"The targets have collapsed: they keep {percent(left)} of the information they had at the start."
         return Sentence("bad", text)
-    return Sentence("good", f"The targets keep their information ({left:.0%} of the start): they have not collapsed.")
+    return Sentence(
+        "good", f"The targets keep their information ({percent(left)} of the start): they have not collapsed."
+    )
 
 
 def _student(run: RunFolder) -> Sentence | None:
@@ -180,12 +197,12 @@ def _gate(run: RunFolder) -> Sentence | None:
     shares = {name: found[1] for name in names if (found := ends(run, f"share_{name}"))}
     if len(shares) < 2:
         return None
-    text = ", ".join(f"{name} {value:.0%}" for name, value in shares.items())
-    if max(shares.values()) > 0.9:
-        return Sentence("warn", f"One teacher gives nearly all of the target: {text}.")
-    return Sentence("good", f"Every teacher is heard, or nearly so: {text} of the target at the end.") if min(
-        shares.values()
-    ) > 0.02 else Sentence("warn", f"A teacher is hardly heard: {text} of the target at the end.")
+    text = ", ".join(f"{name} {percent(value)}" for name, value in shares.items()) + " of the target at the end."
+    if max(shares.values()) > ONE_TEACHER:
+        return Sentence("warn", f"One teacher gives nearly all: {text}")
+    if min(shares.values()) < NO_TEACHER:
+        return Sentence("warn", f"A teacher hardly counts: {text}")
+    return Sentence("good", f"Every teacher counts: {text}")
 
 
 def _gradients(run: RunFolder) -> Sentence | None:
@@ -211,10 +228,10 @@ def _data(run: RunFolder) -> Sentence | None:
 def lost_classes(run: RunFolder) -> list[dict[str, Any]]:
     """Per class: number of test images, accuracy of the best teacher and of the student in percent, most lost first."""
     samples, student, best = run.samples, run.role("student"), run.best_teacher
-    if samples is None or samples.labels is None or student is None or best is None:
+    if samples is None or student is None or best is None:
         return []
     ours, theirs = _results(run, student), _results(run, best)
-    if ours is None or theirs is None or not len(ours[0]) == len(theirs[0]) == len(samples.labels):
+    if ours is None or theirs is None or not len(ours[0]) == len(theirs[0]) == len(samples.labels) > 0:
         return []
     classes = np.unique(samples.labels)
     of = [samples.labels == label for label in classes]
@@ -228,6 +245,11 @@ def lost_classes(run: RunFolder) -> list[dict[str, Any]]:
         for label, where in zip(classes, of, strict=True)
     ]
     return sorted(rows, key=lambda row: (row["student"] - row["teacher"]) * row["count"])
+
+
+def percent(share: float) -> str:
+    """``25 %``."""
+    return f"{100 * share:.0f} %"
 
 
 def params(count: float | None) -> str:

@@ -24,7 +24,11 @@
       series: [{ label: "step", value: (_, value) => (value == null ? "–" : String(value)) }, ...series],
       axes: [axis(28), { ...axis(54), values: (_, values) => values.map(number) }],
     };
-    plots.push({ box, plot: new uPlot(options, [chart.steps, ...chart.series.map((part) => part.values)], box) });
+    const plot = new uPlot(options, [chart.steps, ...chart.series.map((part) => part.values)], box);
+    const showLast = () => plot.setLegend({ idx: chart.steps.length - 1 });
+    plot.over.addEventListener("mouseleave", showLast);
+    showLast();
+    plots.push({ box, plot });
   };
   const resize = (width) => plots.forEach(({ box, plot }) => {
     const wanted = width || box.clientWidth;
@@ -39,8 +43,15 @@
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details.more:not([open]), details.problems:not([open])")];
     opened.forEach((part) => { part.open = true; });
+    document.documentElement.dataset.print = "";
     drawAll();
     resize(330);
+    plots.forEach(({ plot }) => plot.redraw(false));
   });
-  addEventListener("afterprint", () => { opened.forEach((part) => { part.open = false; }); resize(); });
+  addEventListener("afterprint", () => {
+    delete document.documentElement.dataset.print;
+    opened.forEach((part) => { part.open = false; });
+    resize();
+    plots.forEach(({ plot }) => plot.redraw(false));
+  });
 })();
