@@ -26,15 +26,19 @@ class Group(NamedTuple):
 
 
 def _terms(key: str, run: RunFolder) -> bool:
+    """The loss, its terms, and either of a teacher: ``loss``, ``token``, ``loss/dino``, ``token_dino``."""
     method = run.config.get("method")
     terms = method.get("terms") if isinstance(method, dict) else None
-    return key == "loss" or (isinstance(terms, dict) and key in terms) or key.startswith("loss")
+    names = ["loss", *terms] if isinstance(terms, dict) else ["loss"]
+    if key in names or key.startswith(("loss/", "loss_")):
+        return True
+    return any(
+        key.startswith(f"{name}/") or key in [f"{name}_{teacher}" for teacher in run.teacher_names] for name in names
+    )
 
 
 def _per_teacher(key: str, run: RunFolder) -> bool:
-    return key.startswith("loss") and any(
-        name in key.replace("_", "/").split("/") or name in key for name in run.teacher_names
-    )
+    return _terms(key, run) and any(name in key for name in run.teacher_names)
 
 
 def _starts(prefix: str) -> Picks:

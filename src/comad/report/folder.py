@@ -138,14 +138,14 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Everything of one run that could be read; ``problems`` are sentences about the rest."""
+    """Everything of one run that could be read, results by role and name; ``problems`` are sentences about the rest."""
 
     path: Path
     config: Mapping[str, Any]
     log: tuple[Mapping[str, float], ...]
     remarks: tuple[str, ...]
     rows: tuple[BoardRow, ...]
-    results: Mapping[str, Results]
+    results: Mapping[tuple[str, str], Results]
     split: str
     card: Card
     exported_bytes: int
@@ -281,7 +281,7 @@ def _rows(path: Path) -> tuple[BoardRow, ...]:
     return TypeAdapter(tuple[BoardRow, ...]).validate_python(json.loads(path.read_bytes())["rows"])
 
 
-def _results(path: Path) -> tuple[str, dict[str, Results]]:
+def _results(path: Path) -> tuple[str, dict[tuple[str, str], Results]]:
     content = json.loads(path.read_bytes())
     found = {}
     for part in content["scores"]:
@@ -289,7 +289,7 @@ def _results(path: Path) -> tuple[str, dict[str, Results]]:
         groups = {key: np.asarray(numbers, dtype=np.int64) for key, numbers in part["groups"].items()}
         if any(key not in groups or groups[key].shape != hits.shape for key, hits in correct.items()):
             raise ValueError("results and concepts do not fit each other")
-        found[str(part["row"]["name"])] = Results(correct=correct, groups=groups)
+        found[str(part["row"]["role"]), str(part["row"]["name"])] = Results(correct=correct, groups=groups)
     return str(content.get("facts", {}).get("split", "")), found
 
 

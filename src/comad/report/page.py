@@ -12,13 +12,13 @@ from typing import Any
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from comad import __version__
 from comad.report import visuals, words
 from comad.report.charts import charts
 from comad.report.folder import (
     SCORES,
+    BoardRow,
     Comparison,
     Difference,
     Interval,
@@ -114,8 +114,8 @@ def render(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
         comparisons=[_comparison_view(part) for part in comparisons],
         runs=views,
         charts=[chart for view in views for chart in view["charts"]],
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
     )
@@ -182,8 +182,7 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     student, best, share = run.role("student"), run.best_teacher, words.share_of_best(run)
     tiles = []
     if student and student.params:
-        smaller = f"{best.params / student.params:.1f} times fewer than {best.name}" if best and best.params else ""
-        tiles.append((words.params(student.params), "parameters", smaller))
+        tiles.append((words.params(student.params), "parameters", _fewer(student, best)))
     if student and student.knn is not None:
         tiles.append((f"{student.knn:.1f} %", "kNN of the student", f"best teacher {best.knn:.1f} %" if best else ""))
     if share:
@@ -200,6 +199,13 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     if run.card.hours is not None:
         tiles.append((words.duration(3600 * run.card.hours), "of training", run.card.hardware))
     return tiles
+
+
+def _fewer(student: BoardRow, best: BoardRow | None) -> str:
+    if best is None or not best.params or not student.params:
+        return ""
+    ratio = best.params / student.params
+    return f"{ratio:.1f} times fewer than {best.name}" if ratio >= 1 else f"{1 / ratio:.1f} times more than {best.name}"
 
 
 def _board(run: RunFolder) -> dict[str, Any]:
@@ -224,10 +230,10 @@ def _board(run: RunFolder) -> dict[str, Any]:
 def _agreement(run: RunFolder) -> list[dict[str, str]]:
     """Per teacher: share of the target, held-out cosine at the first and last probe, what both name rightly."""
     student, rows = run.role("student"), []
-    ours = run.results.get(student.name) if student else None
+    ours = run.results.get(("student", student.name)) if student else None
     for name in run.teacher_names:
         share, cosine = words.ends(run, f"share_{name}"), words.ends(run, f"held_out_cosine_{name}")
-        theirs, both = run.results.get(name), "–"
+        theirs, both = run.results.get(("teacher", name)), "–"
         if ours and theirs and "knn" in ours.correct and "knn" in theirs.correct:
             a, b = ours.correct["knn"], theirs.correct["knn"]
             both = f"{100 * float(a[b].mean()):.0f} %" if len(a) == len(b) and b.any() else "–"

@@ -1,4 +1,4 @@
-"""What a run keeps for its report beside logs and scores: ``report.npz`` by `collect`, ``facts.json`` by `write_facts`."""
+"""What a run keeps for its report, beside its log: ``report.npz`` (`collect`), ``facts.json`` (`write_facts`)."""
 
 from __future__ import annotations
 

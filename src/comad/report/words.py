@@ -281,5 +281,5 @@ def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _results(run: RunFolder, row: BoardRow) -> tuple[np.ndarray, np.ndarray] | None:
     """Results and concepts of a network's kNN."""
-    part = run.results.get(row.name)
+    part = run.results.get((row.role, row.name))
     return (part.correct["knn"], part.groups["knn"]) if part and "knn" in part.correct else None

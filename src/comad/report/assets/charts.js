@@ -18,17 +18,15 @@
       label: part.name, value: (_, value) => number(value), spanGaps: true, width: 1.6,
       stroke: () => colour(`--c${i % 8}`), dash: dashes[i % 8], points: { show: few, size: 5, fill: () => colour(`--c${i % 8}`) },
     }));
+    const showLast = (plot) => { if (plot.cursor.idx == null) plot.setLegend({ idx: chart.steps.length - 1 }); };
     const options = {
       width: box.clientWidth, height: 190, padding: [8, 8, 0, 0], scales: { x: { time: false } },
       cursor: { sync: { key: chart.id.split("-")[0], setSeries: false }, drag: { x: true, y: false } },
+      hooks: { ready: [showLast], setCursor: [showLast] },
       series: [{ label: "step", value: (_, value) => (value == null ? "–" : String(value)) }, ...series],
       axes: [axis(28), { ...axis(54), values: (_, values) => values.map(number) }],
     };
-    const plot = new uPlot(options, [chart.steps, ...chart.series.map((part) => part.values)], box);
-    const showLast = () => plot.setLegend({ idx: chart.steps.length - 1 });
-    plot.over.addEventListener("mouseleave", showLast);
-    showLast();
-    plots.push({ box, plot });
+    plots.push({ box, plot: new uPlot(options, [chart.steps, ...chart.series.map((part) => part.values)], box) });
   };
   const resize = (width) => plots.forEach(({ box, plot }) => {
     const wanted = width || box.clientWidth;
