@@ -98,6 +98,7 @@ def comparison(tmp_path):
 
     rows = [row("comad", "student", 0, 0, 0), row("unic", "student", 2, 1, 3), row("sum", "student", -2, -3, -1)]
     rows += [row("mean", "student", 0.5, -1, 2), row("mae", "teacher", 30, 28, 32)]
+    rows += [row("untrained", "untrained", -1, -2, 0.2), row("pixels", "pixels", -9, -10, -8)]
     table = {"reference": "comad", "data": "animals", "split": "val", "rows": rows}
     (folder / "comparison.json").write_text(json.dumps(table))
     return folder

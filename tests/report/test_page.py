@@ -1,12 +1,16 @@
 import hashlib
 import html.parser
 import json
+import random
 import re
 import shutil
 
+import numpy as np
 import pytest
+import yaml
 
 from comad.report.page import ASSETS, ReportConfig, report, write_report
+from comad.report.samples import Neighbours, collect
 
 from .conftest import write_run
 
@@ -142,6 +146,54 @@ def test_a_damaged_file_is_told(run, name, content):
     assert "Data and cost" in page.text
 
 
+ODD = (None, -1, 10**400, 1e300, True, "\ud800", "x", [], [[]], {}, {"a": {"b": 1}}, float("nan"))
+
+
+def spoil(plain, rng, depth=0):
+    """Put an odd value somewhere into plain values."""
+    if isinstance(plain, dict | list) and plain and (depth == 0 or rng.random() < 0.85):
+        key = rng.choice(list(plain) if isinstance(plain, dict) else range(len(plain)))
+        plain[key] = spoil(plain[key], rng, depth + 1)
+        return plain
+    return rng.choice(ODD)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_odd_values_anywhere_stop_nothing(run, seed):
+    rng = random.Random(seed)
+    (run / "report.npz").unlink()
+    for name in ("scoreboard.json", "scores.json", "student/config.json", "facts.json", "config.yaml"):
+        path = run / name
+        plain = yaml.safe_load(path.read_text())
+        path.write_text(json.dumps(spoil(plain, rng)))
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in spoil(lines, rng)))
+    assert "Data and cost" in page_of(run).text
+
+
+def test_options_that_hold_themselves_are_told(run):
+    (run / "config.yaml").write_text("a: &a\n  b: *a\n")
+    assert "config.yaml is damaged" in page_of(run).text
+
+
+def test_a_large_run_stays_below_three_megabytes(run):
+    rng, names = np.random.default_rng(0), ("mae", "dino", "c", "d", "e", "student")
+    noise = rng.integers(0, 255, (8, 224, 224, 3), dtype=np.uint8)  # what compresses worst
+    images = dict(enumerate(rng.integers(0, 255, (192, 64, 64, 3), dtype=np.uint8)))
+    numbers = np.arange(192).reshape(6, 8, 4)
+    collect(
+        run,
+        noise,
+        masks={name: rng.random((8, 196)) < 0.5 for name in names},
+        gate={name: rng.random((8, 196)) for name in names[:5]},
+        features={name: rng.standard_normal((8, 196, 64)) for name in (*names, "target")},
+        neighbours=Neighbours(dict(zip(names, numbers, strict=True)), images),
+    )
+    log = [{"step": i} | {f"loss/{k}": 1 / (i + k) for k in range(1, 40)} for i in range(1, 5001)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    assert 300_000 < write_report([run]).stat().st_size < 3_000_000
+
+
 def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     page = page_of(tmp_path)
@@ -185,7 +237,7 @@ def test_a_comparison(comparison):
     assert "Worse than comad in kNN: sum (-2.0)." in page.text and "the intervals are too short" in page.text
     rows = [attrs.get("class", "") for attrs in page.of("tr")]
     assert rows.count("good beyond") == 1  # the teacher, far above, does not set the scale
-    assert "−3.3" in page.text
+    assert "−11.0" in page.text
     (comparison / "comparison.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         write_report([comparison])

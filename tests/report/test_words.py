@@ -95,12 +95,21 @@ def test_classes_lost_first(run):
 
 
 def test_comparison_in_words(comparison):
-    sentences = words.compared(read_comparison(comparison))
-    assert [sentence.text for sentence in sentences] == [
-        "Better than comad in kNN: unic (+2.0) and mae (+30.0).",
-        "Worse than comad in kNN: sum (-2.0).",
-        "Not told apart from comad in kNN: mean (+0.5).",
+    assert words.compared(read_comparison(comparison)) == [
+        ("good", "Better than comad in kNN: unic (+2.0)."),
+        ("bad", "Worse than comad in kNN: sum (-2.0)."),
+        ("warn", "Not told apart from comad in kNN: mean (+0.5)."),
+        ("warn", "comad is not clearly better than a baseline without distillation: untrained (-1.0)."),
+        ("good", "comad is better than the baselines without distillation: pixels (-9.0)."),
+        ("info", "For comparison, the teachers: mae (+30.0)."),
     ]
+
+
+def test_a_warning_of_the_log_is_told_once(run):
+    lines = list(log_lines())
+    lines += [{"step": 30 + i, "warning": f"the targets have collapsed: they keep {i} %"} for i in range(5)]
+    found = [sentence.text for sentence in words.health(rewrite_log(run, lines)) if sentence.level == "bad"]
+    assert found == ["At step 34: the targets have collapsed: they keep 4 %"]
 
 
 def test_every_number_of_the_log_stands_in_one_chart(run):

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from comad.report.samples import FACTS, SAMPLES, Samples, read_samples
 
@@ -25,7 +25,12 @@ SCORES = {
 }
 """Score → what a reader calls it; top-1 percent. A score that is not here is shown by its own name."""
 
+LARGEST = 10**30
+"""Larger numbers in a file are damage."""
+
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Real = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
 class _Plain(BaseModel):
@@ -39,11 +44,11 @@ class BoardRow(_Plain):
 
     name: str
     role: str = ""
-    params: int | None = None
-    flops: float | None = None
-    latency_ms: float | None = None
-    knn: float | None = None
-    linear: float | None = None
+    params: Count | None = None
+    flops: Real | None = None
+    latency_ms: Real | None = None
+    knn: Real | None = None
+    linear: Real | None = None
     reason: str | None = None
 
     @property
@@ -63,7 +68,7 @@ class TeacherCard(_Plain):
     architecture: str = ""
     sha256: str = ""
     licence: str = "unknown"
-    params: int | None = None
+    params: Count | None = None
     about: str = ""
 
 
@@ -74,14 +79,14 @@ class Card(_Plain):
     licence: str = "unknown"
     architecture: str = ""
     preset: str = ""
-    seed: int | None = None
-    images_seen: int | None = None
+    seed: Count | None = None
+    images_seen: Count | None = None
     data: str = ""
     data_licence: str = "unknown"
     command: str = ""
     code: str = ""
     hardware: str = ""
-    hours: float | None = None
+    hours: Real | None = None
     teachers: tuple[TeacherCard, ...] = ()
     sha256: str = ""
 
@@ -103,10 +108,10 @@ class Difference(_Plain):
     label: str
     kind: str = ""
     teachers: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    params: int | None = None
-    images_seen: int | None = None
-    seconds: float | None = None
+    seeds: tuple[Count, ...] = ()
+    params: Count | None = None
+    images_seen: Count | None = None
+    seconds: Real | None = None
     commit: str = ""
 
     def score(self, name: str) -> Interval | None:
@@ -143,7 +148,7 @@ class RunFolder:
     path: Path
     config: Mapping[str, Any]
     log: tuple[Mapping[str, float], ...]
-    remarks: tuple[str, ...]
+    warnings: tuple[str, ...]
     rows: tuple[BoardRow, ...]
     results: Mapping[tuple[str, str], Results]
     split: str
@@ -198,12 +203,21 @@ def read_run(folder: Path) -> RunFolder:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             problems.append(f"{name} is damaged or of another version: {where}: {first['msg']}.")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            yaml.YAMLError,
+        ) as error:
             problems.append(f"{name} is damaged or of another version: {' '.join(str(error).split())[:200]}.")
         return instead
 
     config = attempt("config.yaml", _config, {})
-    log, remarks, skipped = attempt("log.jsonl", _log, ((), (), 0))
+    log, warnings, skipped = attempt("log.jsonl", _log, ((), (), 0))
     if skipped:
         problems.append(f"log.jsonl has {skipped} lines that cannot be read; the others are shown.")
     rows = attempt("scoreboard.json", _rows, ())
@@ -216,7 +230,7 @@ def read_run(folder: Path) -> RunFolder:
         path=folder,
         config=config,
         log=log,
-        remarks=remarks,
+        warnings=warnings,
         rows=rows,
         results=results,
         split=split,
@@ -242,14 +256,23 @@ def read_comparison(folder: Path) -> Comparison:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a file is a finite number of a size that can be calculated with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:
     plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(plain, dict):
         raise ValueError("it holds no options")
+    leaves(plain)  # options that hold themselves are told here
     return plain
 
 
@@ -261,20 +284,23 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _log(path: Path) -> tuple[tuple[dict[str, float], ...], tuple[str, ...], int]:
-    """Numbers by line, sentences in it, and how many lines could not be read."""
-    lines, remarks, skipped = [], [], 0
+    """Numbers by line, what the log warns of, and how many lines could not be read."""
+    lines, warnings, skipped = [], {}, 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            line["step"] = int(line["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            if not (is_number(line["step"]) and 0 <= line["step"] < 2**53):
+                raise ValueError("no step")
+        except (ValueError, KeyError, TypeError, RecursionError):
             skipped += bool(text.strip())
             continue
-        remarks += [f"step {line['step']}: {key}: {value}" for key, value in line.items() if isinstance(value, str)]
         lines.append({key: value for key, value in line.items() if is_number(value)})
+        warning = line.get("warning")
         if any(isinstance(value, float) and not math.isfinite(value) for value in line.values()):
-            remarks.append(f"step {line['step']}: a number that is not finite")
-    return tuple(lines), tuple(dict.fromkeys(remarks)), skipped
+            warning = "a number is not finite"
+        if isinstance(warning, str):  # its numbers, behind the colon, change from step to step
+            warnings[warning.partition(":")[0]] = f"At step {line['step']}: {warning}"
+    return tuple(lines), tuple(warnings.values()), skipped
 
 
 def _rows(path: Path) -> tuple[BoardRow, ...]:

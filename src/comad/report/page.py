@@ -26,6 +26,7 @@ from comad.report.folder import (
     is_comparison,
     is_number,
     is_run,
+    leaves,
     read_comparison,
     read_run,
 )
@@ -90,7 +91,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Path:
     text = render(comparisons, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(text.encode("utf-8", errors="replace"))  # a name may hold half a surrogate pair
     os.replace(temporary, out)
     return out
 
@@ -113,6 +114,7 @@ def render(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
         title=_title(comparisons, runs),
         comparisons=[_comparison_view(part) for part in comparisons],
         runs=views,
+        overview=[_overview(run) for run in runs],
         charts=[chart for view in views for chart in view["charts"]],
         style=style,
         script=script,
@@ -136,6 +138,14 @@ def _title(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
     if comparisons and not runs:
         return f"Comparison on {words.listed([part.data for part in comparisons])}"
     return f"{len(runs)} runs" + (f" and {len(comparisons)} comparisons" if comparisons else "")
+
+
+def _overview(run: RunFolder) -> tuple[str, ...]:
+    """A run's line in the table of several runs."""
+    student, share = run.role("student"), words.share_of_best(run)
+    size, knn = (student.params, student.knn) if student else (None, None)
+    names = words.listed(run.teacher_names)
+    return run.path.name, names, words.params(size), _number(knn, 1, 1), _number(share and share.value, 1, 0)
 
 
 def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
         "cost": _cost(run),
         "command": _text(facts.get("command")) or run.card.command,
         "changed": _changed(facts.get("changed")),
-        "options": {key: _text(value) for key, value in words.leaves(run.config).items()},
+        "options": {key: _text(value) for key, value in leaves(run.config).items()},
         "exports": _exports(run),
         "licences": _licences(run),
         "card": run.card,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,8 @@ COLLAPSED_INFORMATION = 0.5
 CONSTANT_COSINE = 0.95
 ONE_TEACHER, NO_TEACHER = 0.9, 0.02
 """Shares of the target from which one teacher is nearly all of it, or nearly nothing."""
+BASELINES = ("untrained", "pixels")
+"""Kinds of rows that nothing was distilled into."""
 SLOW_DATA = 10.0
 """Percent of the time that may go into waiting for images."""
 
@@ -111,17 +113,34 @@ def verdicts(run: RunFolder) -> list[Sentence]:
 
 
 def compared(table: Comparison) -> list[Sentence]:
-    """Which rows are better than the reference, which are worse, and of which nothing can be said; by kNN."""
-    scored = [(row.label, score) for row in table.rows if row.label != table.reference and (score := row.score("knn"))]
-    better = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.low > 0]
-    worse = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.high < 0]
-    open_ = [f"{label} ({score.difference:+.1f})" for label, score in scored if score.low <= 0 <= score.high]
-    found = [
-        Sentence("good", f"Better than {table.reference} in kNN: {listed(better)}.") if better else None,
-        Sentence("bad", f"Worse than {table.reference} in kNN: {listed(worse)}.") if worse else None,
-        Sentence("warn", f"Not told apart from {table.reference} in kNN: {listed(open_)}.") if open_ else None,
+    """Which methods are better or worse than the reference in kNN, of which nothing can be said, and the baselines."""
+    scored = [(row, score) for row in table.rows if row.label != table.reference and (score := row.score("knn"))]
+
+    def named(above: bool, not_below: bool, baseline: bool) -> str:
+        """Rows whose interval lies above zero or not, reaches zero or not, of methods or of baselines."""
+        chosen = [
+            f"{row.label} ({score.difference:+.1f})"
+            for row, score in scored
+            if row.kind != "teacher"
+            and (score.low > 0, score.high >= 0, row.kind in BASELINES) == (above, not_below, baseline)
+        ]
+        return listed(chosen)
+
+    found: list[tuple[Any, str, str]] = [
+        ("good", f"Better than {table.reference} in kNN", named(True, True, False)),
+        ("bad", f"Worse than {table.reference} in kNN", named(False, False, False)),
+        ("warn", f"Not told apart from {table.reference} in kNN", named(False, True, False)),
+        ("bad", f"{table.reference} is worse than a baseline without distillation", named(True, True, True)),
+        (
+            "warn",
+            f"{table.reference} is not clearly better than a baseline without distillation",
+            named(False, True, True),
+        ),
+        ("good", f"{table.reference} is better than the baselines without distillation", named(False, False, True)),
     ]
-    return [sentence for sentence in found if sentence]
+    teachers = listed([f"{row.label} ({score.difference:+.1f})" for row, score in scored if row.kind == "teacher"])
+    found.append(("info", "For comparison, the teachers", teachers))
+    return [Sentence(level, f"{text}: {names}.") for level, text, names in found if names]
 
 
 def _verdict(run: RunFolder, student: BoardRow, row: BoardRow, name: str) -> Sentence:
@@ -142,7 +161,7 @@ def _verdict(run: RunFolder, student: BoardRow, row: BoardRow, name: str) -> Sen
 
 def health(run: RunFolder) -> list[Sentence]:
     """What the log says of the training: loss, collapse, the gate, gradients, data."""
-    found = [Sentence("bad", text) for text in run.remarks]
+    found = [Sentence("bad", text) for text in run.warnings]
     if not run.log:
         return [*found, Sentence("info", "There is no log to judge the training by.")]
     for judge in (_loss, _targets, _student, _gate, _gradients, _data):
@@ -269,14 +288,6 @@ def duration(seconds: float) -> str:
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return names[0] if len(names) == 1 else " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in plain.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _results(run: RunFolder, row: BoardRow) -> tuple[np.ndarray, np.ndarray] | None:
