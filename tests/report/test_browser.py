@@ -6,6 +6,8 @@ import pytest
 
 from comad.report.page import write_report
 
+from .conftest import write_run
+
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
@@ -68,6 +70,16 @@ def test_it_is_accessible(opened, scheme):
     page, _ = opened(1200, scheme, bypass_csp=True)
     found = axe.Axe().run(page)
     assert not found.response["violations"], found.generate_report()
+
+
+def test_hostile_names_run_nothing(browser, tmp_path):
+    name = "</script><script>document.title='no'</script><img src=x onerror=\"document.title='no'\">"
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(write_report([write_run(tmp_path, names=(name, "b"), classes=(name, "x"), licence=name)]).as_uri())
+    page.wait_for_selector("canvas")
+    assert page.title() == f"Distilled from {name} and b" and not errors
+    assert page.locator(".board th", has_text="document.title").inner_text() == name
 
 
 def test_it_prints(opened):

@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import html.parser
 import json
@@ -155,7 +156,7 @@ def spoil(plain, rng, depth=0):
         key = rng.choice(list(plain) if isinstance(plain, dict) else range(len(plain)))
         plain[key] = spoil(plain[key], rng, depth + 1)
         return plain
-    return rng.choice(ODD)
+    return copy.deepcopy(rng.choice(ODD))
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -197,7 +198,7 @@ def test_a_large_run_stays_below_three_megabytes(run):
 def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     page = page_of(tmp_path)
-    assert "It has no scores" in page.text and "no log to judge" in page.text
+    assert "No file names teachers" in page.text and "no log to judge" in page.text
 
 
 def test_no_labels_are_said_in_the_words_of_the_board(run):

@@ -1,3 +1,6 @@
+import json
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +104,29 @@ def test_damaged_files_are_told(tmp_path):
     np.savez(path, images=IMAGES, about=np.array([{"version": 1}], dtype=object))
     with pytest.raises(ValueError, match="pickle"):
         read_samples(path)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4, 3), (0, 4, 4, 3), (1, 1, 5000, 3)])
+def test_images_that_cannot_be_shown_are_damage(tmp_path, shape):
+    path = tmp_path / "report.npz"
+    about = json.dumps({"version": 1, "explained": {}, "class_names": []})
+    np.savez_compressed(path, images=np.zeros(shape, np.uint8), about=np.array(about))
+    with pytest.raises(ValueError, match="images is uint8"):
+        read_samples(path)
+
+
+def test_flipped_bytes_raise_value_errors_alone(tmp_path):
+    path = collect(tmp_path, IMAGES, masks={"a": np.ones((3, 4), bool)}, features={"a": features(0)})
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        spoilt = bytearray(whole)
+        spoilt[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(spoilt)
+        try:
+            read_samples(path)
+        except ValueError:
+            refused += 1
+    assert refused > 200
 
 
 def test_lost_images_are_spread_over_all():

@@ -172,6 +172,7 @@ def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
         "neighbours": visuals.neighbours(samples) if samples else [],
         "lost": visuals.lost(samples) if samples else [],
         "classes": classes[:MAX_ROWS],
+        "classes_cut": len(classes) > MAX_ROWS,
         "most_lost": [row for row in classes[:MAX_CLASSES] if row["student"] < row["teacher"]],
         "most_won": [row for row in classes[::-1][:MAX_CLASSES] if row["student"] > row["teacher"]],
         "best": run.best_teacher.name if run.best_teacher else "",

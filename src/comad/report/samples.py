@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,6 +21,8 @@ VERSION = 1
 IMAGE_SIDE = 160
 """Longest side in pixels of the images that are kept."""
 THUMBNAIL_SIDE = 56
+LARGEST_SIDE = 4096
+"""Of an image or a map; larger ones are damage."""
 TARGET, STUDENT = "target", "student"
 
 Array = np.ndarray | Tensor
@@ -153,7 +154,7 @@ def read_samples(path: Path) -> Samples:
         return _samples(arrays, about)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, MemoryError) as error:
+    except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds of errors for damaged files
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -226,12 +227,13 @@ def square(image: UInt8[np.ndarray, "H W 3"], side: int = THUMBNAIL_SIDE) -> UIn
 def _principal(patches: Float[np.ndarray, "n h w E"]) -> tuple[Float[np.ndarray, "n h w 3"], float]:
     flat = patches.reshape(-1, patches.shape[-1])
     flat = flat - flat.mean(axis=0)
-    u, s, _ = np.linalg.svd(flat, full_matrices=False)
-    count = min(3, int((s > 1e-9 * max(float(s[0]), 1e-30)).sum()))
+    variances, directions = np.linalg.eigh(flat.T @ flat / len(flat))
+    variances, directions = variances[::-1].clip(min=0), directions[:, ::-1]
+    total, shown = float(variances.sum()), variances[:3]
+    kept = np.flatnonzero(shown > 1e-12 * total)
     scores = np.zeros((len(flat), 3))
-    scores[:, :count] = u[:, :count] * math.sqrt(len(flat))
-    total = float((s**2).sum())
-    return scores.reshape(*patches.shape[:-1], 3), float((s[:3] ** 2).sum()) / total if total else 0.0
+    scores[:, kept] = flat @ directions[:, kept] / np.sqrt(shown[kept])
+    return scores.reshape(*patches.shape[:-1], 3), float(shown.sum()) / total if total else 0.0
 
 
 def _grid(part: np.ndarray, name: str, axis: int = -1) -> np.ndarray:
@@ -302,6 +304,7 @@ def _within(name: str, numbers: np.ndarray, limit: int) -> None:
 
 def _fits(name: str, part: np.ndarray, shape: tuple[int | None, ...], kind: Any) -> None:
     right = len(part.shape) == len(shape) and all(b in (None, a) for a, b in zip(part.shape, shape, strict=True))
+    right &= part.ndim == 1 or 0 < min(part.shape) <= max(part.shape) <= LARGEST_SIDE
     if not right or not np.issubdtype(part.dtype, kind):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} is {part.dtype} {part.shape}; it must be {kind.__name__} ({wanted}).")

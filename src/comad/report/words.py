@@ -81,8 +81,10 @@ def share_of_best(run: RunFolder) -> Share | None:
 def headline(run: RunFolder) -> str:
     """What was distilled from what, and how good it is, in one or two sentences."""
     student, best, share = run.role("student"), run.best_teacher, share_of_best(run)
+    if not run.teacher_names:
+        return "No file names teachers: this is no distillation, or it has only begun. What its files hold is below."
     size = f" of {params(student.params)} parameters" if student and student.params else ""
-    text = f"A student{size}, distilled from {listed(run.teacher_names) or 'teachers that no file names'}"
+    text = f"A student{size}, distilled from {listed(run.teacher_names)}"
     if student is None or student.knn is None:
         return f"{text}. It has no scores: {(student and student.reason) or 'no scoreboard could be read'}"
     text += f", names {student.knn:.1f} % of {images_scored(run)} rightly (kNN)"
