@@ -15,7 +15,8 @@ NUM_TEST = 60
 
 def log_lines(count=30):
     for step in range(1, count + 1):
-        line = {"step": step, "loss": 1 / step, "token": 0.7 / step, "token_mae": 0.4 / step, "token_dino": 0.3 / step}
+        line = {"step": step, "loss": 1 / step, "loss/token": 0.7 / step}
+        line |= {"loss/mae/token": 0.4 / step, "loss/dino/token": 0.3 / step}
         line |= {"share_mae": 0.4, "share_dino": 0.6, "lr": 0.001, "images_per_s": 100.0, "data_wait": 2.0}
         line |= {
             "target_information": 0.8,
@@ -43,8 +44,7 @@ def write_run(folder: Path, names=TEACHERS, classes=("cat", "dog", "bird"), lice
     (folder / "student").mkdir(exist_ok=True)
     config = {"data": "animals", "teachers": list(names), "method": {"terms": {"token": {}}}, "optim": {"epochs": 2.0}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    lines = [json.dumps(line).replace("_mae", f"_{names[0]}") for line in log_lines()] if names[0] == "mae" else []
-    (folder / "log.jsonl").write_text("".join(f"{line}\n" for line in lines or map(json.dumps, log_lines())))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log_lines()))
     hits = [np.arange(NUM_TEST) % 10 < share / 10 for share in knn]
     people = [
         (names[0], "teacher", 0),

@@ -113,11 +113,11 @@ def test_a_warning_of_the_log_is_told_once(run):
 
 
 def test_every_number_of_the_log_stands_in_one_chart(run):
-    lines = [line | {"brand_new": 1.0} for line in log_lines()]
+    lines = [line | {"brand_new": 1.0, "token": 0.5, "token_mae": 0.2} for line in log_lines()]
     found = charts(rewrite_log(run, lines))
     shown = {chart["title"]: [part["name"] for part in chart["series"]] for chart in found}
-    assert shown["Loss and its terms"] == ["loss", "token"]
-    assert shown["Loss per teacher"] == ["token_mae", "token_dino"]
+    assert shown["Loss and its terms"] == ["loss", "token", "token"]  # by the names of today and of before
+    assert shown["Loss per teacher"] == ["mae/token", "dino/token", "token_mae"]
     assert shown["Share of the target"] == ["mae", "dino"]
     assert shown["Other numbers"] == ["brand_new"]
     keys = {key for line in lines for key in line} - {"step", "epoch"}

@@ -38,7 +38,8 @@ def _terms(key: str, run: RunFolder) -> bool:
 
 
 def _per_teacher(key: str, run: RunFolder) -> bool:
-    return _terms(key, run) and any(name in key for name in run.teacher_names)
+    """``loss/dino/token`` and the like."""
+    return _terms(key, run) and any(f"/{name}/" in f"/{key}/" or key.endswith(f"_{name}") for name in run.teacher_names)
 
 
 def _starts(prefix: str) -> Picks:
@@ -54,8 +55,8 @@ def _is(name: str) -> Picks:
 
 
 GROUPS = (
-    Group("Loss per teacher", "", _per_teacher, "loss"),
-    Group("Loss and its terms", "", _terms),
+    Group("Loss per teacher", "", _per_teacher, "loss/"),
+    Group("Loss and its terms", "", _terms, "loss/"),
     Group("Validation kNN", "%", _starts("knn")),
     Group("Share of the target", "", _starts("share_"), "share_"),
     Group("Agreement with each teacher, held-out images", "cosine", _starts("held_out_cosine_"), "held_out_cosine_"),
@@ -91,7 +92,7 @@ def _chart(run: RunFolder, group: Group, keys: Sequence[str], main: bool) -> dic
     lines = [lines[i] for i in _spaced(len(lines), MAX_POINTS)]
     series = [
         {
-            "name": key.removeprefix(group.prefix).lstrip("/_") or key,
+            "name": key.removeprefix(group.prefix) or key,
             "values": [_short(line.get(key)) for line in lines],
         }
         for key in keys

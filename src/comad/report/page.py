@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -47,7 +47,7 @@ class ReportConfig:
         out: the page. Left out: report.html in the folder, if it is one.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
     out: str = ""
 
 
