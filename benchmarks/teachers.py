@@ -38,7 +38,7 @@ PICTURE_SIZE = 192
 
 
 START = (
-    "distill --preset comad-mse --teachers {} --student.width 192 --method.masking.policy none --loader.fixed-views 4 "
+    "distill --preset comad-mse --teachers {} --student.width 192 --masking none --loader.fixed-views 4 "
     "--optim.epochs {} --optim.base-lr 1.5e-3 --run.probe-every 295 --run.out runs/{}"
 )
 STEPS = {

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distill.config import Method
 from comad.distill.distiller import Distiller
-from comad.distill.health import Watch
+from comad.distill.features import MAEDecoder, TeacherOutput
+from comad.distill.health import CollapseDetector
 from comad.distill.masking import Masks
-from comad.distill.matching import widths_and_cls
-from comad.distill.teaching import Targets, teacher_step
+from comad.distill.method import Method
 from comad.export.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher, TeacherCard
@@ -61,41 +60,44 @@ class SmallDistillation:
         seed: int = 0,
         teacher_patch_size: int = 8,
     ):
-        teacher_widths = teacher_widths or (48,) * (1 if method.single else 3)
+        teacher_widths = teacher_widths or (48,) * (1 if method.single_teacher else 3)
         self.teachers = [
             Teacher(f"teacher-{m}", small_vit(100 + m, width, teacher_patch_size).eval().requires_grad_(False), CARD)
             for m, width in enumerate(teacher_widths)
         ]
-        for teacher in self.teachers if method.tap.decoder else ():
+        for teacher, has in zip(self.teachers, with_cls, strict=False):
+            teacher.backbone.token_types = ("cls", "patch") if has else ("patch",)
+        for teacher in self.teachers if isinstance(method.features, MAEDecoder) else ():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(50)
                 decoder = MaskedDecoder(teacher.backbone.width, (4, 4), 192, 24, 1, 2)
                 teacher.backbone.decoder = decoder.requires_grad_(False)
         self.images = blurred_noise(num_images, seed)
         self.generator = torch.Generator().manual_seed(seed)
-        with_cls = [has and not method.tap.decoder for has in with_cls[: len(teacher_widths)]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.distiller = Distiller(small_vit(seed, 32), method, widths_and_cls(method, self.teachers)[0], with_cls)
-        self.reads = method.reads
-        whole = teacher_step(self.teachers, self.images, Masks(None, (None,) * len(self.teachers)), reads=self.reads)
-        self.distiller.calibrate(whole.tokens)
+            self.distiller = Distiller(small_vit(seed, 32), self.teachers, method)
+        self.distiller.fit(self.outputs(self.images, Masks(None, (None,) * len(self.teachers))))
 
-    def batch(self, size: int) -> tuple[Tensor, Targets]:
-        """Some images, and what the teachers say about them under fresh masks."""
+    def outputs(self, images: Tensor, masks: Masks) -> list[TeacherOutput]:
+        """What the teachers give under these masks."""
+        return [self.distiller.forward_teacher(t, m, images, masks) for m, t in enumerate(self.teachers)]
+
+    def batch(self, size: int) -> tuple[Tensor, list[TeacherOutput], Masks]:
+        """Some images, what the teachers give for them under fresh masks, and the masks."""
         masking = self.distiller.method.masking
         chosen = torch.randperm(len(self.images), generator=self.generator)[:size]
         noise = torch.rand(size, 1 + len(self.teachers), 16, generator=self.generator)
-        images = masking.blend(self.images[chosen], noise)
-        return images, teacher_step(self.teachers, images, masking(noise), masking.teachers_hidden, self.reads)
+        images, masks = masking.blend(self.images[chosen], noise), masking(noise)
+        return images, self.outputs(images, masks), masks
 
     def losses_on_one_batch(self, steps: int, learning_rate: float = 2e-3) -> list[float]:
         """The loss of every step of a training on the same images and masks."""
         optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=learning_rate)
-        images, targets = self.batch(16)
+        batch = self.batch(16)
         losses = []
         for _ in range(steps):
-            loss, _ = self.distiller(images, targets)
+            loss, _ = self.distiller(*batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,19 +105,18 @@ class SmallDistillation:
         return losses
 
     def watched_training(self, steps: int, learning_rate: float) -> tuple[list[str], dict[str, float]]:
-        """Train as a run does: the warnings of the watch, and the last numbers of the log."""
+        """Train as a run does: the warnings of the collapse detector, and the last numbers of the log."""
         optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=learning_rate, betas=(0.9, 0.95))
-        watch, warnings, metrics = Watch(), [], {}
+        watch, warnings, metrics = CollapseDetector(), [], {}
         for step in range(1, steps + 1):
-            images, targets = self.batch(32)
-            result = self.distiller(images, targets)
+            loss, numbers = self.distiller(*self.batch(32))
             optimizer.zero_grad()
-            result.loss.backward()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.distiller.parameters(), 3.0)
             optimizer.step()
             if step == 1 or step % 20 == 0:
-                metrics = {name: float(value) for name, value in result.metrics().items()}
-                metrics |= {"loss": float(result.loss.detach()), "epoch": step * 32 / len(self.images)}
+                metrics = {name: float(value) for name, value in numbers().items()}
+                metrics |= {"loss": float(loss.detach()), "epoch": step * 32 / len(self.images)}
                 warning = watch(step, metrics)
                 warnings += [warning] if warning else []
         return warnings, metrics

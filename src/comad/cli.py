@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comad.defaults import beside, detection, distillation, peek, presets_help, read, segmentation, take, take_all
+from comad.runtime.command import get_flag, parse, pop_all, pop_flag
 from comad.runtime.spelling import hint
 
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
@@ -18,20 +18,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0, 1 for an error told in one line, 130 after an interruption."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        _print_help()
-        return 0
-    if arguments[0] == "--version":
+        return _print_help()
+    verb, *rest = arguments
+    if verb == "--version":
         from comad import __version__
 
-        _print(__version__)
-        return 0
-    verb, *rest = arguments
+        return _print(__version__)
     return _run(verb, rest) if verb in VERBS else _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
 
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Run a verb, and tell what went wrong in one line."""
-    from comad.runtime.train import Interrupted, TrainingError
+    from comad.runtime.run import Interrupted, TrainingError
 
     try:
         VERBS[verb][1](arguments)
@@ -53,12 +51,10 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def distill_command(arguments: list[str]) -> None:
     """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
-    from comad.distill.config import DistillConfig
     from comad.distill.run import distill
+    from comad.recipes import parse_distillation
 
-    students = take_all(arguments, "--student")
-    default, text = distillation(arguments, students), f"{distill_command.__doc__} {presets_help()}"
-    distill(beside(_parse(DistillConfig, default, arguments, "comad distill", text), students))
+    distill(parse_distillation(arguments, "comad distill", _about(distill_command)))
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -66,12 +62,11 @@ def pretrain_command(arguments: list[str]) -> None:
     from comad.pretrain.config import METHODS, PretrainConfig, recipe
     from comad.pretrain.run import pretrain
 
-    method = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    if method is None and not {"-h", "--help"} & set(arguments):
+    method = _first_word(arguments)
+    if method is None and not {"-h", "--help", "--help-all"} & set(arguments):
         raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
-    recipe_file = take(arguments, "--recipe")
-    default = read(PretrainConfig, recipe_file) if recipe_file else recipe(method or "mae")
-    folder = pretrain(_parse(PretrainConfig, default, arguments, "comad pretrain", pretrain_command.__doc__))
+    default = _recorded(PretrainConfig, arguments) or recipe(method or "mae")
+    folder = pretrain(parse(PretrainConfig, default, arguments, "comad pretrain", _about(pretrain_command)))
     if folder is not None:
         _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
 
@@ -86,9 +81,9 @@ def evaluate_command(arguments: list[str]) -> None:
         return EVALUATIONS[arguments[0]](arguments[1:])
     from comad.evaluate.command import EvaluateConfig, evaluate
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--backbone", *arguments]
-    _print(evaluate(_parse(EvaluateConfig, None, arguments, "comad evaluate", evaluate_command.__doc__)))
+    _load_plugins(arguments)
+    config = parse(EvaluateConfig, None, _backbone_first(arguments), "comad evaluate", _about(evaluate_command))
+    _print(evaluate(config))
 
 
 def finetune_command(arguments: list[str]) -> None:
@@ -96,19 +91,10 @@ def finetune_command(arguments: list[str]) -> None:
     from comad.evaluate.finetune import finetune
     from comad.evaluate.tuning import RECIPES, FinetuneConfig, recipe
 
-    preset, data = take(arguments, "--preset") or "", peek(arguments, "--data") or "stamps"
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--backbone", *arguments]
-    tuning = recipe(preset, data)
-    extra = f"--preset {{{','.join(RECIPES)}}} chooses the values that the options change."
-    about = f"{finetune_command.__doc__} {extra}"
-    _print(
-        finetune(
-            _parse(
-                FinetuneConfig, FinetuneConfig(backbone="", tuning=tuning), arguments, "comad evaluate finetune", about
-            )
-        )
-    )
+    tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
+    about = f"{_about(finetune_command)} --preset {{{','.join(RECIPES)}}} chooses the values that the options change."
+    default = FinetuneConfig(backbone="", tuning=tuning)
+    _print(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
 
 
 def segment_command(arguments: list[str]) -> None:
@@ -117,8 +103,7 @@ def segment_command(arguments: list[str]) -> None:
     from comad.evaluate.segmentation.run import segment
     from comad.report.dense import draw_segmentation
 
-    about, default = f"{segment_command.__doc__} {_dense_help(RECIPES)}", segmentation(arguments)
-    config = _dense(SegmentConfig, default, arguments, about, "comad evaluate")
+    config = _dense(SegmentConfig, _segmentation(arguments), arguments, _about(segment_command, RECIPES))
     _finish_dense(config, segment(config), draw_segmentation)
 
 
@@ -128,8 +113,7 @@ def detect_command(arguments: list[str]) -> None:
     from comad.evaluate.detection.run import detect
     from comad.report.dense import draw_detection
 
-    about, default = f"{detect_command.__doc__} {_dense_help(RECIPES)}", detection(arguments)
-    config = _dense(DetectConfig, default, arguments, about, "comad evaluate")
+    config = _dense(DetectConfig, _detection(arguments), arguments, _about(detect_command, RECIPES))
     _finish_dense(config, detect(config), draw_detection)
 
 
@@ -150,14 +134,15 @@ def compare_command(arguments: list[str]) -> None:
     from comad import presets
     from comad.compare.config import CompareConfig
     from comad.compare.run import compare
-    from comad.distill.config import DistillConfig
     from comad.evaluate import tuning
+    from comad.recipes import take_defaults
 
-    recipe_file, data = take(arguments, "--recipe"), peek(arguments, "--data") or "stamps"
-    recipe = read(DistillConfig, recipe_file) if recipe_file else presets.recipe("comad", demo=data == "stamps")
+    rest, students, recipe = take_defaults(arguments)
+    if len(students) > 1:
+        raise ValueError("a row has one student; name one --student.")
     recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
-    default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", data))
-    _print(compare(_parse(CompareConfig, default, arguments, "comad compare", compare_command.__doc__)))
+    default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", get_flag(arguments, "--data") or "stamps"))
+    _print(compare(parse(CompareConfig, default, rest, "comad compare", _about(compare_command))))
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -165,38 +150,40 @@ def plan_command(arguments: list[str]) -> None:
 
     It measures a few real steps and leaves nothing behind. The other machine is --gpus of --gpu-tflops at --mfu.
     """
-    task = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "distill"
-    defaults = {"distill": distillation, "segment": segmentation, "detect": detection}
-    if task not in defaults:
-        raise ValueError(f"no plan of {task!r}; say what to plan: comad plan {'|'.join(defaults)}.")
+    task = _first_word(arguments) or "distill"
+    tasks = {"distill": None, "segment": _segmentation, "detect": _detection}
+    if task not in tasks:
+        raise ValueError(f"no plan of {task!r}; say what to plan: comad plan {'|'.join(tasks)}.")
     from comad.plan.command import TASKS, plan
+    from comad.recipes import choices_help, take_defaults, with_students
 
-    kind, text = TASKS[task].kind, f"{plan_command.__doc__} {presets_help()}"
-    if task == "distill":
-        students = take_all(arguments, "--student")
-        config = _parse(kind, kind(recipe=distillation(arguments, students)), arguments, "comad plan", text)
-        config = replace(config, recipe=beside(config.recipe, students))
+    kind, about, default = TASKS[task].kind, _about(plan_command), tasks[task]
+    if default is None:
+        rest, students, recipe = take_defaults(arguments)
+        config = parse(kind, kind(recipe=recipe), rest, "comad plan", f"{about} {choices_help()}")
+        config = replace(config, recipe=with_students(config.recipe, students))
     else:
-        config = _dense(kind, kind(recipe=defaults[task](arguments)), arguments, plan_command.__doc__, "comad plan")
+        config = _dense(kind, kind(recipe=default(arguments)), arguments, about, "comad plan")
     _print(plan(task, config))
 
 
 def data_command(arguments: list[str]) -> None:
-    """Make data: comad data scenes --out FOLDER composes pictures of the bundled cut-outs, for segment and detect."""
+    """Make data: comad data scenes --out FOLDER composes images of the bundled cut-outs, for segment and detect."""
     from comad.data.scene_files import ScenesConfig, write_scenes
 
     name, *rest = arguments or [""]
     if name in ("-h", "--help"):
-        return _print(str(data_command.__doc__))
+        _print(_about(data_command))
+        return
     if name != "scenes":
         raise ValueError(f"no data {name!r}; say what to make: comad data scenes --out FOLDER.")
-    _print(write_scenes(_parse(ScenesConfig, None, rest, "comad data scenes", ScenesConfig.__doc__)))
+    _print(write_scenes(parse(ScenesConfig, None, rest, "comad data scenes")))
 
 
 def teachers_command(arguments: list[str]) -> None:
     """Look at teachers before a run: comad teachers list [WORD] | inspect TEACHER | compare TEACHER TEACHER ..."""
     if {"-h", "--help"} & set(arguments[:1]):
-        _print(f"{teachers_command.__doc__}\n\n`comad teachers inspect --help` lists the options of inspect.")
+        _print(f"{_about(teachers_command)}\n\n`comad teachers inspect --help` lists the options of inspect.")
         return
     from comad.evaluate.teachers import COMMANDS
 
@@ -207,7 +194,7 @@ def teachers_command(arguments: list[str]) -> None:
         raise ValueError(f"say what to do: comad teachers {'|'.join(COMMANDS)}.")
     kind, command = COMMANDS[name]
     about = (command.__doc__ or "").partition("Raises:")[0].strip()
-    _print(command(_parse(kind, None, rest, f"comad teachers {name}", about)))
+    _print(command(parse(kind, None, rest, f"comad teachers {name}", about)))
 
 
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
@@ -215,32 +202,56 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
     "evaluate": ("score any backbone: kNN and linear probe, or finetune, segment, detect", evaluate_command),
     "plan": ("what a run will cost, before it: time, memory, disk, FLOPs, here and on GPUs", plan_command),
-    "data": ("make pictures with many objects: scenes", data_command),
+    "data": ("make images with many objects: scenes", data_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
     "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
 }
 
 
-def _parse(kind: type, default: Any, arguments: list[str], program: str, description: str | None) -> Any:
-    import tyro
-
-    given = {} if default is None else {"default": default}
-    return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=arguments, prog=program, description=description, **given)
+def _first_word(arguments: list[str]) -> str | None:
+    """Take the first word away, unless it is an option."""
+    return arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
 
 
-def _dense(kind: type, default: Any, arguments: list[str], description: str | None, program: str) -> Any:
-    """The config of a dense evaluation, or of its plan; the backbone may stand first, without its flag."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--backbone", *arguments]
-    config = _parse(kind, default, arguments, program, description)
+def _backbone_first(arguments: list[str]) -> list[str]:
+    """The backbone may stand first, without its flag."""
+    return ["--backbone", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+def _load_plugins(arguments: list[str]) -> None:
+    from comad.runtime.slots import load_plugins
+
+    load_plugins(pop_all(arguments, "--plugin"))
+
+
+def _recorded(kind: type, arguments: list[str]) -> Any:
+    """The config in the file of ``--recipe``, which is taken away; None without one."""
+    from comad.runtime.recipe import read_recipe
+
+    file = pop_flag(arguments, "--recipe")
+    return read_recipe(kind, Path(file)) if file else None
+
+
+def _segmentation(arguments: list[str]) -> Any:
+    from comad.evaluate.segmentation.config import SegmentConfig, recipe
+
+    default = recipe(pop_flag(arguments, "--preset") or "ade20k", get_flag(arguments, "--head") or "upernet")
+    return _recorded(SegmentConfig, arguments) or default
+
+
+def _detection(arguments: list[str]) -> Any:
+    from comad.evaluate.detection.config import DetectConfig, recipe
+
+    return _recorded(DetectConfig, arguments) or recipe(pop_flag(arguments, "--preset") or "coco")
+
+
+def _dense(kind: type, default: Any, arguments: list[str], about: str, program: str = "comad evaluate") -> Any:
+    """The config of a dense evaluation, or of its plan."""
+    config = parse(kind, default, _backbone_first(arguments), program, about)
     recipe = getattr(config, "recipe", config)
     if not (recipe.backbone and recipe.data):
         raise ValueError(f"name a backbone and a folder: {program} segment|detect BACKBONE --data FOLDER.")
     return config
-
-
-def _dense_help(recipes: Iterable[str]) -> str:
-    return f"--preset {{{','.join(recipes)}}} and --recipe FILE.yaml choose the values that the options change."
 
 
 def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) -> None:
@@ -251,17 +262,23 @@ def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) ->
         _print("figures: " + ", ".join(map(str, draw(Path(config.run.out)))))
 
 
-def _print_help() -> None:
+def _about(command: Callable[..., Any], recipes: Any = ()) -> str:
+    """What ``--help`` says of a verb."""
+    text = (command.__doc__ or "").strip()
+    if not recipes:
+        return text
+    return f"{text} --preset {{{','.join(recipes)}}} and --recipe FILE.yaml choose the values that the options change."
+
+
+def _print_help() -> int:
     lines = [f"  {verb:10} {text}" for verb, (text, _) in VERBS.items()]
-    _print(
-        "\n".join(
-            ["Distil several frozen self-supervised vision teachers into one compact student.", "", USAGE, "", *lines]
-        )
-    )
+    title = "Distil several frozen vision teachers into one compact student."
+    return _print("\n".join([title, "", USAGE, "", *lines]))
 
 
-def _print(text: str) -> None:
+def _print(text: str) -> int:
     sys.stdout.write(text + "\n")
+    return 0
 
 
 def _fail(message: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from comad.presets import METHODS
 
-MASKS = "comad --method.masking.student {} --method.masking.teachers {} {} {}"
+MASKS = "comad --masking.mask-ratio {} --masking.teacher-mask-ratios {} {} {}"
 
 ABLATIONS: dict[str, Mapping[str, str]] = {
     "gate": {

@@ -17,7 +17,7 @@ class CompareConfig:
 
     Args:
         presets: the methods; each a preset, or in quotes a preset with options of `comad distill`, such as
-            "comad --method.masking.student 0.8".
+            "comad --masking.mask-ratio 0.8".
         ablation: gate, masks, losses or teachers: the rows of the paper's Tables 6, 5, 3 and 4.
         teacher_sets: subsets of --teachers, each the names with commas between, such as mae,ibot; the beginning of a
             name will do. Left out: all teachers together.

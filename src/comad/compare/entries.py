@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import tyro
-
 from comad import presets
 from comad.compare.ablations import ABLATIONS, OURS
 from comad.compare.config import CompareConfig
 from comad.distill.config import DistillConfig
+from comad.recipes import parse_distillation
 from comad.runtime.spelling import hint
 
 Kind = Literal["student", "teacher", "untrained", "supervised", "pixels"]
@@ -74,11 +73,11 @@ def _check(config: CompareConfig) -> None:
         raise ValueError("--run.seed is one of many here; pass --seeds.")
     if recipe.run.devices > 1:
         raise ValueError("a comparison runs in one process; leave out --run.devices.")
-    if recipe.beside:
-        raise ValueError("a row has one student; leave `beside` out of the recipe.")
+    if recipe.extra_students:
+        raise ValueError("a row has one student; leave `extra_students` out of the recipe.")
     if recipe.method != presets.METHODS["comad"]:
         raise ValueError(
-            'methods come from --presets; change one there, as in --presets "comad --method.masking.student 0.8".'
+            'methods come from --presets; change one there, as in --presets "comad --masking.mask-ratio 0.8".'
         )
 
 
@@ -107,17 +106,12 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     """
     name, *options = shlex.split(text) or [""]
     method = presets.recipe(name, demo=True).method
-    specs = specs[:1] if method.single else specs
+    specs = specs[:1] if method.single_teacher else specs
     plain = replace(config.recipe.with_method(method, text), teachers=specs)
-    own = _with_options(type(plain), plain, options)
+    own = parse_distillation(options, f"--presets {name}", base=plain)
     if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
         raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")
     return ComparisonRow(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
-
-
-def _with_options(kind: type, plain: DistillConfig, options: Sequence[str]) -> DistillConfig:
-    """A config with options of `comad distill` applied to it."""
-    return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=options, default=plain, prog=f"--presets {plain.preset}")
 
 
 def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:

@@ -27,10 +27,10 @@ from comad.evaluate.views import device, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_on_grid, load_teacher
 from comad.runtime.checkpoint import checkpoints
-from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
+from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version
-from comad.runtime.train import RunConfig
+from comad.runtime.run import RunConfig
 
 ROLES: dict[Kind, Role] = {
     "student": "student",
@@ -39,9 +39,6 @@ ROLES: dict[Kind, Role] = {
     "supervised": "student",
     "pixels": "pixels",
 }
-
-SAME_RESULT = ("cache_teachers", "cache_folder", "teachers_in", "beside")
-"""Options of a distillation that change its cost alone."""
 
 
 class TrainedModel(NamedTuple):
@@ -232,11 +229,11 @@ def _no_training() -> dict[str, Any]:
 
 def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
     """What a result depends on, as nested plain values; teachers apart, by their weights."""
-    plain = identity_of(config, "split", "preset", "teachers", *SAME_RESULT)
+    plain = identity_of(config)
     del plain["run"]["seed"]
     if not config.cache_teachers:
         plain["cache_storage"] = "computed"
-    return plain if kind == "student" else {name: plain[name] for name in ("data", "student", "run")}
+    return plain if kind == "student" else {name: plain[name] for name in ("student", "run")}
 
 
 def digest_of(plain: Any) -> str:

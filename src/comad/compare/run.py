@@ -13,10 +13,9 @@ import torch
 
 from comad.compare.config import CompareConfig
 from comad.compare.entries import ComparisonRow, list_entries
-from comad.compare.measure import SAME_RESULT, RowRun, digest_of, measure
+from comad.compare.measure import RowRun, digest_of, measure
 from comad.compare.table import markdown, tabulate, write_table
 from comad.data.images import Splits, load_images
-from comad.distill.parts import check
 from comad.evaluate.finetune import check as check_finetune
 from comad.evaluate.scoreboard import shortage
 from comad.evaluate.scores import Scores
@@ -24,7 +23,7 @@ from comad.evaluate.tuning import FinetuneConfig
 from comad.models.teachers import load_on_grid
 from comad.report.figures import comparison_figure
 from comad.runtime.checkpoint import differences
-from comad.runtime.job import identity_of
+from comad.runtime.options import identity_of
 from comad.runtime.recipe import read_recipe, write_recipe
 
 RECORD = "comparison.yaml"
@@ -46,7 +45,7 @@ def compare(config: CompareConfig) -> str:
     _check_data(config, splits)
     for entry in entries:
         if entry.kind == "student":
-            check(entry.config, splits)
+            entry.config.check(len(splits.train))
     hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
     out = _open(config)
     results: list[dict[int, Scores]] = [{} for _ in entries]
@@ -108,9 +107,10 @@ def _open(config: CompareConfig) -> Path:
 
 def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
-    plain = identity_of(config.recipe, "split", "preset", *SAME_RESULT)
+    plain = identity_of(config.recipe)
     del plain["run"]["seed"]
-    return {**plain, "ablation": config.ablation or "none"}
+    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers)}
+    return {**plain, **own, "ablation": config.ablation or "none"}
 
 
 def _scores(measured: Scores) -> str:

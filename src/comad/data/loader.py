@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from comad.data.images import ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
+from comad.runtime.options import COMMON, NO_EFFECT
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
@@ -59,8 +60,8 @@ class LoaderConfig:
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
     """
 
-    workers: int = -1
-    fixed_views: int = 0
+    workers: int = field(default=-1, metadata=COMMON | NO_EFFECT)
+    fixed_views: int = field(default=0, metadata=COMMON)
 
     def __post_init__(self) -> None:
         if self.fixed_views < 0:
@@ -234,3 +235,38 @@ def _tell_unreadable(name: str, count: int) -> None:
     sys.stderr.write(
         f"comad: {count} unreadable images of {name} are scored as white pictures; restore or remove them.\n"
     )
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """All batches of a run in their order, for `comad.runtime.trainer.Trainer`.
+
+    Args:
+        dataset: gives a batch of one for (view number, image).
+        num_images: of the training set.
+        image_name: number of an image → its file.
+        batch_size: over all processes.
+        seed: of the order.
+        config: how they are read.
+        collate: makes a batch of samples; None: torch's way.
+    """
+
+    dataset: Dataset
+    num_images: int
+    image_name: Callable[[int], str]
+    batch_size: int
+    seed: int
+    config: LoaderConfig
+    collate: Callable[[list], Any] | None = None
+
+    def load(self, first: int, last: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+        """The share of one process in the batches from ``first`` up to ``last``, read ahead of the training process."""
+        order = EpochBatches(
+            self.num_images,
+            self.batch_size,
+            self.seed,
+            (first, last),
+            fixed_views=self.config.fixed_views,
+            share=(rank, world_size),
+        )
+        return training_batches(self.dataset, order, self.config, self.collate)

@@ -1,102 +1,21 @@
-"""The five slots of a method, and a whole distillation run."""
+"""What a distillation is made of: the options of `comad distill`, and of recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from comad.data.loader import LoaderConfig
-from comad.distill.aligners import Aligner, Frozen
-from comad.distill.fusion import Fusion, Gate
-from comad.distill.heads import Student
-from comad.distill.masking import Masking
-from comad.distill.normalize import Normalize, Plain
-from comad.distill.objectives import Term, Which
-from comad.distill.taps import Reads, Tap
-from comad.distill.teacher_store import Storage
+from comad.distill.method import Method
 from comad.models.quantized import Quantized
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
-from comad.runtime.train import RunConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A method of distillation: what is seen and read, how teachers are aligned and fused, what is compared.
-
-    Args:
-        masking: which patches student and teachers see.
-        tap: where teachers and student are read.
-        normalize: what is done to the teachers' tokens first.
-        aligner: how teacher tokens and student tokens come to one width.
-        fusion: how teachers become one target, or their losses one loss.
-        terms: name → distance between student and target.
-        single: it is made for one teacher.
-        decoder_width, decoder_depth, decoder_heads: of the decoder that fills in patches dropped by the student, and
-            of the one that paints pixels.
-        decoder_fills: ``hidden``: visible patches come from the encoder; ``all``: the decoder gives every patch.
-        queue: targets that a term over the queue keeps.
-    """
-
-    masking: Masking = field(default_factory=Masking)
-    tap: Tap = field(default_factory=Tap)
-    normalize: Normalize = field(default_factory=Plain)
-    aligner: Aligner = field(default_factory=Frozen)
-    fusion: Fusion = field(default_factory=Gate)
-    terms: Mapping[str, Term] = field(
-        default_factory=lambda: {
-            "token": Term(where="visible", temperature=10.0),
-            "spatial": Term(where="all", cls=False, temperature=10.0),
-        }
-    )
-    single: bool = False
-    decoder_width: int = 128
-    decoder_depth: int = 1
-    decoder_heads: int = 4
-    decoder_fills: Literal["hidden", "all"] = "hidden"
-    queue: int = 4096
-
-    def __post_init__(self) -> None:
-        terms, whole = self.active.values(), self.masking.policy == "none"
-        if any(term.over_attention for term in terms) and not whole:
-            raise ValueError("attention is compared on whole images; set --method.masking.policy none.")
-        if any(term.over == "pixels" for term in terms) and whole:
-            raise ValueError("pixels are painted where patches are hidden; set --method.masking.policy shared.")
-        if any(term.over == "pixels" for term in terms) and self.masking.hidden != "drop":
-            raise ValueError("pixels are painted of what the student sees alone; set --method.masking.hidden drop.")
-        if self.tap.decoder and self.masking.teachers_hidden != "drop":
-            raise ValueError("a decoder fills in what was left out; set --method.masking.teachers-hidden drop.")
-
-    @property
-    def active(self) -> dict[str, Term]:
-        """The terms that have weight."""
-        return {name: term for name, term in self.terms.items() if term.weight}
-
-    @property
-    def reads(self) -> Reads:
-        """What the teachers have to give."""
-        whose = {term.teachers for term in self.active.values() if term.over_attention}
-        return Reads(self.tap, 0 if not whose else 1 if whose == {"first"} else -1)
-
-    def chosen(self, which: Which, num_teachers: int) -> range:
-        """Numbers of the teachers that a term listens to."""
-        first, last = {"all": (0, num_teachers), "first": (0, 1), "rest": (1, num_teachers)}[which]
-        return range(first, last)
-
-    @property
-    def num_rungs(self) -> int:
-        """Places that the heads of a ladder stand on; 1 without a ladder."""
-        return self.aligner.rungs if isinstance(self.aligner, Student) and self.aligner.form == "ladder" else 1
-
-    @property
-    def calibration_images(self) -> int:
-        """Images that something is fitted on before the run."""
-        return max(self.normalize.calibration_images, self.aligner.calibration_images)
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +23,12 @@ class Augment:
     """One random resized crop and flip shared by student and teachers; colours change for the student alone.
 
     Args:
-        crop_scale: smallest and largest share of the picture's area.
+        crop_scale: smallest and largest share of the image's area.
         jitter: strength of brightness, contrast and saturation changes; hue changes by a quarter of it.
     """
 
-    crop_scale: tuple[float, float] = (0.25, 1.0)
-    jitter: float = 0.4
+    crop_scale: tuple[float, float] = field(default=(0.25, 1.0), metadata=COMMON)
+    jitter: float = field(default=0.4, metadata=COMMON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +39,15 @@ class DistillConfig:
         data: a folder of images, or the name of a bundled set.
         teachers: each a bundled name, NAME=FILE, or a timm model name.
         student: the network to train.
-        beside: further students that learn from the same teacher passes, each as if it were alone.
-        method: the five slots; start from a preset and change single values.
+        extra_students: further students that learn from the same teacher passes, each as if it were alone.
+        method: what fills the slots; start from a preset and change single values.
         augment: the views.
         loader: how images are read.
         optim: the optimiser and how long it runs.
         run: where the run lives.
         preset: where the method came from, for cards and tables.
         split: images of the scores at the end: test, or val while choices are still made; none: no scores.
-        cache_teachers: keep what the teachers say on disk and use it again; exact, and needs --loader.fixed-views.
+        cache_teachers: keep the teachers' outputs on disk and use them again; exact, and needs --loader.fixed-views.
         cache_folder: where. A folder that is named stays, and other runs use what they share with this one; empty: in
             the run's folder, and removed when the run is done.
         cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
@@ -139,25 +58,29 @@ class DistillConfig:
         teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512; with AMX bf16 is faster) and
             ``fp8`` (GPUs such as H100) need --compile; how near their tokens are to those of bf16 is measured at the
             start and said.
+        plugin: Python files with members of slots of your own.
     """
 
-    data: str = "stamps"
-    teachers: tuple[str, ...] = ("mae-stamps", "mocov3-stamps", "ibot-stamps")
+    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
+    teachers: tuple[str, ...] = field(
+        default=("mae-stamps", "mocov3-stamps", "ibot-stamps"), metadata=COMMON | NO_EFFECT
+    )
     student: VitConfig = field(default_factory=VitConfig)
-    beside: tuple[VitConfig, ...] = ()
-    method: Method = field(default_factory=Method)
+    extra_students: tyro.conf.Suppress[tuple[VitConfig, ...]] = field(default=(), metadata=NO_EFFECT)
+    method: Annotated[Method, tyro.conf.arg(name="")] = field(default_factory=Method)
     augment: Augment = field(default_factory=Augment)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    split: Literal["test", "val", "none"] = "test"
-    cache_teachers: bool = False
-    cache_folder: str = ""
-    cache_storage: Storage = "computed"
-    teachers_in: Literal["memory", "offload"] = "memory"
-    compile: bool = False
+    split: Literal["test", "val", "none"] = field(default="test", metadata=COMMON | NO_EFFECT)
+    cache_teachers: bool = field(default=False, metadata=COMMON | NO_EFFECT)
+    cache_folder: str = field(default="", metadata=NO_EFFECT)
+    cache_storage: Literal["computed", "int8"] = "computed"
+    teachers_in: Literal["memory", "offload"] = field(default="memory", metadata=NO_EFFECT)
+    compile: bool = field(default=False, metadata=COMMON)
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
-    preset: tyro.conf.Suppress[str] = "comad"
+    preset: tyro.conf.Suppress[str] = field(default="comad", metadata=NO_EFFECT)
+    plugin: tyro.conf.Suppress[tuple[str, ...]] = field(default=(), metadata=NO_EFFECT)
 
     def with_method(self, method: Method, preset: str) -> DistillConfig:
         """The same recipe for a method; its teachers are cached only if what they see repeats."""
@@ -167,7 +90,7 @@ class DistillConfig:
     @property
     def students(self) -> tuple[VitConfig, ...]:
         """All students."""
-        return (self.student, *self.beside)
+        return (self.student, *self.extra_students)
 
     @property
     def student_folders(self) -> tuple[str, ...]:
@@ -175,11 +98,15 @@ class DistillConfig:
         names = [student.name for student in self.students]
         counts = [names[:place].count(name) for place, name in enumerate(names)]
         several = [name if not count else f"{name}-{count + 1}" for name, count in zip(names, counts, strict=True)]
-        return tuple(several) if self.beside else ("",)
+        return tuple(several) if self.extra_students else ("",)
+
+    def alone(self, number: int, run: RunConfig) -> DistillConfig:
+        """The config that one of the students would have in a run of its own."""
+        return replace(self, student=self.students[number], extra_students=(), run=run)
 
     @property
     def cache_in(self) -> Path:
-        """Folder of the teacher cache."""
+        """Folder of the cache of teacher outputs."""
         return Path(self.cache_folder or Path(self.run.out) / "teacher-cache").expanduser()
 
     @property
@@ -199,3 +126,29 @@ class DistillConfig:
         if self.teachers_in == "memory":
             return None
         return next(folder for folder in Path(self.run.out).absolute().parents if folder.is_dir())
+
+    def check(self, num_images: int) -> None:
+        """Say what is wrong before anything is loaded.
+
+        Raises:
+            ValueError: options that contradict each other, or too few images for a batch.
+        """
+        if self.cache_teachers and not self.loader.fixed_views:
+            raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
+        batch = self.optim.batch_size * self.optim.accumulate
+        if num_images < batch:
+            raise ValueError(
+                f"{num_images} training images in {self.data!r} are too few for a batch of {batch}; add images or set "
+                f"--optim.batch-size {max(1, num_images // self.optim.accumulate)}."
+            )
+        if self.quantized and self.teachers_in == "offload":
+            raise ValueError(
+                f"--teacher-precision {self.quantized} keeps teachers in memory, at half the room; leave out "
+                "--teachers-in offload."
+            )
+        if self.cache_teachers and not self.method.masking.repeats:
+            option = "mixup" if self.method.masking.mixup else "mask-ratio-end"
+            raise ValueError(
+                "--cache-teachers needs images and masks that repeat; add --no-cache-teachers, or leave out "
+                f"--masking.{option}."
+            )

@@ -1,43 +1,91 @@
-"""How teachers become one target, or their losses one loss. Add one: a frozen dataclass, its name in `Fusion`."""
+"""Slot `fusion`: how teachers become one target, or their losses one loss. Yours: subclass `Fusion`."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.distill.relations import cosine_rows
+from comad.runtime.slots import Slot
 
 
 class Pair(NamedTuple):
-    """What the student says and what it is to say. ``weight`` is 0 where the pair must not be compared."""
+    """What the student gives and what it is to give.
 
-    prediction: Float[Tensor, "B n K"]
-    target: Float[Tensor, "B n K"]
+    Attributes:
+        prediction, target: (B, n, K); K may be several axes.
+        valid: where there is a target.
+        weight: of the comparison, by the fusion; 0 where it is not valid.
+    """
+
+    prediction: Float[Tensor, "B n *K"]
+    target: Float[Tensor, "B n *K"]
+    valid: Bool[Tensor, "B n"]
     weight: Float[Tensor, "B n"] | Bool[Tensor, "B n"]
 
 
-class Joined(NamedTuple):
-    """Pairs to compare: one whose target is fused, or one per teacher; and each teacher's share of a position."""
-
-    pairs: tuple[Pair, ...]
-    shares: Float[Tensor, "M B n"]
-
-
-class Fused(NamedTuple):
-    """One target token per position; ``weights`` are the teachers' shares, 0 where a teacher did not see the token."""
-
-    target: Float[Tensor, "B n D"]
-    weights: Float[Tensor, "M B n"]
+Fused = tuple[list[Pair], Tensor]
+"""The pairs to compare, one if the targets were fused, else one per teacher; and each teacher's share, (M, B, n)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
+class Fusion(Slot, slot="fusion"):
+    """Makes of one pair per teacher one pair with a fused target (``one_target``), or weighs the pairs.
+
+    Attributes:
+        one_target: all teachers are compared with the same prediction.
+    """
+
+    one_target: ClassVar[bool] = False
+
+    def build(self, widths: Sequence[int]) -> nn.Module:
+        """What it trains; ``widths`` are the channels of what is compared, one entry per teacher."""
+        return nn.Module()
+
+    @abstractmethod
+    def __call__(self, state: Any, pairs: Sequence[Pair]) -> Fused:
+        """Fuse or weigh. A position that no teacher saw has weight 0."""
+
+    def reweigh(
+        self, losses: Float[Tensor, "M B"], has_target: Bool[Tensor, "M B"], noise: Float[Tensor, "B M"]
+    ) -> Float[Tensor, "M B"] | None:
+        """Factors of the losses of each teacher on each image, from the losses themselves; None: as they are.
+
+        Args:
+            losses: sum of the objectives, without gradient.
+            has_target: whether the teacher has a target there at all.
+            noise: uniform in [0, 1), of the sample.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Fusion, name="mean"):
+    """The plain mean of the teachers that saw the token.
+
+    Args:
+        renormalize: normalise the fused token over its channels again, for a mean of unlike vectors is short.
+    """
+
+    one_target: ClassVar[bool] = True
+    renormalize: bool = False
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """See `Fusion`."""
+        teachers, valid = stack_pairs(pairs)
+        weights = (valid / valid.sum(dim=0).clamp(min=1)).to(teachers.dtype)
+        return fuse(pairs[0].prediction, teachers, weights, valid, self.renormalize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Fusion, name="gate"):
     """The consensus gate (arXiv:2508.04816, "Joint Teachers Consensus Gating"); it has no parameters.
 
     Args:
@@ -45,26 +93,22 @@ class Gate:
         consensus: score it by its mean cosine to the other teachers that saw the token.
         temperature: of the softmax over teachers.
         detached: let no gradient through the weights.
-        renormalise: normalise the fused token over its channels again, for a mean of unlike vectors is short.
+        renormalize: normalise the fused token over its channels again, for a mean of unlike vectors is short.
     """
 
-    kind: Literal["gate"] = "gate"
+    one_target: ClassVar[bool] = True
     affinity: bool = True
     consensus: bool = True
     temperature: float = 0.1
     detached: bool = True
-    renormalise: bool = False
+    renormalize: bool = False
 
-    def __call__(
-        self, student: Float[Tensor, "B n D"], teachers: Float[Tensor, "M B n D"], valid: Bool[Tensor, "M B n"]
-    ) -> Fused:
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
         """Weigh the teachers per token. A token that no teacher saw gets target 0 and weights 0."""
+        (teachers, valid), student = stack_pairs(pairs), pairs[0].prediction
         scores = self.scores(student, teachers, valid) / self.temperature
         weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=0) * valid  # α
-        if self.detached:
-            weights = weights.detach()
-        target = (weights.unsqueeze(-1) * teachers).sum(dim=0)  # not einsum: autocast would round it to bfloat16
-        return Fused(F.layer_norm(target, target.shape[-1:]) if self.renormalise else target, weights)
+        return fuse(student, teachers, weights.detach() if self.detached else weights, valid, self.renormalize)
 
     def scores(
         self, student: Float[Tensor, "B n D"], teachers: Float[Tensor, "M B n D"], valid: Bool[Tensor, "M B n"]
@@ -82,47 +126,89 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
-    """The plain mean of the teachers that saw the token."""
+class Sum(Fusion, name="sum"):
+    """The sum of the teachers' losses, each where it saw the token."""
 
-    kind: Literal["mean"] = "mean"
-    renormalise: bool = False
-
-    def __call__(
-        self, student: Float[Tensor, "B n D"], teachers: Float[Tensor, "M B n D"], valid: Bool[Tensor, "M B n"]
-    ) -> Fused:
-        """See `Gate`."""
-        weights = valid / valid.sum(dim=0).clamp(min=1)
-        target = (weights.to(teachers.dtype).unsqueeze(-1) * teachers).sum(dim=0)
-        return Fused(F.layer_norm(target, target.shape[-1:]) if self.renormalise else target, weights)
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """See `Fusion`."""
+        return weigh(pairs, torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossGate:
+class LossGate(Fusion, name="loss-gate"):
     """The consensus gate as weights of the losses: each teacher is met in its own space, which needs no common basis.
 
     A teacher's score is the cosine of the student's prediction to its token, plus its agreement with the others: the
-    mean cosine between its and their row of cosines from this token to the tokens that both saw.
+    mean cosine between its and their row of cosines from this token to the tokens that both saw. No gradient passes
+    through the weights.
 
     Args:
-        affinity, consensus, temperature: see `Gate`. No gradient passes through the weights.
+        affinity: score a teacher by its cosine to the student's prediction.
+        consensus: score it by its agreement with the other teachers.
+        temperature: of the softmax over teachers.
     """
 
-    kind: Literal["loss-gate"] = "loss-gate"
     affinity: bool = True
     consensus: bool = True
     temperature: float = 0.1
 
     @torch.no_grad()
-    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
         """Weights of the losses, 0 where a teacher did not see the token, else with sum 1 over the teachers."""
+        valid = torch.stack([pair.valid for pair in pairs])
         scores = torch.zeros(valid.shape, dtype=pairs[0].target.dtype, device=valid.device)
         if self.affinity:
             scores = scores + torch.stack([F.cosine_similarity(pair.prediction, pair.target, dim=-1) for pair in pairs])
         if self.consensus:
             scores = scores + agreement([pair.target for pair in pairs], valid)
         scores = (scores / self.temperature).masked_fill(~valid, torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=0) * valid
+        return weigh(pairs, scores.softmax(dim=0) * valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropEasiest(Fusion, name="drop-easiest"):
+    """Teacher dropping (arXiv:2408.05088): of each image the teacher with the largest loss stays, others by chance.
+
+    The loss is the mean over those that stay, so that its size does not depend on the chance.
+
+    Args:
+        probability: of leaving out a teacher that is not the hardest.
+    """
+
+    probability: float = 0.5
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """Weight 1 where a teacher saw the token."""
+        return weigh(pairs, torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype))
+
+    def reweigh(
+        self, losses: Float[Tensor, "M B"], has_target: Bool[Tensor, "M B"], noise: Float[Tensor, "B M"]
+    ) -> Float[Tensor, "M B"] | None:
+        """One decision per image: factors with sum 1 over the teachers that stay."""
+        if len(losses) == 1:
+            return None
+        hardest = losses.masked_fill(~has_target, -1.0).argmax(dim=0)
+        stays = (self.probability <= noise.T).scatter(0, hardest.unsqueeze(0), True) & has_target
+        return stays / stays.sum(dim=0).clamp(min=1)
+
+
+def stack_pairs(pairs: Sequence[Pair]) -> tuple[Float[Tensor, "M B n D"], Bool[Tensor, "M B n"]]:
+    """Targets and validity of all teachers, for a fusion of targets."""
+    return torch.stack([pair.target for pair in pairs]).float(), torch.stack([pair.valid for pair in pairs])
+
+
+def fuse(student: Tensor, teachers: Tensor, weights: Tensor, valid: Tensor, renormalize: bool = False) -> Fused:
+    """One pair, whose target is the weighted sum over the teachers."""
+    target = (weights.unsqueeze(-1) * teachers).sum(dim=0)  # not einsum: autocast would round it to bfloat16
+    target = F.layer_norm(target, target.shape[-1:]) if renormalize else target
+    anywhere = valid.any(dim=0)
+    return [Pair(student, target, anywhere, anywhere)], weights
+
+
+def weigh(pairs: Sequence[Pair], weights: Float[Tensor, "M B n"]) -> Fused:
+    """One pair per teacher, with these weights."""
+    weighed = [pair._replace(weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+    return weighed, weights / weights.sum(dim=0).clamp(min=1e-12)
 
 
 def agreement(targets: Sequence[Tensor], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
@@ -139,66 +225,3 @@ def agreement(targets: Sequence[Tensor], valid: Bool[Tensor, "M B n"]) -> Float[
                 total[teacher] += cosine * both
                 count[teacher] += both
     return total / count.clamp(min=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sum:
-    """The sum of the teachers' losses, each where it saw the token."""
-
-    kind: Literal["sum"] = "sum"
-
-    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
-        """Weight 1 where a teacher saw the token."""
-        return valid.to(pairs[0].target.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DropEasiest:
-    """Teacher dropping (arXiv:2408.05088): of each image the teacher with the largest loss stays, others by chance.
-
-    The loss is the mean over those that stay, so that its size does not depend on the chance.
-
-    Args:
-        probability: of leaving out a teacher that is not the hardest.
-    """
-
-    kind: Literal["drop-easiest"] = "drop-easiest"
-    probability: float = 0.5
-
-    def __call__(self, pairs: Sequence[Pair], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
-        """Weight 1 where a teacher saw the token."""
-        return valid.to(pairs[0].target.dtype)
-
-    def keep(
-        self, losses: Float[Tensor, "M B"], speaks: Bool[Tensor, "M B"], chance: Float[Tensor, "M B"]
-    ) -> Float[Tensor, "M B"]:
-        """Factors of the losses of each image, with sum 1 over the teachers that stay.
-
-        Args:
-            losses: of each teacher on each image.
-            speaks: whether the teacher has a token there at all.
-            chance: uniform in [0, 1).
-        """
-        hardest = losses.masked_fill(~speaks, -1.0).argmax(dim=0)
-        stays = (chance >= self.probability).scatter(0, hardest.unsqueeze(0), True) & speaks
-        return stays / stays.sum(dim=0).clamp(min=1)
-
-
-Fusion = Gate | Mean | LossGate | Sum | DropEasiest
-
-
-def fuses_targets(fusion: Fusion) -> bool:
-    """Whether teachers are fused before the comparison, so that there is one target."""
-    return isinstance(fusion, Gate | Mean)
-
-
-def join(fusion: Fusion, pairs: Sequence[Pair]) -> Joined:
-    """Fuse the targets of pairs with the same prediction into one pair, or weigh the pairs."""
-    valid = torch.stack([pair.weight for pair in pairs]).bool()
-    if isinstance(fusion, Gate | Mean):
-        student = pairs[0].prediction
-        target, weights = fusion(student, torch.stack([pair.target for pair in pairs]).float(), valid)
-        return Joined((Pair(student, target, valid.any(dim=0)),), weights)
-    weights = fusion(pairs, valid)
-    weighed = tuple(pair._replace(weight=weight) for pair, weight in zip(pairs, weights, strict=True))
-    return Joined(weighed, weights / weights.sum(dim=0).clamp(min=1e-12))

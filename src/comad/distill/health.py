@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,50 +19,49 @@ CONSTANT_COSINE = 0.98
 """Tokens of different images that are this alike are one and the same token."""
 
 
-class Evidence(NamedTuple):
-    """Detached tokens of a few images, one position of each; what the health numbers are computed from."""
-
-    student: Float[Tensor, "b D"]
-    target: Float[Tensor, "b K"]
-    weights: Float[Tensor, "M B n"]
-
-    @classmethod
-    def take(
-        cls,
-        student: Float[Tensor, "B N D"],
-        target: Float[Tensor, "B N K"],
-        weights: Float[Tensor, "M B N1"],
-        valid: Bool[Tensor, "B N"],
-    ) -> Evidence:
-        """Take the patch of each image that is nearest to the middle of those with a target."""
-        distance = (torch.arange(valid.shape[1], device=valid.device) - valid.shape[1] // 2).abs()
-        position = torch.where(valid[:MAX_IMAGES], distance, valid.shape[1]).argmin(dim=1)
-        rows = torch.arange(len(position), device=valid.device)
-        return cls(student.detach()[rows, position], target.detach()[rows, position], weights.detach())
+def central_patches(valid: Bool[Tensor, "B N"], *tokens: Float[Tensor, "B N _"]) -> tuple[Float[Tensor, "b _"], ...]:
+    """Of a few images the patch that is nearest to the middle of those with a target, detached."""
+    distance = (torch.arange(valid.shape[1], device=valid.device) - valid.shape[1] // 2).abs()
+    position = torch.where(valid[:MAX_IMAGES], distance, valid.shape[1]).argmin(dim=1)
+    rows = torch.arange(len(position), device=valid.device)
+    return tuple(part.detach()[rows, position] for part in tokens)
 
 
-def health_metrics(evidence: Evidence) -> dict[str, Tensor]:
+def health_metrics(
+    student: Float[Tensor, "b D"], target: Float[Tensor, "b K"], shares: Float[Tensor, "M B n"]
+) -> dict[str, Tensor]:
     """Numbers for the log.
 
     ``*_information``: mean KL of a token's softmax from the mean softmax, in nats: 0 when all images look alike.
     ``*_cosine``: mean cosine between tokens of different images. ``*_rank``: effective rank. ``*_std``: mean over
     channels of the standard deviation over images. ``gate_entropy``: of the teachers' weights, as a share of its
-    maximum. ``share_m``: mean weight of teacher m.
+    maximum.
+
+    Args:
+        student, target: tokens of several images, see `central_patches`.
+        shares: of the teachers at every position.
     """
     metrics = {}
-    for name, tokens in (("student", evidence.student.float()), ("target", evidence.target.float())):
+    for name, tokens in (("student", student.float()), ("target", target.float())):
         metrics[f"{name}_information"] = information(tokens)
         metrics[f"{name}_cosine"] = cross_image_cosine(tokens)
         metrics[f"{name}_rank"] = effective_rank(tokens)
         metrics[f"{name}_std"] = tokens.std(dim=0).mean()
-    weights = evidence.weights.float().flatten(1)
-    total = weights.sum(dim=0)
-    counted = (total > 0).sum().clamp(min=1)
-    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=0).sum() / counted
+    weights = shares.float().flatten(1)
+    entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=0).sum() / counted(weights)
     metrics["gate_entropy"] = entropy / torch.tensor(float(max(2, len(weights)))).log()
-    for m, share in enumerate(weights.sum(dim=1) / counted):
-        metrics[f"share_{m}"] = share
     return metrics
+
+
+def mean_shares(shares: Float[Tensor, "M B n"]) -> Float[Tensor, " M"]:
+    """Mean share of each teacher over the positions with a target."""
+    weights = shares.float().flatten(1)
+    return weights.sum(dim=1) / counted(weights)
+
+
+def counted(weights: Float[Tensor, "M k"]) -> Tensor:
+    """Positions at which a teacher counts."""
+    return (weights.sum(dim=0) > 0).sum().clamp(min=1)
 
 
 def information(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
@@ -72,7 +71,7 @@ def information(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
     return (p * (log_p - p.mean(dim=0).clamp(min=1e-12).log())).sum(dim=1).mean()
 
 
-class Watch:
+class CollapseDetector:
     """Compares the health numbers with those of the start, and words the warning.
 
     Args:

@@ -1,8 +1,9 @@
-"""What the student and each teacher see. Add a policy of masks: a function, an entry in `POLICIES`."""
+"""Slot `masking`: which patches student and teachers see. Members are policies; yours: subclass `HidingPatches`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from comad.models.backbone import Hidden, random_visible, visible_map
+from comad.models.teachers import Teacher
+from comad.runtime.slots import Slot
 
 Visible = Int[Tensor, "B V"] | None
 
@@ -21,12 +24,12 @@ class Masks(NamedTuple):
     Attributes:
         student: one row per image, or several: all images under the first mask, then all under the next.
         teachers: one entry per teacher.
-        chance: uniform in [0, 1), for what a step leaves to chance about an image and a teacher.
+        noise: uniform in [0, 1), for what a fusion leaves to chance about an image and a teacher.
     """
 
     student: Visible
     teachers: tuple[Visible, ...]
-    chance: Float[Tensor, "B M"] | None = None
+    noise: Float[Tensor, "B M"] | None = None
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
@@ -38,50 +41,19 @@ class Masks(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masking:
-    """Asymmetric masks (arXiv:2508.04816, "Asymmetric Masking"), and mixup.
+class Masking(Slot, slot="masking"):
+    """What the networks see of an image.
 
     Args:
-        policy: ``superset``: a teacher sees what the student sees and its own part of the rest; ``independent``: masks
-            drawn apart, as the paper has it; ``shared``: teachers see what the student sees; ``disjoint``: the student
-            sees each image twice, with no patch in common, the teachers see all; ``none``: all see all.
-        student: share of patches hidden from the student.
-        student_end: share hidden from it at the end of the run, if not the same; linear in between.
-        unmasked_share: share of the steps in which the student sees whole images; the teachers' masks stay.
-        teachers: share hidden from each teacher, in their order; the last one repeats for further teachers.
-        hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
-            decoder fills them in, ``token`` puts a learnt token in their place, ``zero`` multiplies them by 0.
-        teachers_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
         mixup: blend each image with its neighbour in the batch (arXiv:1710.09412), for all networks by the same share.
     """
 
-    policy: Literal["superset", "independent", "shared", "disjoint", "none"] = "superset"
-    student: float = 0.75
-    student_end: float | None = None
-    unmasked_share: float = 0.0
-    teachers: tuple[float, ...] = (0.5, 0.4, 0.3)
-    hidden: Hidden = "drop"
-    teachers_hidden: Literal["drop", "zero"] = "drop"
     mixup: bool = False
-
-    def __post_init__(self) -> None:
-        students = [self.student, *([] if self.student_end is None else [self.student_end])]
-        for ratio in (*students, *self.teachers):
-            if not 0 <= ratio < 1:
-                raise ValueError(f"a mask ratio is the hidden share, at least 0 and below 1; got {ratio}.")
-        if not 0 <= self.unmasked_share <= 1:
-            raise ValueError(f"the share of unmasked steps is between 0 and 1; got {self.unmasked_share}.")
-        if self.policy == "superset" and min(students) < max(self.teachers):
-            raise ValueError(
-                f"superset masks need a student ratio ({min(students)}) of at least each teacher's {self.teachers}."
-            )
-        if self.policy == "disjoint" and min(students) < 0.5:
-            raise ValueError(f"two disjoint masks need a student ratio of at least 0.5; got {min(students)}.")
 
     @property
     def repeats(self) -> bool:
-        """Whether the teachers see the same again whenever a view comes again."""
-        return self.student_end is None and not self.mixup
+        """Whether the teachers see the same again whenever a view comes again, so that their outputs can be cached."""
+        return not self.mixup
 
     def blend(self, images: Float[Tensor, "B 3 H W"], noise: Float[Tensor, "B M1 N"]) -> Float[Tensor, "B 3 H W"]:
         """With ``mixup`` each image and the one before it, by a share of its noise that is uniform in [0, 1)."""
@@ -90,14 +62,6 @@ class Masking:
         share = noise.sum(dim=(1, 2)).remainder(1).to(images.dtype)[:, None, None, None]
         return share * images + (1 - share) * images.roll(1, dims=0)
 
-    def num_visible(self, num_patches: int, num_teachers: int, progress: float = 0.0) -> tuple[int, tuple[int, ...]]:
-        """Visible patches of the student and of each teacher; at least one."""
-        end = self.student if self.student_end is None else self.student_end
-        own = self.student + (end - self.student) * progress
-        ratios = [self.teachers[min(m, len(self.teachers) - 1)] for m in range(num_teachers)]
-        student, *teachers = (max(1, round(num_patches * (1 - ratio))) for ratio in (own, *ratios))
-        return student, tuple(teachers)
-
     def __call__(self, noise: Float[Tensor, "B M1 N"], progress: float = 0.0) -> Masks:
         """Draw masks from uniform noise: row 0 is the student's, row m + 1 teacher m's.
 
@@ -105,45 +69,184 @@ class Masking:
             noise: belongs to the samples.
             progress: share of the run that is done.
         """
-        student, teachers = self.num_visible(noise.shape[2], noise.shape[1] - 1, progress)
-        masks = POLICIES[self.policy](noise, student, teachers)
+        masks = self.draw(noise, progress)
+        return masks._replace(noise=noise[:, 1:].sum(dim=2) % 1)  # uniform, and tells next to nothing of the masks
+
+    @property
+    def modes(self) -> tuple[Hidden, Hidden]:
+        """What becomes of hidden patches of the student, and of the teachers."""
+        return "drop", "drop"
+
+    @abstractmethod
+    def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
+        """The masks of a policy; see `__call__`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeImages(Masking, name="none"):
+    """Student and teachers see whole images."""
+
+    def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
+        """No masks."""
+        return Masks(None, (None,) * (noise.shape[1] - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HidingPatches(Masking):
+    """What policies that hide patches have in common (arXiv:2508.04816, "Asymmetric Masking").
+
+    Args:
+        mask_ratio: share of patches hidden from the student.
+        mask_ratio_end: share hidden from it at the end of the run, if not the same; linear in between.
+        unmasked_share: share of the steps in which the student sees whole images; the teachers' masks stay.
+        hidden: what becomes of the student's hidden patches: ``drop`` leaves them out of its encoder and a light
+            decoder fills them in, ``token`` puts a learnt mask token in their place, ``zero`` multiplies them by 0.
+        decoder_width: width of the decoder that fills in patches dropped by the student.
+        decoder_depth: its blocks.
+        decoder_heads: its attention heads.
+        decoder_output: ``hidden``: visible patches come from the encoder; ``all``: the decoder gives every patch.
+    """
+
+    mask_ratio: float = 0.75
+    mask_ratio_end: float | None = None
+    unmasked_share: float = 0.0
+    hidden: Hidden = "drop"
+    decoder_width: int = 128
+    decoder_depth: int = 1
+    decoder_heads: int = 4
+    decoder_output: Literal["hidden", "all"] = "hidden"
+
+    def __post_init__(self) -> None:
+        check_ratios(self.student_ratios)
+        if not 0 <= self.unmasked_share <= 1:
+            raise ValueError(f"the share of unmasked steps is between 0 and 1; got {self.unmasked_share}.")
+
+    @property
+    def student_ratios(self) -> tuple[float, ...]:
+        """The student's mask ratio at the start and, if it moves, at the end."""
+        return (self.mask_ratio,) if self.mask_ratio_end is None else (self.mask_ratio, self.mask_ratio_end)
+
+    @property
+    def repeats(self) -> bool:
+        """See `Masking.repeats`."""
+        return self.mask_ratio_end is None and not self.mixup
+
+    @property
+    def modes(self) -> tuple[Hidden, Hidden]:
+        """See `Masking.modes`."""
+        return self.hidden, "drop"
+
+    def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
+        """Masks of the policy; in a share of the steps the student's are lifted."""
+        start, end = self.student_ratios[0], self.student_ratios[-1]
+        masks = self.policy(noise, num_visible(noise.shape[2], start + (end - start) * progress))
         if self.unmasked_share and masks.student is not None and float(noise[0].sum() % 1) < self.unmasked_share:
             everything = torch.arange(noise.shape[2], device=noise.device)
             masks = masks._replace(student=everything.expand(len(masks.student), -1))
-        return masks._replace(chance=noise[:, 1:].sum(dim=2) % 1)  # uniform, and tells next to nothing of the masks
+        return masks
+
+    @abstractmethod
+    def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
+        """Masks that leave so many patches visible to the student."""
 
 
-def _none(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    return Masks(None, (None,) * len(teachers))
+@dataclass(frozen=True, kw_only=True)
+class AsymmetricMasks(HidingPatches):
+    """Student and teachers have masks of their own.
+
+    Args:
+        teacher_mask_ratios: share hidden from each teacher, in their order; the last one repeats for further teachers.
+        teacher_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
+    """
+
+    teacher_mask_ratios: tuple[float, ...] = (0.5, 0.4, 0.3)
+    teacher_hidden: Literal["drop", "zero"] = "drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ratios(self.teacher_mask_ratios)
+
+    @property
+    def modes(self) -> tuple[Hidden, Hidden]:
+        """See `Masking.modes`."""
+        return self.hidden, self.teacher_hidden
+
+    def teacher_masks(self, noise: Float[Tensor, "B M N"]) -> tuple[Visible, ...]:
+        """For each teacher the patches with the smallest noise, as many as its ratio leaves."""
+        last = len(self.teacher_mask_ratios) - 1
+        ratios = [self.teacher_mask_ratios[min(m, last)] for m in range(noise.shape[1])]
+        return tuple(random_visible(noise[:, m], num_visible(noise.shape[2], ratio)) for m, ratio in enumerate(ratios))
 
 
-def _shared(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    visible = random_visible(noise[:, 0], student)
-    return Masks(visible, (visible,) * len(teachers))
+@dataclass(frozen=True, kw_only=True)
+class Superset(AsymmetricMasks, name="superset"):
+    """A teacher sees what the student sees and its own part of the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.student_ratios) < max(self.teacher_mask_ratios):
+            raise ValueError(
+                f"superset masks need a student ratio ({min(self.student_ratios)}) of at least each teacher's "
+                f"{self.teacher_mask_ratios}."
+            )
+
+    def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
+        """See `HidingPatches.policy`."""
+        visible = random_visible(noise[:, 0], count)
+        rest = noise[:, 1:].scatter(2, visible.unsqueeze(1).expand(-1, noise.shape[1] - 1, -1), -1.0)
+        return Masks(visible, self.teacher_masks(rest))  # the student's patches come first
 
 
-def _independent(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    own = tuple(random_visible(noise[:, m + 1], count) for m, count in enumerate(teachers))
-    return Masks(random_visible(noise[:, 0], student), own)
+@dataclass(frozen=True, kw_only=True)
+class Independent(AsymmetricMasks, name="independent"):
+    """Masks of student and teachers are drawn apart, as the paper has it."""
+
+    def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
+        """See `HidingPatches.policy`."""
+        return Masks(random_visible(noise[:, 0], count), self.teacher_masks(noise[:, 1:]))
 
 
-def _superset(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    visible = random_visible(noise[:, 0], student)
-    own = (noise[:, m + 1].scatter(1, visible, -1.0) for m in range(len(teachers)))  # the student's patches come first
-    return Masks(visible, tuple(random_visible(rest, count) for rest, count in zip(own, teachers, strict=True)))
+@dataclass(frozen=True, kw_only=True)
+class Shared(HidingPatches, name="shared"):
+    """Teachers see what the student sees."""
+
+    def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
+        """See `HidingPatches.policy`."""
+        visible = random_visible(noise[:, 0], count)
+        return Masks(visible, (visible,) * (noise.shape[1] - 1))
 
 
-def _disjoint(noise: Tensor, student: int, teachers: tuple[int, ...]) -> Masks:
-    order = noise[:, 0].argsort(dim=1, stable=True)
-    student = min(student, noise.shape[2] // 2)
-    halves = torch.cat([order[:, :student], order[:, student : 2 * student]])
-    return Masks(halves.sort(dim=1).values, (None,) * len(teachers))
+@dataclass(frozen=True, kw_only=True)
+class Disjoint(HidingPatches, name="disjoint"):
+    """The student sees each image twice, with no patch in common; the teachers see all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.student_ratios) < 0.5:
+            raise ValueError(
+                f"two disjoint masks need a student ratio of at least 0.5; got {min(self.student_ratios)}."
+            )
+
+    def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
+        """See `HidingPatches.policy`."""
+        order, count = noise[:, 0].argsort(dim=1, stable=True), min(count, noise.shape[2] // 2)
+        halves = torch.cat([order[:, :count], order[:, count : 2 * count]])
+        return Masks(halves.sort(dim=1).values, (None,) * (noise.shape[1] - 1))
 
 
-POLICIES: dict[str, Callable[[Tensor, int, tuple[int, ...]], Masks]] = {
-    "superset": _superset,
-    "independent": _independent,
-    "shared": _shared,
-    "disjoint": _disjoint,
-    "none": _none,
-}
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Patches that a mask ratio leaves; at least one."""
+    return max(1, round(num_patches * (1 - mask_ratio)))
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Raise ValueError for a share that cannot be hidden."""
+    for ratio in ratios:
+        if not 0 <= ratio < 1:
+            raise ValueError(f"a mask ratio is the hidden share, at least 0 and below 1; got {ratio}.")
+
+
+def drop_unused_masks(masks: Masks, teachers: Sequence[Teacher]) -> Masks:
+    """Lift the masks of teachers that compute on whole images in any case."""
+    pairs = zip(teachers, masks.teachers, strict=True)
+    return masks._replace(teachers=tuple(v if teacher.backbone.supports_masking else None for teacher, v in pairs))

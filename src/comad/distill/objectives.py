@@ -1,93 +1,321 @@
-"""Distances between tokens, and where they are taken. Add one: a function of two tokens, an entry in `DISTANCES`."""
+"""Slot `objective`: what is compared, and by which distance. Yours: subclass `Objective`, give it `pairs`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comad.distill.features import StudentOutput, TeacherOutput
 from comad.distill.fusion import Pair
+from comad.distill.relations import Queue, attention_logits, mean_of_maps, token_logits, with_class_token
+from comad.runtime.slots import Slot
+from comad.runtime.spelling import hint
 
-Where = Literal["visible", "hidden", "all", "cls"]
-Which = Literal["all", "first", "rest"]
-Distance = Literal["kl-student-teacher", "kl-teacher-student", "mse", "smooth-l1", "l1", "cosine"]
-Over = Literal["channels", "tokens", "queue", "queries-keys", "values-values", "pixels"]
+Teachers = Literal["all", "first", "rest"]
+"""The teachers that an objective uses."""
+Compared = tuple[list[Pair], Bool[Tensor, "B n"]]
+"""The pairs that an objective compares, and the positions at which it does."""
+
+
+class Shapes(NamedTuple):
+    """What objectives are built for.
+
+    Attributes:
+        student: channels of the student's tokens.
+        compared: channels of what is compared, one entry per pair.
+        num_heads: of the student's attention.
+    """
+
+    student: int
+    compared: tuple[int, ...]
+    num_heads: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term:
-    """One term of the objective.
+class Objective(Slot, slot="objective"):
+    """One term of the loss: ``weight`` times the mean distance over the positions that it compares.
+
+    Attributes:
+        needs: what it reads: ``tokens`` (fused pairs of tokens), ``qkv`` or ``pixels``.
 
     Args:
-        over: what is compared at a position: ``channels``: the token; ``tokens``: its cosines to the other tokens of
-            the image; ``queue``: its cosines to past targets; ``queries-keys``, ``values-values``: its row of QKᵀ/√d
-            or VVᵀ/√d in every head, before the softmax; ``pixels``: the student's picture and the image's own patch,
-            normalised by its mean and variance, whatever the teachers say.
-        teachers: whose word it is: of ``all``, of the ``first``, or of the ``rest``.
+        teachers: the teachers that this loss uses: ``all``, the ``first``, or the ``rest``.
+        weight: factor of the term; 0 leaves it out.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    teachers: Teachers = "all"
+    weight: float = 1.0
+
+    def subset(self, num_teachers: int) -> range:
+        """Numbers of the teachers that it uses."""
+        first, last = {"all": (0, num_teachers), "first": (0, 1), "rest": (1, num_teachers)}[self.teachers]
+        return range(first, last)
+
+    @property
+    def uses_cls(self) -> bool:
+        """Whether class tokens are compared."""
+        return False
+
+    @property
+    def distance_key(self) -> Hashable:
+        """Objectives with the same key differ in positions alone and share their distances; None: it has its own."""
+        return None
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """What it trains or keeps between steps; a part of the checkpoint."""
+        return nn.Module()
+
+    @abstractmethod
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """What is compared, and where.
+
+        Args:
+            state: what `build` made.
+            pairs: tokens of student and teachers, aligned and fused; class token first.
+            student: everything that is read of the student.
+            teachers: everything that is read of the teachers that it uses.
+            visible: the patches that the student sees.
+        """
+
+    @abstractmethod
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """The distance at every position."""
+
+
+def mean_over(
+    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"]
+) -> Float[Tensor, "P B"]:
+    """Weighted mean over the positions that count, split into what each pair and each image adds to it."""
+    weights = torch.stack([pair.weight for pair in pairs])
+    return (distances * (weights * positions)).sum(dim=2) / positions.sum().clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenObjective(Objective):
+    """Compares tokens.
+
+    Args:
         where: ``visible``: patches that the student sees; ``hidden``: the others; ``all``: the whole map; ``cls``: no
             patch. Positions that no teacher saw never count.
         cls: the class token counts as one more position.
-        distance: ``kl-student-teacher`` is KL(student‖teacher), the printed order; ``kl-teacher-student`` the usual.
-        temperature: of the softmax over channels.
-        weight: factor of the term; 0 leaves it out.
+    """
+
+    where: Literal["visible", "hidden", "all", "cls"] = "visible"
+    cls: bool = True
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return self.cls
+
+    def positions(self, pairs: Sequence[Pair], visible: Bool[Tensor, "B N"]) -> Bool[Tensor, "B N1"]:
+        """Which tokens count: column 0 is the class token, then the patches."""
+        valid = torch.stack([pair.valid for pair in pairs]).any(dim=0)
+        cls, patches = valid[:, :1], valid[:, 1:]
+        shown = {"visible": visible, "hidden": ~visible, "all": patches, "cls": torch.zeros_like(patches)}[self.where]
+        return torch.cat([cls & self.cls, patches & shown], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLoss(TokenObjective, name="feature"):
+    """Distance between tokens (arXiv:2508.04816, L_token and L_spatial).
+
+    Args:
+        distance: ``kl-student-teacher`` is KL(student‖teacher), the printed order; ``kl-teacher-student`` the usual;
+            ``mse``, ``smooth-l1``, ``l1``, ``cosine``.
+        temperature: of the softmax over channels; of ``smooth-l1`` its β.
         projection: pass both sides through a small trained MLP first, as the paper's φ and ψ may be; it collapses.
     """
 
-    over: Over = "channels"
-    teachers: Which = "all"
-    where: Where = "visible"
-    cls: bool = True
-    distance: Distance = "kl-teacher-student"
+    distance: str = "kl-teacher-student"
     temperature: float = 1.0
-    weight: float = 1.0
     projection: bool = False
 
     def __post_init__(self) -> None:
-        if self.over == "queue" and (self.where != "cls" or not self.cls):
-            raise ValueError("a queue keeps class tokens; set where to cls, and cls to true, in a term over the queue.")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"no distance {self.distance!r}; {hint(self.distance, DISTANCES)}")
 
     @property
-    def over_tokens(self) -> bool:
-        """Whether it compares tokens at the tap, rather than attention or pixels."""
-        return self.over in ("channels", "tokens", "queue")
+    def distance_key(self) -> Hashable:
+        """See `Objective`."""
+        return None if self.projection else (self.teachers, self.distance, self.temperature)
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """φ or ψ as a small MLP (arXiv:2508.04816, "Fusion and Distillation Losses"), if asked for."""
+        if not self.projection:
+            return nn.Identity()
+        return nn.Sequential(
+            nn.Linear(shapes.student, shapes.student), nn.GELU(), nn.Linear(shapes.student, shapes.student)
+        )
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Tokens, through the projection if there is one."""
+        if self.projection:
+            return [p._replace(prediction=state(p.prediction), target=state(p.target)) for p in pairs], self.positions(
+                pairs, visible
+            )
+        return list(pairs), self.positions(pairs, visible)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return DISTANCES[self.distance](pair.prediction.float(), pair.target.float(), self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationLoss(TokenObjective, name="relation"):
+    """KL(teacher‖student) of each token's softmax of cosines to the other tokens of the image.
+
+    Args:
+        temperature: of that softmax.
+    """
+
+    where: Literal["visible", "hidden", "all"] = "all"
+    cls: bool = False
+    temperature: float = 0.07
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Rows of cosines."""
+        positions = self.positions(pairs, visible)
+        rows = [(token_logits(pair.prediction, positions), token_logits(pair.target, positions)) for pair in pairs]
+        return [p._replace(prediction=a, target=b) for p, (a, b) in zip(pairs, rows, strict=True)], positions
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLoss(Objective, name="queue"):
+    """KL(teacher‖student) of the class token's softmax of cosines to past targets.
+
+    Args:
+        size: targets that are kept.
+        temperature: of that softmax.
+    """
+
+    size: int = 4096
+    temperature: float = 0.07
 
     @property
-    def over_attention(self) -> bool:
-        """Whether it compares rows of queries and keys, or of values."""
-        return self.over in ("queries-keys", "values-values")
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return True
 
-    def positions(
-        self, visible: Bool[Tensor, "B N"], valid: Bool[Tensor, "B N"], cls_valid: Bool[Tensor, "B 1"]
-    ) -> Bool[Tensor, "B N1"]:
-        """Which tokens count: column 0 is the class token, then the patches."""
-        patches = {
-            "visible": valid & visible,
-            "hidden": valid & ~visible,
-            "all": valid,
-            "cls": torch.zeros_like(valid),
-        }[self.where]
-        return torch.cat([cls_valid & self.cls, patches], dim=1)
+    def build(self, shapes: Shapes) -> nn.Module:
+        """A queue per pair."""
+        return nn.ModuleList([Queue(self.size, width) for width in shapes.compared])
 
-    def distances(self, pair: Pair) -> Float[Tensor, "B n"]:
-        """Distance at every position; heads of attention are averaged."""
-        distance = DISTANCES[self.distance](pair.prediction.float(), pair.target.float(), self.temperature)
-        return distance.flatten(2).mean(dim=2) if distance.ndim > 2 else distance
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Cosines of class tokens to the queue, in which the targets then take the place of the oldest."""
+        found = []
+        for queue, (prediction, target, valid, weight) in zip(state, pairs, strict=True):
+            newest = target[:, 0]
+            found.append(Pair(queue(prediction[:, :1]), queue(target[:, :1]), valid[:, :1], weight[:, :1]))
+            if queue.training:
+                queue.push(newest)
+        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
 
-    def __call__(
-        self, student: Float[Tensor, "B n D"], target: Float[Tensor, "B n D"], counts: Bool[Tensor, "B n"]
-    ) -> Float[Tensor, ""]:
-        """Mean distance over the tokens that count; 0 if there are none."""
-        return mean_distance(self.distances(Pair(student, target, counts)).unsqueeze(0), counts.unsqueeze(0), counts)
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, self.temperature)
 
 
-def mean_distance(distances: Float[Tensor, "P B n"], weights: Tensor, counts: Bool[Tensor, "B n"]) -> Float[Tensor, ""]:
-    """Weighted sum over pairs, mean over the positions that count; 0 if there are none."""
-    return (distances * (weights * counts)).sum() / counts.sum().clamp(min=1)
+@dataclass(frozen=True, kw_only=True)
+class AttentionLoss(Objective, name="attention"):
+    """KL(teacher‖student) of rows of attention, mean over heads and teachers (TinyMIM, arXiv:2301.01296).
+
+    Args:
+        relation: softmax(QKᵀ/√d) or softmax(VVᵀ/√d).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"qkv"})
+    relation: Literal["queries-keys", "values-values"] = "queries-keys"
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Nothing is trained; the number of heads is kept."""
+        state = nn.Module()
+        state.num_heads = shapes.num_heads  # pyright: ignore[reportAttributeAccessIssue]
+        return state
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Logits of rows, before the softmax."""
+        assert student.qkv is not None
+        theirs = [output.qkv for output in teachers if output.qkv is not None]
+        with_cls = student.qkv.cls is not None and all(part.cls is not None for part in theirs)
+        sides = [part if with_cls else part._replace(cls=None) for part in (student.qkv, *theirs)]
+        ours, *maps = (attention_logits(with_class_token(part), state.num_heads, self.relation) for part in sides)
+        everywhere = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
+        return [Pair(ours, mean_of_maps(maps), everywhere, everywhere)], everywhere
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, 1.0).mean(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLoss(Objective, name="pixels"):
+    """Mean squared error of reconstructed hidden patches to the image's own, normalised (MAE, arXiv:2111.06377)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Pixels of all patches; the hidden ones count."""
+        assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
+        return [Pair(*student.pixels, ~visible, ~visible)], ~visible
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return mse(pair.prediction, pair.target, 1.0)
 
 
 def kl_student_teacher(student: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -131,3 +359,4 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "l1": l1,
     "cosine": cosine,
 }
+"""Distance → function of (student, target, temperature)."""

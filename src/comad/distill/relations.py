@@ -1,4 +1,4 @@
-"""Logits of how tokens relate to each other, to past targets, or in attention: what a distance may compare instead."""
+"""Relations in place of tokens: cosines to other tokens and to past targets, attention."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def token_logits(tokens: Float[Tensor, "B n D"], counts: Bool[Tensor, "B n"]) ->
     return cosine_rows(tokens).masked_fill(itself | ~counts.unsqueeze(1), EXCLUDED)
 
 
-def attention_logits(qkv: Float[Tensor, "B n E3"], heads: int, over: str) -> Float[Tensor, "B n heads n"]:
+def attention_logits(qkv: Float[Tensor, "B n E3"], heads: int, relation: str) -> Float[Tensor, "B n heads n"]:
     """QKᵀ/√d or VVᵀ/√d of every head, rows first (arXiv:2301.01296, Q-K and V-V relation)."""
     batch, count, width = qkv.shape
     queries, keys, values = qkv.float().view(batch, count, 3, heads, width // 3 // heads).unbind(dim=2)
-    left, right = (queries, keys) if over == "queries-keys" else (values, values)
+    left, right = (queries, keys) if relation == "queries-keys" else (values, values)
     with torch.autocast(qkv.device.type, enabled=False):
         rows = left.transpose(1, 2) @ right.permute(0, 2, 3, 1)  # (B, heads, n, n)
     return rows.transpose(1, 2) / math.sqrt(left.shape[-1])

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from comad.data.images import Splits
-from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
-from comad.distill.calibration import calibrate, held_out_agreement
+from comad.data.loader import Batch
+from comad.distill.agreement import held_out_agreement
+from comad.distill.cache import TeacherCache
 from comad.distill.config import DistillConfig
-from comad.distill.distiller import Distiller
-from comad.distill.finish import Result, Trained, finish
-from comad.distill.health import Watch
-from comad.distill.parts import Parts, Student, prepare
-from comad.distill.speed import compile_step
-from comad.distill.teacher_cache import TeacherCache, key_of, open_cache
-from comad.distill.teaching import Said, Targets, ask, hide_nothing_in_vain, teacher_step
+from comad.distill.distiller import Distiller, calibrate
+from comad.distill.features import TeacherOutput
+from comad.distill.health import CollapseDetector
+from comad.distill.masking import Masks, drop_unused_masks
+from comad.distill.results import DistillResult, TrainedStudent, finish
+from comad.distill.setup import Inputs, Setup, Student, prepare
 from comad.evaluate.probe import KnnProbe
 from comad.models.compiling import eager_mode
 from comad.models.teachers import Teacher, licence_notice
-from comad.runtime.job import identity_of
 from comad.runtime.log import first_metrics
+from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, Metrics, RunConfig, Step, open_runs, start_fabric, train_together
-
-SAME_RESULT = ("teachers_in", "cache_folder", "split", "beside")
-"""Options that may change when a run goes on."""
+from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
+from comad.runtime.trainer import Job, Trainer
 
 
-def distill(config: DistillConfig) -> Result | None:
+def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResult | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
-    Several students share pictures, views and teacher passes; each is trained, scored and exported as it would be
+    Several students share images, views and teacher passes; each is trained, scored and exported as it would be
     alone, in a folder of its own below the run's. Of several processes the first does what comes after training; the
     others return None.
 
@@ -49,143 +42,103 @@ def distill(config: DistillConfig) -> Result | None:
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     fabric = start_fabric(config.run)
-    parts = prepare(config, fabric)
-    config, splits, teachers, students = parts
+    setup = prepare(config, fabric, inputs)
+    config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
-    views = parts.views
-    cache = _open_cache(config, views, teachers, fabric)  # a disk that is too small is told before any work
-    begins = [student.distiller for student, run in zip(students, runs, strict=True) if not run.resume]
-    calibrate(begins, teachers, views, config.run.seed)
-    configs = _alone(config, runs)
+    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
-        _write_recipes(config, configs)
-    trained = train_together(make_jobs(parts, runs, cache, fabric), config.optim, runs, fabric)
+        _write_recipes(config, runs)
+    if config.compile:
+        setup.compile()
+    with Trainer(make_jobs(setup, runs), setup.data, config.optim, fabric) as trainer:
+        train_students(trainer, setup, cache)
     if cache and not config.cache_folder:
         fabric.barrier()
         shutil.rmtree(config.cache_in, ignore_errors=True)
     if not fabric.is_global_zero:
         return None
-    ends = [Trained(own, part.start, end) for own, part, end in zip(configs, students, trained, strict=True)]
+    trained = [
+        TrainedStudent(config.alone(number, run), student.start, state.scored)
+        for number, (run, student, state) in enumerate(zip(runs, setup.students, trainer.states, strict=True))
+    ]
     with eager_mode(config.compile):
-        return finish(ends, splits, teachers, fabric)
+        return finish(trained, setup.splits, teachers, fabric)
 
 
-def _alone(config: DistillConfig, runs: Sequence[RunConfig]) -> list[DistillConfig]:
-    """The config that each student would have alone."""
-    pairs = zip(config.students, runs, strict=True)
-    return [replace(config, student=vit, beside=(), run=run) for vit, run in pairs]
+def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
+    """The training loop: masks, teachers, then student, loss and backward of everyone."""
+    method, teachers, distiller = setup.config.method, setup.teachers, setup.students[0].distiller
+    for step in trainer:
+        for batch in step:
+            teacher_view, student_view = (method.masking.blend(v.float() / 255, batch.noise) for v in batch.views)
+            masks = drop_unused_masks(method.masking(batch.noise, step.progress), teachers)
+            if cache:
+                outputs = cached_outputs(cache, batch, masks, distiller, teachers)
+            else:
+                outputs = [distiller.forward_teacher(t, m, teacher_view, masks) for m, t in enumerate(teachers)]
+            for state in step.states:
+                with step.microbatch(state):
+                    loss, metrics = state.module(student_view, outputs, masks)
+                    state.backward(loss, metrics)
 
 
-def _write_recipes(config: DistillConfig, parts: Sequence[DistillConfig]) -> None:
-    """The recipe of the run, and of several students each one's own."""
-    for part in (config, *parts):
-        if not part.run.resume:
-            write_recipe(part, Path(part.run.out) / "config.yaml")
+def cached_outputs(
+    cache: TeacherCache, batch: Batch, masks: Masks, distiller: Distiller, teachers: Sequence[Teacher]
+) -> list[TeacherOutput]:
+    """The teachers' outputs from the cache; what is not known yet is computed and kept."""
+
+    def compute(m: int, samples: Tensor) -> TeacherOutput:
+        visible = tuple(None if part is None else part[samples.to(part.device)] for part in masks.teachers)
+        view = batch.views[0][samples.to(batch.views[0].device)].float() / 255
+        return distiller.forward_teacher(teachers[m], m, view, masks._replace(teachers=visible))
+
+    return cache(batch, masks, compute)
 
 
-def _open_cache(
-    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], fabric: Fabric
-) -> TeacherCache | None:
-    """The cache of what the teachers say of every view, if the run is to have one."""
-    if not config.cache_teachers:
-        return None
-    keys, shape, example = what_to_cache(config, views, teachers, fabric)
-    return open_cache(config.cache_in, keys, shape, example, config.cache_storage, fabric.print)
+def calibrate_students(setup: Setup, numbers: Sequence[int], limit: int | None = None) -> None:
+    """Calibrate these students on the training images; ``limit`` takes fewer images than the method asks for."""
+    if numbers and setup.config.method.num_calibration_images:
+        generator = torch.Generator().manual_seed(setup.config.run.seed)
+        views = setup.calibration_views(generator, limit)
+        calibrate([setup.students[number].distiller for number in numbers], setup.teachers, views, generator)
 
 
-def what_to_cache(
-    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], fabric: Fabric
-) -> tuple[list[tuple[str, dict[str, Any]]], tuple[int, int], Callable[[int], Said]]:
-    """Keys of all teachers, numbers of images and views, and what a teacher says of one sample; see `open_cache`."""
-    method = config.method
-
-    def example(m: int) -> Said:
-        sample = views[0, 0]
-        masks = hide_nothing_in_vain(method.masking(sample.noise.unsqueeze(0).to(fabric.device)), teachers)
-        view = sample.views[0].unsqueeze(0).to(fabric.device).float() / 255
-        return ask(teachers[m], m, view, masks.teachers[m], method.masking.teachers_hidden, method.reads)
-
-    keys = [(teacher.name, key_of(teacher, m, views, method)) for m, teacher in enumerate(teachers)]
-    return keys, (len(views.images), config.loader.fixed_views), example
-
-
-def make_jobs(parts: Parts, runs: Sequence[RunConfig], cache: TeacherCache | None, fabric: Fabric) -> list[Job]:
-    """The jobs of the loop, one per student: batches, the step, the probe, and what a resumed run must share."""
-    shared = _shared(parts.config, parts.views, parts.teachers, cache, fabric)
-    if parts.config.compile:
-        for student in parts.students:
-            compile_step(student.distiller, parts.teachers)
-    configs = _alone(parts.config, runs)
+def make_jobs(setup: Setup, runs: Sequence[RunConfig]) -> list[Job]:
+    """What the trainer needs to know of each student."""
+    cards = {teacher.name: teacher.card.as_dict() for teacher in setup.teachers}
+    data = setup.splits.train.fingerprint()
     return [
-        _job(config, student, shared, parts.splits, parts.teachers)
-        for config, student in zip(configs, parts.students, strict=True)
+        Job(
+            module=student.distiller,
+            run=run,
+            identity={**identity_of(setup.config.alone(number, run)), "teacher_cards": cards, "data": data},
+            probe=Probe(setup, student),
+            watch=CollapseDetector(first_metrics(Path(run.out)) if run.resume else None),
+            rng=student.rng,
+        )
+        for number, (run, student) in enumerate(zip(runs, setup.students, strict=True))
     ]
 
 
-def _shared(
-    config: DistillConfig, views: ViewDataset, teachers: Sequence[Teacher], cache: TeacherCache | None, fabric: Fabric
-) -> dict[str, Any]:
-    """What the jobs of all students have in common: batches, and what the teachers say of them."""
-    optim, fixed = config.optim, config.loader.fixed_views
-    masking, reads = config.method.masking, config.method.reads
-    hidden = masking.teachers_hidden
+class Probe:
+    """Scores during the run: kNN of the student, and its agreement with the teachers, on validation images."""
 
-    def batches(first: int, last: int) -> DataLoader:
-        span, share = (first, last), (fabric.global_rank, fabric.world_size)
-        order = EpochBatches(len(views.images), optim.batch_size, config.run.seed, span, fixed_views=fixed, share=share)
-        return training_batches(views, order, config.loader)
+    def __init__(self, setup: Setup, student: Student):
+        self.setup, self.knn = setup, KnnProbe(setup.splits, student.start.image_size)
 
-    def prepare(batch: Batch, progress: float) -> tuple[Tensor, Targets]:
-        shared, own = batch.views
-        masks = hide_nothing_in_vain(masking(batch.noise, progress), teachers)
-
-        def compute(m: int, samples: Tensor) -> Said:
-            visible = masks.teachers[m]
-            chosen = None if visible is None else visible[samples.to(visible.device)]
-            return ask(teachers[m], m, shared[samples.to(shared.device)].float() / 255, chosen, hidden, reads)
-
-        targets = (
-            cache(batch, masks, compute)
-            if cache
-            else teacher_step(teachers, masking.blend(shared.float() / 255, batch.noise), masks, hidden, reads)
-        )
-        return masking.blend(own.float() / 255, batch.noise), targets
-
-    return {
-        "batches": batches,
-        "prepare": prepare,
-        "steps_per_epoch": optim.steps_per_epoch(len(views.images)),
-        "name_image": views.images.path,
-    }
+    def __call__(self, module: Distiller) -> Metrics:
+        """Names → numbers."""
+        with eager_mode(self.setup.config.compile):
+            agreement = held_out_agreement(module, self.setup.teachers, self.setup.splits.val)
+            return {**self.knn(module.student), **agreement}
 
 
-def _job(
-    config: DistillConfig, student: Student, shared: dict[str, Any], splits: Splits, teachers: Sequence[Teacher]
-) -> Job:
-    """The job of one student, whose config is that of a run of its own."""
-    knn = KnnProbe(splits, config.student.image_size)
-
-    def step(module: nn.Module, batch: tuple[Tensor, Targets], progress: float) -> Step:
-        loss, metrics = module(*batch)
-        return Step(loss, lambda: _named_shares(metrics(), teachers))
-
-    def probe(module: Distiller) -> Metrics:
-        with eager_mode(config.compile):
-            return {**knn(module.student), **held_out_agreement(module, teachers, splits.val)}
-
-    return Job(
-        **shared,
-        module=student.distiller,
-        step=step,
-        identity={**identity_of(config, *SAME_RESULT), "teacher_cards": {t.name: t.card.as_dict() for t in teachers}},
-        probe=probe,
-        watch=Watch(first_metrics(Path(config.run.out)) if config.run.resume else None),
-        random=student.random,
-    )
-
-
-def _named_shares(metrics: dict[str, torch.Tensor], teachers: Sequence[Teacher]) -> dict[str, torch.Tensor]:
-    names = {f"share_{m}": f"share_{teacher.name}" for m, teacher in enumerate(teachers)}
-    return {names.get(key, key): value for key, value in metrics.items()}
+def _write_recipes(config: DistillConfig, runs: Sequence[RunConfig]) -> None:
+    """The recipe of the run, and of several students each one's own."""
+    own = [config.alone(number, run) for number, run in enumerate(runs)]
+    for part in (config, *own):
+        if not part.run.resume:
+            write_recipe(part, Path(part.run.out) / "config.yaml")

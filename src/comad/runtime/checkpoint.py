@@ -37,7 +37,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
-class Generators:
+class RngState:
     """torch's generators, of the CPU and of the GPU in use, in a state of one's own: what others draw changes nothing.
 
     It starts with the state that they are in when it is made.
@@ -51,8 +51,8 @@ class Generators:
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Draw from them for a while."""
+    def use(self) -> Iterator[None]:
+        """Draw from them within the context."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)

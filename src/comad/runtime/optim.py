@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
+
+from comad.runtime.options import COMMON
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
@@ -37,14 +39,14 @@ class OptimConfig:
         ema: decay of a moving average of the weights that is scored and exported instead; 0 keeps none.
     """
 
-    epochs: float = 300
-    batch_size: int = 256
-    accumulate: int = 1
-    base_lr: float = 1.5e-4
-    warmup_epochs: float = 15
+    epochs: float = field(default=300, metadata=COMMON)
+    batch_size: int = field(default=256, metadata=COMMON)
+    accumulate: int = field(default=1, metadata=COMMON)
+    base_lr: float = field(default=1.5e-4, metadata=COMMON)
+    warmup_epochs: float = field(default=15, metadata=COMMON)
     schedule: Literal["cosine", "poly", "step"] = "cosine"
     min_lr: float = 0.0
-    weight_decay: float = 0.05
+    weight_decay: float = field(default=0.05, metadata=COMMON)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 3.0
     ema: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,13 @@ from comad.runtime.spelling import hint
 Config = TypeVar("Config")
 
 
-def read_recipe(kind: type[Config], path: Path) -> Config:
+def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = lambda plain: plain) -> Config:
     """Read a config.
+
+    Args:
+        kind: what it is of.
+        path: a YAML file.
+        upgrade: renames keys of older versions.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key (with the nearest right one), or a value of the wrong type.
@@ -25,7 +31,7 @@ def read_recipe(kind: type[Config], path: Path) -> Config:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    adapter = TypeAdapter(kind)
+    given, adapter = upgrade(given), TypeAdapter(kind)
     try:
         config = adapter.validate_python(given)
     except ValidationError as error:
@@ -69,6 +75,6 @@ def _refuse_unknown(given: Any, known: Any, where: str) -> None:
     if not isinstance(given, dict) or not isinstance(known, dict):
         return
     for key, value in given.items():
-        if key not in known:
+        if key not in known and key != "name":
             raise ValueError(f"{where}: unknown key {key!r}; {hint(str(key), known)}")
         _refuse_unknown(value, known[key], f"{where}: {key}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import timm
+import timm.data
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
@@ -23,17 +28,45 @@ from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version, hardware
 
 
-class Result(NamedTuple):
-    """What a run leaves behind; ``beside`` are the results of the students beside the first."""
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run leaves behind.
+
+    Attributes:
+        folder: of the run.
+        scores: every row of the scoreboard, with the result on each test image.
+        scoreboard: the student beside its teachers, itself untrained, and pixels.
+        others: the results of the further students, if there are any.
+    """
 
     folder: Path
-    student: Path
     scores: tuple[Score, ...]
     scoreboard: Scoreboard
-    beside: tuple[Result, ...] = ()
+    others: tuple[DistillResult, ...] = ()
+
+    @property
+    def student_folder(self) -> Path:
+        """The exported student: timm and transformers load it without comad."""
+        return self.folder / "student"
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student as timm's model, in eval mode: normalised images (B, 3, H, W) → features (B, D)."""
+        return timm.create_model(f"local-dir:{self.student_folder}", pretrained=True).eval()
+
+    @cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """From a PIL image to what ``student`` takes."""
+        return timm.data.create_transform(**timm.data.resolve_model_data_config(self.student))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The log: one dictionary for each logged step, probe or warning."""
+        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
-class Trained(NamedTuple):
+class TrainedStudent(NamedTuple):
     """A student at the end of training: the config that it would have alone, itself before, and what was trained."""
 
     config: DistillConfig
@@ -41,7 +74,9 @@ class Trained(NamedTuple):
     distiller: Distiller
 
 
-def finish(students: Sequence[Trained], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric) -> Result:
+def finish(
+    students: Sequence[TrainedStudent], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric
+) -> DistillResult:
     """Score everything on the wanted part, write scoreboard and export of each student, and say how to use it.
 
     Pixels and teachers are scored once and stand on the board of every student.
@@ -55,12 +90,12 @@ def finish(students: Sequence[Trained], splits: Splits, teachers: Sequence[Teach
         trained.distiller.to(fabric.device)
         scores = (*others, *score_student(trained, scored)) if scored else ()
         results.append(_leave(trained, splits, teachers, scores, fabric))
-    return results[0]._replace(beside=tuple(results[1:]))
+    return replace(results[0], others=tuple(results[1:]))
 
 
 def _leave(
-    trained: Trained, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
-) -> Result:
+    trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
+) -> DistillResult:
     """Write what one student leaves behind. Whoever loads it reads no token that nothing trained."""
     config, out = trained.config, Path(trained.config.run.out)
     trained.distiller.student.token_types = trained.distiller.token_types
@@ -77,12 +112,12 @@ def _leave(
     )
     fabric.print(f"curves and scores as a picture: {run_figure(out)}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
-    return Result(out, folder, scores, board)
+    return DistillResult(out, scores, board)
 
 
 def score_others(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher]) -> tuple[Score, ...]:
     """Rows: pixels and every teacher."""
-    sizes = [teacher.backbone.grid[0] * teacher.backbone.patch_size for teacher in teachers]
+    sizes = [teacher.backbone.image_size for teacher in teachers]
     return (
         score("pixels", "pixels", None, splits, config.student.image_size),
         *(
@@ -92,7 +127,7 @@ def score_others(config: DistillConfig, splits: Splits, teachers: Sequence[Teach
     )
 
 
-def score_student(trained: Trained, splits: Splits) -> tuple[Score, ...]:
+def score_student(trained: TrainedStudent, splits: Splits) -> tuple[Score, ...]:
     """Rows: the student untrained, at its start, and trained."""
     config, size, dtype = trained.config, trained.config.student.image_size, _dtype(trained.config)
     init = score("init-only", "init_only", trained.untrained, splits, size, dtype)
@@ -111,7 +146,7 @@ def _dtype(config: DistillConfig) -> torch.dtype | None:
 
 
 def _card(
-    trained: Trained, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
+    trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
 ) -> ModelCard:
     config = trained.config
     names = ", ".join(teacher.name for teacher in teachers)

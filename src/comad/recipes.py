@@ -1,0 +1,235 @@
+"""From ``--preset``, ``--recipe`` and the choices of slots to the values that the other options change."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from comad import presets
+from comad.distill.config import DistillConfig
+from comad.distill.method import Method
+from comad.distill.objectives import Objective
+from comad.runtime.command import parse, pop_all, pop_flag
+from comad.runtime.recipe import read_recipe
+from comad.runtime.slots import Slot, load_plugins
+
+SLOTS: dict[str, type[Slot]] = {
+    field.name: slot for field in fields(Method) for slot in Slot.__subclasses__() if slot.slot == field.name
+}
+"""Field of a method → its slot."""
+
+RENAMED = {
+    "beside": "extra_students",
+    "method.single": "method.single_teacher",
+    "method.decoder_width": "method.masking.decoder_width",
+    "method.decoder_depth": "method.masking.decoder_depth",
+    "method.decoder_heads": "method.masking.decoder_heads",
+    "method.decoder_fills": "method.masking.decoder_output",
+    "method.queue": "method.objectives.queue.size",
+    "method.masking.policy": "method.masking.name",
+    "method.masking.student": "method.masking.mask_ratio",
+    "method.masking.student_end": "method.masking.mask_ratio_end",
+    "method.masking.teachers": "method.masking.teacher_mask_ratios",
+    "method.masking.teachers_hidden": "method.masking.teacher_hidden",
+    "method.tap": "method.features",
+    "method.normalize": "method.normalizer",
+    "method.normalize.kind": "method.normalizer.name",
+    "method.normalize.function": "method.normalizer.name",
+    "method.aligner.kind": "method.aligner.name",
+    "method.aligner.form": "method.aligner.head",
+    "method.aligner.apart": "method.aligner.separate_cls",
+    "method.aligner.rungs": "method.aligner.taps",
+    "method.fusion.kind": "method.fusion.name",
+    "method.fusion.renormalise": "method.fusion.renormalize",
+    "method.terms": "method.objectives",
+}
+"""Names of the first version → names of today, in recipes and, with dashes and without ``method.``, on the command
+line."""
+RENAMED_VALUES = {
+    "method.aligner.name": {
+        "frozen": "procrustes",
+        "anchor": "autoencoder",
+        "trained": "adapter",
+        "student": "projector",
+    },
+    "method.aligner.head": {"ladder": "multi-layer"},
+    "method.normalizer.name": {"standardise": "standardize", "plain": None},
+}
+OBJECTIVES = {
+    "channels": "feature",
+    "tokens": "relation",
+    "queue": "queue",
+    "queries-keys": "attention",
+    "values-values": "attention",
+    "pixels": "pixels",
+}
+"""What a term of the first version was ``over`` → the objective of today."""
+
+
+def parse_distillation(
+    arguments: Sequence[str], program: str = "comad distill", description: str = "", base: DistillConfig | None = None
+) -> DistillConfig:
+    """The config that the options of a distillation name.
+
+    Args:
+        arguments: of the command line.
+        program, description: for ``--help``.
+        base: what the options change; None: the preset, the demo's recipe or the one for folders.
+
+    Raises:
+        ValueError: an unknown preset, recipe or member of a slot.
+    """
+    arguments, students, default = take_defaults(arguments, base)
+    config = parse(DistillConfig, default, arguments, program, f"{description} {choices_help()}".strip())
+    return with_students(config, students)
+
+
+def take_defaults(
+    arguments: Sequence[str], base: DistillConfig | None = None
+) -> tuple[list[str], list[str], DistillConfig]:
+    """Take away what chooses defaults. Returns the other arguments, names of students, and the defaults."""
+    rest = rename_flags(list(arguments))
+    plugins = pop_all(rest, "--plugin")
+    load_plugins(plugins)
+    preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
+    default = base or _default(preset, recipe, rest)
+    if students:
+        plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
+        default = replace(default, student=plain, extra_students=())
+    method = choose_members(default.method, rest)
+    return rest, students, replace(default, method=method, plugin=(*default.plugin, *plugins))
+
+
+def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> DistillConfig:
+    if recipe:
+        config = read_distillation(Path(recipe))
+        return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
+    own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
+    return presets.recipe(preset or "comad", demo=not own_data)
+
+
+def choose_members(method: Method, arguments: list[str]) -> Method:
+    """Take ``--fusion mean`` and the like away, and ``--objectives.NAME MEMBER``; member ``none`` removes one."""
+    chosen: dict[str, Any] = {}
+    for field, slot in SLOTS.items():
+        if name := pop_flag(arguments, f"--{field}"):
+            chosen[field] = slot.choose(name)
+    objectives = dict(method.objectives)
+    for flag in [argument for argument in arguments if re.fullmatch(r"--objectives\.[\w-]+(=.*)?", argument)]:
+        key = flag.partition("=")[0]
+        name, member = key.removeprefix("--objectives."), pop_flag(arguments, key)
+        objectives.pop(name, None)
+        if member and member != "none":
+            objectives[name] = Objective.choose(member)
+    if objectives != method.objectives:
+        chosen["objectives"] = objectives
+    return replace(method, **chosen) if chosen else method
+
+
+def with_students(config: DistillConfig, students: Sequence[str]) -> DistillConfig:
+    """A distillation with all students that were named, alike but for their architecture."""
+    extra = tuple(replace(config.student, name=name) for name in students[1:])
+    return replace(config, extra_students=extra) if students else config
+
+
+def choices_help() -> str:
+    """What ``--help`` says about the options of a distillation that choose others."""
+    slots = "; ".join(f"--{field} {{{','.join(slot.members)}}}" for field, slot in SLOTS.items())
+    return (
+        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
+        f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
+        "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
+        "architecture; several times, for several students that share the teachers' passes, each in a folder of its own. "
+        "The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, those for own images."
+    )
+
+
+def read_distillation(path: Path) -> DistillConfig:
+    """A recipe of a distillation; names of the first version are understood, and told.
+
+    Raises:
+        ValueError: see `comad.runtime.recipe.read_recipe`.
+    """
+    return read_recipe(DistillConfig, path, upgrade)
+
+
+def rename_flags(arguments: list[str]) -> list[str]:
+    """Options of the first version by the names of today; each is told once."""
+    return [_renamed_flag(argument) if argument.startswith("--method.") else argument for argument in arguments]
+
+
+def _renamed_flag(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    dotted = _rename(flag.removeprefix("--").replace("-", "_"))
+    new = "--" + dotted.removeprefix("method.").removesuffix(".name").replace("_", "-")
+    _tell(flag, new)
+    return f"{new}{equals}{value}"
+
+
+def _rename(dotted: str) -> str:
+    """The name of today for a dotted name of the first version: the longest beginning that is renamed counts."""
+    for size in range(dotted.count(".") + 1, 0, -1):
+        head, tail = dotted.split(".")[:size], dotted.split(".")[size:]
+        if (old := ".".join(head)) in RENAMED:
+            return ".".join([RENAMED[old], *tail])
+    return dotted
+
+
+def _tell(old: str, new: str) -> None:
+    sys.stderr.write(f"comad: {old} is called {new} now.\n")
+
+
+def upgrade(plain: Any) -> Any:
+    """A recipe of the first version by the names of today; others are left alone."""
+    if isinstance(plain, Mapping):
+        load_plugins(plain.get("plugin") or [])  # its members may be named below
+    method = plain.get("method") if isinstance(plain, Mapping) else None
+    if not isinstance(method, Mapping) or not {"tap", "terms", "normalize"} & method.keys():
+        return plain
+    sys.stderr.write("comad: this recipe has names of the first version; they are read by those of today.\n")
+    terms = {name: _objective(term) for name, term in dict(method.get("terms") or {}).items()}
+    found: dict[str, Any] = {}
+    for key, value in _leaves({k: v for k, v in method.items() if k != "terms"}, "method."):
+        name = _rename(key)
+        value = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+        if name.startswith("method.") and value is not None:
+            found[name.removeprefix("method.")] = value
+    slots: dict[str, Any] = {name: {} for name in SLOTS}
+    for key, value in found.items():
+        slot, _, option = key.partition(".")
+        if option and slot in slots:
+            slots[slot][option] = value
+    for field, slot in SLOTS.items():
+        slots[field] = _known_options(slot, slots[field])
+    own = {"objectives": terms, "single_teacher": found.get("single_teacher", False)}
+    renamed = {RENAMED.get(key, key): value for key, value in plain.items() if key != "method"}
+    return {**renamed, "method": {**slots, **own}}
+
+
+def _leaves(plain: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _known_options(slot: type[Slot], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a member has; the first version wrote those of others, too."""
+    if options.pop("decoder", False):
+        options["name"] = "mae-decoder"
+    name = options.get("name") or ("none" if slot.slot == "normalizer" else next(iter(slot.members)))
+    known = slot.members.get(name)
+    allowed = {field.name for field in fields(known)} if known else options.keys()
+    return {"name": name, **{key: value for key, value in options.items() if key in allowed}}
+
+
+def _objective(term: Mapping[str, Any]) -> dict[str, Any]:
+    """A term of the first version as an objective."""
+    over = term.get("over", "channels")
+    options = {**term, "name": OBJECTIVES.get(over, over), "relation": over}
+    return _known_options(Objective, options)

@@ -1,0 +1,124 @@
+"""Where a run lives: its options, its folder, the engine, and how it may end early."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+
+from comad.runtime.checkpoint import checkpoints
+from comad.runtime.log import truncate_log
+from comad.runtime.options import COMMON, NO_EFFECT
+
+Metrics = Mapping[str, Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run after a checkpoint was written."""
+
+
+class TrainingError(Exception):
+    """The run cannot go on: a non-finite loss, or a collapse with ``stop_on_collapse``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and how it is watched.
+
+    Args:
+        out: folder of the run.
+        resume: go on from the last checkpoint in ``out``.
+        seed: of weights, order, views and masks.
+        precision: ``bf16`` computes matrix products in bfloat16 and keeps float32 weights.
+        log_every: optimiser steps between two log lines.
+        probe_every: optimiser steps between two kNN scores on the validation part; 0: only at the end.
+        checkpoint_every: optimiser steps between two checkpoints.
+        keep: how many checkpoints to keep.
+        tensorboard: write the numbers for TensorBoard too.
+        wandb: send the numbers to Weights & Biases too.
+        devices: processes, one per GPU or CPU share; more than one under torchrun or by Fabric's own launcher.
+        threads: CPU threads of the training step; 0: torch's choice. With small images fewer are faster where the
+            loader's workers need cores, for threads wait for each other.
+        stop_on_collapse: end the run when it is found to have collapsed, rather than only warn.
+    """
+
+    out: str = field(default="runs/demo", metadata=COMMON | NO_EFFECT)
+    resume: bool = field(default=False, metadata=COMMON | NO_EFFECT)
+    seed: int = field(default=0, metadata=COMMON)
+    precision: Literal["bf16", "fp32"] = field(default="bf16", metadata=COMMON)
+    log_every: int = field(default=20, metadata=NO_EFFECT)
+    probe_every: int = field(default=0, metadata=COMMON | NO_EFFECT)
+    checkpoint_every: int = field(default=200, metadata=NO_EFFECT)
+    keep: int = field(default=2, metadata=NO_EFFECT)
+    tensorboard: bool = field(default=True, metadata=NO_EFFECT)
+    wandb: bool = field(default=False, metadata=COMMON | NO_EFFECT)
+    devices: int = field(default=1, metadata=COMMON | NO_EFFECT)
+    threads: int = field(default=0, metadata=NO_EFFECT)
+    stop_on_collapse: bool = field(default=False, metadata=NO_EFFECT)
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep", "devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--run.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} is no number of 32 bits; use one from 0 on.")
+
+
+def start_fabric(run: RunConfig) -> Fabric:
+    """Start the engine: one process, or DDP over several, on NVIDIA's GPUs or the CPU; bf16 by autocast.
+
+    Raises:
+        ValueError: a launcher started several processes, and ``run.devices`` is one.
+    """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    if run.devices == 1 and (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"this is one of {count} processes, which would each train alone; set --run.devices {count}.")
+    fabric = Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=run.devices,
+        strategy="ddp" if run.devices > 1 else "auto",
+        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def open_run(run: RunConfig, fabric: Fabric) -> Path:
+    """Make the run's folder.
+
+    Raises:
+        ValueError: it holds a run already and ``resume`` is off, or there is nothing to resume.
+    """
+    (own,) = open_runs(run, [""], fabric)
+    return Path(own.out)
+
+
+def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunConfig]:
+    """Make the folders of the parts of a run, below its own. Returns the run of each part.
+
+    A part that was killed before its first checkpoint does not go on, but begins again.
+
+    Raises:
+        ValueError: see `open_run`; to be resumed, one part at least must have a checkpoint.
+    """
+    out, runs = Path(run.out), [replace(run, out=str(Path(run.out, name))) for name in names]
+    begun = [run.resume and bool(checkpoints(Path(own.out) / "checkpoints")) for own in runs]
+    if run.resume and not any(begun):
+        raise ValueError(f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder.")
+    fabric.barrier()  # every process looks before one writes
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
+    if not run.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
+    fabric.barrier()
+    for own, going_on in zip(runs, begun, strict=True):
+        Path(own.out).mkdir(parents=True, exist_ok=True)
+        if run.resume and not going_on and fabric.is_global_zero:
+            truncate_log(Path(own.out), 0)
+    return [replace(own, resume=going_on) for own, going_on in zip(runs, begun, strict=True)]

@@ -1,0 +1,432 @@
+"""The training loop's other half: whoever trains writes the loop, the `Trainer` gives its steps.
+
+    with Trainer([job], data, optim, fabric) as trainer:
+        for step in trainer:
+            for batch in step:
+                with step.microbatch(trainer.states[0]) as state:
+                    state.backward(state.module(batch))
+
+Around each step it updates the weights, logs, scores, saves, and heeds signals; a run that goes on begins at the step
+after its last checkpoint, with the same batches and the same generators.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from comad.runtime.checkpoint import (
+    RngState,
+    checkpoints,
+    differences,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from comad.runtime.log import RunLog, memory_gib, truncate_log
+from comad.runtime.memory import keep_freed_memory
+from comad.runtime.optim import OptimConfig, adamw, build_optimizer
+from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
+
+
+class TrainingData(Protocol):
+    """Training images in a deterministic order; `comad.data.loader.TrainingBatches` is one."""
+
+    num_images: int
+
+    def load(self, first: int, last: int, rank: int, world_size: int) -> Any:
+        """The share of one process in the batches from ``first`` up to ``last``, counted from the start of the run."""
+
+    def image_name(self, index: int) -> str:
+        """The file of an image, for the list of unreadable ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained. Several jobs learn from the same batches, each as it would alone.
+
+    Attributes:
+        module: exactly what training changes; its state is the checkpoint.
+        run: where its checkpoints and its log go.
+        identity: nested plain values that a resumed run must share: config, hashes of teachers and data.
+        probe: scores to log now and then, such as kNN; called with the weights to be scored.
+        watch: looks at the logged metrics; a returned text is a warning, shown and recorded.
+        groups: groups of parameters for AdamW; ``lr_scale`` is a group's share of the learning rate. None: all of
+            ``module``, decayed as `build_optimizer` says.
+        rng: generators of its own, for one of several; None draws from the process's.
+    """
+
+    module: nn.Module
+    run: RunConfig
+    identity: Mapping[str, Any]
+    probe: Callable[[Any], Metrics] = lambda module: {}
+    watch: Callable[[int, Metrics], str | None] = lambda step, metrics: None
+    groups: Sequence[dict[str, Any]] | None = None
+    rng: RngState | None = None
+
+
+@dataclass(eq=False)
+class TrainState:
+    """Everything of one job that a checkpoint holds, and the result of its last forward pass.
+
+    Attributes:
+        module: as the engine wrapped it: call it for a forward pass.
+        first: steps that were done before this process.
+        loss, metrics: of the last forward pass; the metrics are computed only for steps that are logged.
+    """
+
+    job: Job
+    module: Any
+    optimizer: Any
+    average: AveragedModel | None
+    optim: OptimConfig
+    fabric: Fabric
+    first: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    metrics: Callable[[], Mapping[str, Any]] = dict
+
+    @classmethod
+    def create(cls, job: Job, optim: OptimConfig, fabric: Fabric) -> TrainState:
+        """Optimiser and moving average of a job; its last checkpoint if ``run.resume`` is set."""
+        average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
+        if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
+            nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
+        optimizer = build_optimizer(job.module, optim) if job.groups is None else adamw(job.groups, optim)
+        module, optimizer = fabric.setup(job.module, optimizer)
+        if average is not None:
+            average.to(fabric.device)
+        state = cls(job, module, optimizer, average, optim, fabric)
+        if job.run.resume:
+            state.first = state.restore()
+            if fabric.is_global_zero:
+                truncate_log(Path(job.run.out), state.first)
+        return state
+
+    @property
+    def scored(self) -> Any:
+        """The module to score: the moving average of the weights, if one is kept."""
+        return self.average.module if self.average is not None else self.job.module
+
+    def use_rng(self) -> Any:
+        """Draw from its own generators, if it has any, within the context."""
+        return self.job.rng.use() if self.job.rng else nullcontext()
+
+    def backward(self, loss: Tensor, metrics: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Add the gradient of one batch of ``optim.accumulate``; ``metrics`` computes further numbers for the log."""
+        self.fabric.backward(loss / self.optim.accumulate)
+        self.loss, self.metrics = loss.detach(), metrics
+
+    def update(self, lr: float) -> Tensor:
+        """One optimiser step. Returns the gradient's norm before it was clipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        norm = self.fabric.clip_gradients(
+            self.module, self.optimizer, max_norm=self.optim.clip or math.inf, error_if_nonfinite=False
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.job.module)
+        return cast(Tensor, norm)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; the first process alone does."""
+        with self.use_rng():
+            random = random_states()
+        state = {
+            "step": step,
+            "module": self.job.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
+            "random": random,
+            "identity": json.dumps(self.job.identity),
+        }
+        if self.fabric.is_global_zero:
+            save_checkpoint(Path(self.job.run.out) / "checkpoints", step, state, self.job.run.keep)
+
+    def restore(self) -> int:
+        """Read the last checkpoint. Returns the steps that were done.
+
+        Raises:
+            ValueError: it belongs to another setup.
+        """
+        out = self.job.run.out
+        stored = load_checkpoint(checkpoints(Path(out) / "checkpoints")[-1])
+        changed = differences(json.loads(stored["identity"]), json.loads(json.dumps(self.job.identity)))
+        if changed:
+            raise ValueError(f"cannot resume {out!r}: it was started with another setup: {'; '.join(changed)}")
+        self.job.module.load_state_dict(stored["module"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(stored["average"])
+        with self.use_rng():
+            restore_random_states(stored["random"])
+        return stored["step"]
+
+
+class Prefetcher:
+    """Batches on the device; it counts the seconds that the loop waits for them."""
+
+    def __init__(self, loader: Any, fabric: Fabric, now: Callable[[], float]):
+        self.batches, self.fabric, self.now = iter(loader), fabric, now
+        self.waited = 0.0
+        self.unreadable: set[int] = set()
+
+    def __next__(self) -> Any:
+        start = self.now()
+        try:
+            batch = next(self.batches)
+        except ValueError as error:  # of a worker the last line is its message, after a traceback
+            raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
+        self.waited += self.now() - start
+        self.unreadable.update(batch.image[~batch.readable].tolist())
+        return self.fabric.to_device(batch)
+
+    def close(self) -> None:
+        """End the workers: the program would wait for them for ever, for they ignore signals."""
+        stop = getattr(self.batches, "_shutdown_workers", None)
+        if stop:
+            stop()
+
+
+class StepLogger:
+    """Turns the results of one job's steps into log lines, warnings and errors."""
+
+    def __init__(self, state: TrainState, log: RunLog, trainer: Trainer):
+        self.state, self.log, self.trainer = state, log, trainer
+        self.since = (trainer.seconds, 0.0, state.first)
+        self.told: set[str] = set()
+        self.skipped = 0
+
+    def step(self, done: int, extra: Metrics) -> None:
+        """Log a step; ``extra`` are numbers of the loop.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite, or the run has collapsed and was told to stop.
+        """
+        state, trainer, run = self.state, self.trainer, self.state.job.run
+        values = {"loss": state.loss, **state.metrics(), **extra}
+        metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise TrainingError(
+                f"{self.log.title}loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint "
+                f"is kept in {run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
+            )
+        now, (before, waited, step) = trainer.seconds, self.since
+        self.since = (now, trainer.prefetcher.waited, done)
+        steps_per_s = (done - step) / max(now - before, 1e-9)
+        metrics["images_per_s"] = steps_per_s * trainer.optim.batch_size * trainer.optim.accumulate
+        metrics["data_wait"] = 100 * (trainer.prefetcher.waited - waited) / max(now - before, 1e-9)
+        metrics["memory_gib"] = memory_gib()
+        metrics["epoch"] = done / trainer.steps_per_epoch
+        self.log.write(done, metrics)
+        self.log.progress(done, steps_per_s, metrics)
+        self._warn(done, state.job.watch(done, metrics))
+        self._list_unreadable()
+
+    def _warn(self, done: int, warning: str | None) -> None:
+        if warning is None:
+            return
+        self.log.write(done, {"warning": warning})
+        kind = warning.partition(":")[0]  # the numbers after it change from step to step
+        if kind not in self.told:
+            self.log.say(f"{self.log.title}WARNING at step {done}: {warning}")
+            self.told.add(kind)
+        if self.state.job.run.stop_on_collapse:
+            raise TrainingError(f"{self.log.title}stopped at step {done}: {warning}")
+
+    def _list_unreadable(self) -> None:
+        """Add files to the list, to which other processes and earlier parts of the run add too."""
+        unreadable = self.trainer.prefetcher.unreadable
+        if len(unreadable) == self.skipped:
+            return
+        self.skipped = len(unreadable)
+        path = Path(self.state.job.run.out) / "unreadable.txt"
+        names = {self.trainer.data.image_name(index) for index in unreadable}
+        listed = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path.exists() else set()
+        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("".join(f"{name}\n" for name in sorted(names - listed)))
+        self.log.say(f"{len(names | listed)} unreadable images skipped so far, listed in {path}")
+
+
+class TrainStep:
+    """One optimiser step: iterate over its batches.
+
+    Attributes:
+        progress: share of the run that is done before it.
+        states: of the jobs that take part; one that is ahead after a kill waits for the others.
+    """
+
+    def __init__(self, number: int, trainer: Trainer):
+        self.number, self.trainer = number, trainer
+        self.progress = number / trainer.total
+        self.states = [state for state in trainer.states if state.first <= number]
+        self.last = False
+
+    def __iter__(self) -> Iterator[Any]:
+        count = self.trainer.optim.accumulate
+        for number in range(count):
+            self.last = number == count - 1
+            yield next(self.trainer.prefetcher)
+
+    @contextmanager
+    def microbatch(self, state: TrainState) -> Iterator[TrainState]:
+        """Forward and backward of one job on one batch; processes exchange gradients with the last batch of a step."""
+        with state.use_rng(), state.fabric.no_backward_sync(state.module, enabled=not self.last):
+            yield state
+
+
+class Trainer:
+    """Gives the steps of a run, see the module's text.
+
+    Args:
+        jobs: what learns; their runs differ in the folder alone.
+        data: the training images.
+        optim: optimiser and schedule.
+        fabric: the engine.
+        now: a clock, in seconds.
+
+    Attributes:
+        states: one per job.
+        spent: what a log line, a probe and a checkpoint took, in seconds, in order of time.
+
+    Raises:
+        ValueError: the batch cannot be shared by the processes, or a checkpoint belongs to another setup.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is written.
+        TrainingError: the loss is not finite, or the run has collapsed and ``run.stop_on_collapse`` is set.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        data: TrainingData,
+        optim: OptimConfig,
+        fabric: Fabric,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        if optim.batch_size % fabric.world_size:
+            raise ValueError(
+                f"--optim.batch-size {optim.batch_size} cannot be shared by {fabric.world_size} processes; use a "
+                "multiple."
+            )
+        if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
+            keep_freed_memory()
+        self.run, self.data, self.optim, self.fabric, self.now = jobs[0].run, data, optim, fabric, now
+        self.steps_per_epoch = optim.steps_per_epoch(data.num_images)
+        self.total = optim.total_steps(self.steps_per_epoch)
+        self.states = [TrainState.create(job, optim, fabric) for job in jobs]
+        self.first = min(state.first for state in self.states)
+        self.spent: dict[str, list[float]] = {"log": [], "probe": [], "save": []}
+
+    @property
+    def seconds(self) -> float:
+        """Of a clock that stands still while the weights are scored."""
+        return self.now() - sum(self.spent["probe"])
+
+    def __enter__(self) -> Self:
+        span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
+        with ExitStack() as context:
+            loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
+            self.prefetcher = Prefetcher(loader, self.fabric, self.now)
+            context.callback(self.prefetcher.close)
+            context.enter_context(_threads(self.run.threads))
+            self.received = context.enter_context(_signals())
+            logs = [context.enter_context(self._open_log(state.job.run)) for state in self.states]
+            self.loggers = [StepLogger(state, log, self) for state, log in zip(self.states, logs, strict=True)]
+            self.context = context.pop_all()
+        if self.optim.warmup_epochs >= self.optim.epochs:
+            self.loggers[0].log.say(
+                f"WARNING: the learning rate only warms up, for {self.optim.warmup_epochs:g} epochs in a run of "
+                f"{self.optim.epochs:g}; set a shorter --optim.warmup-epochs."
+            )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        for number in range(self.first, self.total):
+            step = TrainStep(number, self)
+            yield step
+            lr, done = self.optim.lr(number, self.steps_per_epoch), number + 1
+            norms = [state.update(lr) for state in step.states]
+            stopped = self._stopped(done)
+            for logger, norm in zip([x for x in self.loggers if x.state in step.states], norms, strict=True):
+                self._record(logger, done, stopped, {"lr": lr, "grad_norm": norm})
+            if stopped and done < self.total:
+                self.loggers[0].log.say(f"stopped at step {done}, checkpoint written.")
+                raise Interrupted(self.run.out)
+
+    def _record(self, logger: StepLogger, done: int, stopped: bool, numbers: Metrics) -> None:
+        """Log, score and save what is due after a step."""
+        run, ends = self.run, done == self.total
+        save = stopped or ends or done % run.checkpoint_every == 0
+        if save or done == 1 or done % run.log_every == 0:
+            self._timed("log", lambda: logger.step(done, numbers))
+        if ends or (run.probe_every > 0 and done % run.probe_every == 0):
+            self._timed("probe", lambda: logger.log.write(done, logger.state.job.probe(logger.state.scored)))
+        if save:
+            self._timed("save", lambda: logger.state.save(done))
+
+    def _timed(self, what: str, call: Callable[[], object]) -> None:
+        start = self.now()
+        call()
+        self.spent[what].append(self.now() - start)
+
+    def _stopped(self, done: int) -> bool:
+        """Whether a signal came; several processes ask each other now and then, so that all leave at the same step."""
+        if self.fabric.world_size == 1:
+            return bool(self.received)
+        if done % self.run.log_every:
+            return False
+        count = torch.tensor(len(self.received), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(count, reduce_op="sum"))
+
+    def _open_log(self, run: RunConfig) -> RunLog:
+        """The log of one job; the first process alone writes and shows it."""
+        folder, screen = (Path(run.out), sys.stderr) if self.fabric.is_global_zero else (None, None)
+        name = Path(run.out).name if len(self.states) > 1 else ""
+        return RunLog(folder, self.total, run.tensorboard, run.wandb, screen, name)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads within the context; 0 leaves torch's choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM for the loop to act on after the step in hand; a second one acts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
