@@ -8,6 +8,7 @@ import torch
 from comad.report.samples import (
     Classes,
     Neighbours,
+    changed_options,
     collect,
     feature_colours,
     lost_by_student,
@@ -138,3 +139,10 @@ def test_lost_images_are_spread_over_all():
 def test_facts_are_written_whole(tmp_path):
     assert write_facts(tmp_path, {"command": "comad"}).read_text() == '{\n "command": "comad"\n}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_changed_options_have_dotted_names():
+    default = {"optim": {"epochs": 8, "lr": 0.1}, "data": "a", "betas": [1, 2]}
+    config = {"optim": {"epochs": 2, "lr": 0.1}, "data": "a", "betas": [1, 3], "gate": {"power": 1}}
+    expected = {"optim.epochs": [2, 8], "betas": [[1, 3], [1, 2]], "gate.power": [1, None]}
+    assert changed_options(config, default) == expected

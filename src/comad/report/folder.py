@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from comad.report.samples import FACTS, SAMPLES, Samples, read_samples
+from comad.report.samples import FACTS, SAMPLES, Samples, leaves, read_samples
 
 SCORES = {
     "knn": "kNN",
@@ -258,14 +258,6 @@ def read_comparison(folder: Path) -> Comparison:
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a finite number of a size that can be calculated with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
-
-
-def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in plain.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _config(path: Path) -> dict[str, Any]:

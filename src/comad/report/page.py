@@ -26,10 +26,10 @@ from comad.report.folder import (
     is_comparison,
     is_number,
     is_run,
-    leaves,
     read_comparison,
     read_run,
 )
+from comad.report.samples import leaves
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE = "report.html"

@@ -163,13 +163,27 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
 
     Args:
         folder: of the run.
-        facts: any of ``command``: text. ``changed``: option → [value, default]. ``data``, ``cost``: word → value.
+        facts: any of ``command``: text. ``changed``: see `changed_options`. ``data``, ``cost``: word → value.
             ``exports``: a list of word → value, such as format, file, size, fidelity, latency.
     """
     path, temporary = folder / FACTS, folder / f".{FACTS}.{os.getpid()}"
     temporary.write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def changed_options(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The options, as nested plain values, that differ from the default: dotted name → [value, default]."""
+    ours, theirs = leaves(config), leaves(default)
+    return {key: [value, theirs.get(key)] for key, value in ours.items() if key not in theirs or value != theirs[key]}
+
+
+def leaves(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def feature_colours(
