@@ -105,22 +105,23 @@ def render(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = (ASSETS / "uPlot.iife.min.js").read_text(encoding="utf-8") + (ASSETS / "charts.js").read_text(
-        encoding="utf-8"
-    )
-    style = (ASSETS / "uPlot.min.css").read_text(encoding="utf-8") + (ASSETS / "style.css").read_text(encoding="utf-8")
+    style, script = _joined("uPlot.min.css", "style.css"), _joined("uPlot.iife.min.js", "charts.js")
     views = [_run_view(number, run) for number, run in enumerate(runs)]
     return templates.get_template("page.html").render(
         title=_title(comparisons, runs),
         comparisons=[_comparison_view(part) for part in comparisons],
         runs=views,
         overview=[_overview(run) for run in runs],
-        charts=[chart for view in views for chart in view["charts"]],
+        charts=[{key: chart[key] for key in ("id", "steps", "series")} for view in views for chart in view["charts"]],
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
     )
+
+
+def _joined(*names: str) -> str:
+    return "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in names)
 
 
 def _runs_in(folder: Path) -> list[Path]:
