@@ -29,7 +29,7 @@ def browser():
 @pytest.fixture
 def opened(browser, run, comparison, tmp_path):
     """Open the page in a window of some width; ``asked`` is all that it said on the console and wanted to load."""
-    path = write_report([run, comparison], tmp_path / "page.html")
+    path = write_report([run, run, comparison], tmp_path / "page.html")
 
     def open_page(width, scheme="light", **options):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
