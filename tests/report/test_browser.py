@@ -51,7 +51,8 @@ def test_it_renders_and_fits(opened, width):
     page, asked = opened(width)
     assert not asked
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.locator("summary", has_text="More curves").click()
+    for summary in page.locator("summary", has_text="More curves").all():
+        summary.click()
     page.wait_for_function("document.querySelectorAll('canvas').length == document.querySelectorAll('.plot').length")
     assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width and not asked
