@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from comad.distill.heads import Student
 
 from comad.distill.fusion import LossGate
-from comad.distill.heads import Student
 from comad.presets import DEMO, IMAGES, METHODS, recipe
 
 CHANGES: dict[str, dict[str, Any]] = {

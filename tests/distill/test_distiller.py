@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comad.distill.teaching import Targets
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from comad.distill.config import Method
 from comad.distill.fusion import Gate, Mean
 from comad.distill.masking import Masking, Masks
 from comad.distill.objectives import Term
-from comad.distill.teaching import Targets
 from comad.presets import METHODS
 
 COMAD = METHODS["comad"]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comad.distill.taps import Tap, block_at
+from comad.distill.teaching import one_row_per_mask
 from torch.nn import functional as F
 
 from comad.distill.masking import Masking, Masks
-from comad.distill.taps import Tap, block_at
-from comad.distill.teaching import one_row_per_mask
 from comad.models.backbone import normalised_patches
 from comad.models.listening import listening
 from comad.presets import METHODS

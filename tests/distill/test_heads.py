@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from comad.distill.heads import Student
 from comad.distill.taps import Encoded
+from torch import Tensor
 
 FORMS = [
     Student(form="linear"),

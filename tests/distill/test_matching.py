@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-
-from comad.distill.distiller import Distiller
 from comad.distill.heads import Student
 from comad.distill.matching import give_decoders, match, widths_and_cls
 from comad.distill.taps import Tap
+
+from comad.distill.distiller import Distiller
 from comad.export.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.mae_decoder import load_decoder, save_decoder

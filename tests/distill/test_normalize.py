@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comad.distill.normalize import PhiS, Plain, Standardise, hadamard
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distill.normalize import PhiS, Plain, Standardise, hadamard
 from comad.models.backbone import Tokens
 
 

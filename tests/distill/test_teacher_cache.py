@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comad.distill.teacher_cache import TeacherCache, open_cache
+from comad.distill.teaching import Said, Targets
 from torch import Tensor
 
 from comad.data.loader import Batch
 from comad.distill import teacher_cache
 from comad.distill.masking import Masking, Masks
-from comad.distill.teacher_cache import TeacherCache, open_cache
-from comad.distill.teaching import Said, Targets
 from comad.models.backbone import Tokens
 
 NUM_IMAGES = 10

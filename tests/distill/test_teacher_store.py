@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from comad.distill.teacher_store import TeacherStore, key_name
 
 from comad.distill import teacher_store
-from comad.distill.teacher_store import TeacherStore, key_name
 from comad.models.backbone import Tokens
 
 ROWS = torch.tensor([3, 0, 5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from comad.distill.teaching import load_teachers
 
 CPU = torch.device("cpu")

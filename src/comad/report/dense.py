@@ -1,4 +1,4 @@
-"""Images of dense evaluations: answers beside the truth, and the curves of the run."""
+"""Figures of dense evaluations: answers beside the truth, and the curves of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures: curves and scoreboard of a run, differences of a comparison."""
+"""Figures: curves and scoreboard of a run, differences of a comparison."""
 
 from __future__ import annotations
 
