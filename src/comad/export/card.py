@@ -207,7 +207,9 @@ def _training(card: ModelCard) -> list[str]:
 def _scores(card: ModelCard) -> list[str]:
     if not card.scores:
         return []
-    rows = [(code(row["name"]), plain(row["role"]), *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores]
+    rows = [
+        (code(row["name"]), plain(row["role"]), *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores
+    ]
     images = f"the {card.scored_images:,} test images" if card.scored_images else "the test images"
     return [
         "## Scores",

@@ -417,7 +417,11 @@ def _report(session: _Session, rows: Sequence[ExportRow], refused: Sequence[str]
     """The table, what was refused, and the programs."""
     own = latency(session.run, session.pixels, None), latency(by_torch(session.original, 1), session.pixels, None)
     titles = ("format", "file", "MB", "difference", "cosine", "score", "ms 1 thread", "ms all", "")
-    cells = [titles, ("the network", "", "", "", "", "", f"{own[1]:.2f}", f"{own[0]:.2f}", "PyTorch"), *map(_cells, rows)]
+    cells = [
+        titles,
+        ("the network", "", "", "", "", "", f"{own[1]:.2f}", f"{own[0]:.2f}", "PyTorch"),
+        *map(_cells, rows),
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     programs = [f"{row.format}:\n\n{_program(session, row.format, str(out))}" for row in rows]
@@ -499,7 +503,9 @@ def _is_timm_folder(folder: Path) -> bool:
 
 def _own_size(config: dict[str, Any]) -> int | None:
     """Pixels on the side of the images that an export was made for."""
-    size = config.get("pretrained_cfg", {}).get("input_size") if isinstance(config.get("pretrained_cfg"), dict) else None
+    size = (
+        config.get("pretrained_cfg", {}).get("input_size") if isinstance(config.get("pretrained_cfg"), dict) else None
+    )
     return size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
 
 
@@ -516,7 +522,9 @@ def _card_of(config: dict[str, Any], teacher: Teacher, splits: Splits, folder: P
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{folder}: config.json has no sound card, {where}: {first['msg']}; export it again.") from error
+        raise ValueError(
+            f"{folder}: config.json has no sound card, {where}: {first['msg']}; export it again."
+        ) from error
     return replace(card, labels=(), exports=())
 
 
@@ -566,5 +574,3 @@ def _add_to_scoreboard(path: Path, rows: list[dict[str, Any]]) -> None:
 def _file_name(name: str) -> str:
     """A name as that of a folder."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name).strip(".") or "backbone"
-
-

@@ -27,7 +27,7 @@ HALF_COSINE, INT8_COSINE = 0.999, 0.99
 """Least cosine of a 16-bit export's vectors over the images; least mean cosine of an 8-bit one's."""
 POINTS = 1.0
 """Most percentage points that an 8-bit export's score on validation images may differ by."""
-BANK, QUERIES = 5000, 1000
+BANK, QUERIES = 2000, 1000
 """At most so many training and validation images are scored."""
 CHUNK = 32
 FEWEST_RUNS, SECONDS = 5, 1.0

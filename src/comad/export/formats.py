@@ -114,8 +114,7 @@ class Format:
 
 def without_telemetry() -> None:
     """Let openvino and nncf run as where ``openvino-telemetry`` is not installed: nothing is sent from this process."""
-    if "openvino_telemetry" not in sys.modules:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import fails, as documented
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so that importing it fails
 
 
 def exported_program(graph: Graph) -> torch.export.ExportedProgram:
@@ -124,7 +123,9 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
     program = torch.export.export(graph.module, (graph.example(),), dynamic_shapes=dynamic)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta = {key: value for key, value in node.meta.items() if key not in ("stack_trace", "nn_module_stack")}
+            node.meta = {
+                key: value for key, value in node.meta.items() if key not in ("stack_trace", "nn_module_stack")
+            }
     return program
 
 

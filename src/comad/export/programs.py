@@ -49,7 +49,7 @@ def state_dict(graph: Graph, folder: str, file: str) -> str:
 import torch
 {_PILLOW}
 model = timm.create_model({graph.architecture!r}, num_classes={len(graph.labels)}{arguments}).eval()
-model.load_state_dict(torch.load({f'{folder}/{file}'!r}, weights_only=True), strict=True)
+model.load_state_dict(torch.load({f"{folder}/{file}"!r}, weights_only=True), strict=True)
 {_pixels(graph)}image = torch.from_numpy(pixels)
 with torch.inference_mode():
 {_of_timm(graph, folder)}"""
@@ -59,7 +59,7 @@ def torch_export(graph: Graph, folder: str, file: str) -> str:
     """By torch alone."""
     return f"""import torch
 {_PILLOW}
-model = torch.export.load({f'{folder}/{file}'!r}).module()
+model = torch.export.load({f"{folder}/{file}"!r}).module()
 {_pixels(graph)}with torch.inference_mode():
     {_names(graph)} = model(torch.from_numpy(pixels))
 {_label(graph, folder)}"""
@@ -69,7 +69,7 @@ def onnx(graph: Graph, folder: str, file: str) -> str:
     """By ONNX Runtime, without torch."""
     return f"""import onnxruntime
 {_PILLOW}
-session = onnxruntime.InferenceSession({f'{folder}/{file}'!r})
+session = onnxruntime.InferenceSession({f"{folder}/{file}"!r})
 {_pixels(graph)}{_names(graph)} = session.run(None, {{"pixels": pixels}})
 {_label(graph, folder)}"""
 
@@ -78,7 +78,7 @@ def openvino(graph: Graph, folder: str, file: str) -> str:
     """By OpenVINO, without torch; in 32 bits also on CPUs where it would take 16."""
     return f"""import openvino
 {_PILLOW}
-model = openvino.compile_model({f'{folder}/{file}'!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+model = openvino.compile_model({f"{folder}/{file}"!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
 {_pixels(graph)}{_names(graph)} = model(pixels).values()
 {_label(graph, folder)}"""
 
@@ -88,7 +88,7 @@ def executorch(graph: Graph, folder: str, file: str) -> str:
     return f"""import torch
 from executorch.runtime import Runtime
 {_PILLOW}
-method = Runtime.get().load_program({f'{folder}/{file}'!r}).load_method("forward")
+method = Runtime.get().load_program({f"{folder}/{file}"!r}).load_method("forward")
 {_pixels(graph)}{_names(graph)} = method.execute([torch.from_numpy(pixels)])
 {_label(graph, folder)}"""
 
