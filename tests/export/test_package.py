@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from comad.export.card import ModelCard, model_card
 from comad.export.encoder import preprocessing_of
-from comad.export.package import both_programs, export_backbone, snippet, timm_facts, verify_export
+from comad.export.package import both_programs, export_backbone, timm_facts, verify_export
 from comad.models.files import sha256
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone, create_vit

@@ -120,8 +120,8 @@ def check_place(out: str) -> Path:
     """The path of the table.
 
     Raises:
-        ValueError: its ending is none of `ENDINGS`, it is a folder, what writes it is not installed, or one of the files
-            beside a .npy is somebody else's.
+        ValueError: its ending is none of `ENDINGS`, it is a folder, what writes it is not installed, or a file beside a
+            .npy is somebody else's.
     """
     path = Path(out)
     if path.suffix not in ENDINGS:
@@ -312,7 +312,7 @@ def _open_parts(out: Path, identity: str) -> Path:
     return folder
 
 
-def _encode_part(  # noqa: PLR0913 - a part of a loop
+def _encode_part(
     backbone: Backbone,
     rows: _Rows,
     span: range,

@@ -155,8 +155,8 @@ def _exports(card: ModelCard) -> list[str]:
         "## Files",
         "",
         f"Each file was opened by its own runtime and compared with the model on {images} validation images. The score "
-        "is percent right on validation images, of the file and of the model. Milliseconds are medians per call, on the "
-        "machine of the export.",
+        "is percent right on validation images, of the file and of the model. Milliseconds are medians per call, where "
+        "it was exported.",
         "",
         *table(titles, (_export_cells(row) for row in card.exports)),
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,7 +133,7 @@ def export(config: ExportConfig) -> str:
     return write_exports(source._replace(scoreboard=board), out, config).text
 
 
-def export_model(  # noqa: PLR0913 - one keyword per fact that a module does not tell
+def export_model(
     backbone: Backbone,
     out: str | Path,
     *,

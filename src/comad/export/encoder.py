@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         self.backbone = copy.deepcopy(backbone).cpu().eval().requires_grad_(False)
         _plain_convolutions(self.backbone)
         for network in self.backbone.children():
-            network.to(dtype, memory_format=torch.contiguous_format)
+            network.to(dtype).to(memory_format=torch.contiguous_format)
         self.backbone.pixel_mean = torch.zeros_like(self.backbone.pixel_mean)  # normalisation is the caller's
         self.backbone.pixel_std = torch.ones_like(self.backbone.pixel_std)
         self.pool: Pool = pool_of(backbone)

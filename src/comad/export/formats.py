@@ -182,9 +182,7 @@ def _write_int8(graph: Graph, path: Path) -> None:
 def _quantised(model: Any, graph: Graph, transform: Callable[[np.ndarray], Any]) -> Any:
     """Post-training quantisation by NNCF; the smoothing that Vision Transformers need where there is attention."""
     without_telemetry()
-    import nncf
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
-
+    nncf, advanced = (importlib.import_module(name) for name in ("nncf", "nncf.quantization.advanced_parameters"))
     samples = list(graph.calibration())
     attention = any(name.rpartition(".")[2] == "attn" for name, _ in graph.module.named_modules())
     with contextlib.redirect_stdout(sys.stderr), _quiet("nncf"):
@@ -193,8 +191,10 @@ def _quantised(model: Any, graph: Graph, transform: Callable[[np.ndarray], Any])
             nncf.Dataset(samples, transform),
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             subset_size=len(samples),
-            advanced_parameters=AdvancedQuantizationParameters(
-                activations_quantization_params=QuantizationParameters(per_channel=False)  # all that ONNX Runtime runs
+            advanced_parameters=advanced.AdvancedQuantizationParameters(
+                activations_quantization_params=advanced.QuantizationParameters(
+                    per_channel=False
+                )  # all that ONNX Runtime runs
             ),
         )
 
@@ -205,21 +205,23 @@ def _open_onnx(graph: Graph, path: Path, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda pixels: list(session.run(None, {"pixels": pixels}))
+    return lambda pixels: [np.asarray(value) for value in session.run(None, {"pixels": pixels})]
+
+
+def _openvino() -> Any:
+    without_telemetry()
+    return importlib.import_module("openvino")
 
 
 def _openvino_model(graph: Graph) -> Any:
-    without_telemetry()
-    import openvino
-
+    openvino = _openvino()
     model = openvino.Core().read_model(onnx_model(graph).SerializeToString())
     model.set_rt_info(graph.facts(), ["comad", "preprocessing"])
     return model
 
 
 def _write_openvino(graph: Graph, path: Path) -> None:
-    import openvino
-
+    openvino = _openvino()
     whole = Graph(**{**vars(graph), "module": _whole(graph.module)}) if graph.half else graph
     openvino.save_model(_openvino_model(whole), path, compress_to_fp16=graph.half)
 
@@ -230,17 +232,14 @@ def _whole(module: nn.Module) -> nn.Module:
 
 
 def _write_openvino_int8(graph: Graph, path: Path) -> None:
-    import openvino
-
+    openvino = _openvino()
     model = _quantised(_openvino_model(graph), graph, lambda pixels: pixels)
     model.set_rt_info(graph.facts(), ["comad", "preprocessing"])
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def _open_openvino(graph: Graph, path: Path, threads: int) -> Run:
-    without_telemetry()
-    import openvino
-
+    openvino = _openvino()
     limit = {"INFERENCE_NUM_THREADS": threads} if threads else {}
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32", **limit})
@@ -272,19 +271,16 @@ def by_torch(function: Callable[[torch.Tensor], Sequence[torch.Tensor]], threads
 
 def _write_executorch(graph: Graph, path: Path) -> None:
     with _quiet(""), contextlib.redirect_stdout(sys.stderr):
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-
+        xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        exir = importlib.import_module("executorch.exir")
         fixed = Graph(**{**vars(graph), "batch": graph.batch or 1})
-        lowered = to_edge_transform_and_lower(exported_program(fixed), partitioner=[XnnpackPartitioner()])
+        lowered = exir.to_edge_transform_and_lower(exported_program(fixed), partitioner=[xnnpack.XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
     path.with_name("preprocessing.json").write_text(graph.facts() + "\n", encoding="utf-8")
 
 
 def _open_executorch(graph: Graph, path: Path, threads: int) -> Run:
-    from executorch.runtime import Runtime
-
-    method = Runtime.get().load_program(path).load_method("forward")
+    method = importlib.import_module("executorch.runtime").Runtime.get().load_program(path).load_method("forward")
     assert method is not None
     return by_torch(lambda pixels: [torch.as_tensor(value) for value in method.execute([pixels])], threads)
 

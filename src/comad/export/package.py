@@ -202,7 +202,7 @@ def _save(
         if not isinstance(own, nn.Linear) or own.weight.shape != linear.weight.shape or linear.bias is None:
             raise ValueError(f"{type(network).__name__} has no linear classifier in timm; export it --to onnx.")
         own.load_state_dict(linear.state_dict())
-    network.to(dtype, memory_format=torch.contiguous_format)  # as safetensors wants it
+    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
     save_for_hf(network, str(folder), model_args=model_args, safe_serialization=True)
     return network
 

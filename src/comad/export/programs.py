@@ -104,9 +104,9 @@ def _pixels(graph: Graph) -> str:
     size, mean, std = facts.size, list(facts.mean), list(facts.std)
     repeat = f".repeat({graph.batch}, 0)" if graph.batch and graph.batch > 1 else ""
     return f"""photo = Image.open("photo.jpg").convert("RGB")
-scale = {facts.shorter} / min(photo.size)
-photo = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.{facts.interpolation.upper()})
-left, top = [(side - {size}) // 2 for side in photo.size]
+sides = [{facts.shorter} * side // min(photo.size) for side in photo.size]
+photo = photo.resize(sides, Image.Resampling.{facts.interpolation.upper()})
+left, top = [round((side - {size}) / 2) for side in photo.size]
 photo = photo.crop((left, top, left + {size}, top + {size}))
 pixels = (np.asarray(photo) / 255 - {mean}) / {std}
 pixels = pixels.astype(np.float32).transpose(2, 0, 1)[None]{repeat}
@@ -119,7 +119,8 @@ def _names(graph: Graph) -> str:
 
 def _label(graph: Graph, folder: str) -> str:
     if not graph.labels:
-        return f"print(feature.shape, patches.shape)  # ({graph.batch or 1}, width), ({graph.batch or 1}, patches, width)\n"
+        count = graph.batch or 1
+        return f"print(feature.shape, patches.shape)  # ({count}, width), ({count}, patches, width)\n"
     where = f"{folder}/config.json"
     return f"""import json
 
