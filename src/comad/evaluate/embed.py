@@ -185,7 +185,7 @@ def encode(
     """Encode images in order, decoded ahead by the loader's workers: features, and which could be read."""
     workers = config.loader.num_workers if len(indices) > 2 * config.batch_size else 0
     loader = DataLoader(
-        _Views(images, indices, image_size),
+        EvaluationViews(images, indices, image_size),
         batch_size=config.batch_size,
         num_workers=workers,
         generator=torch.Generator(),
@@ -209,7 +209,7 @@ def nearest(table: Path, feature: Float[np.ndarray, " width"], top: int) -> list
     return best
 
 
-class _Views(Dataset[tuple[Tensor, bool]]):
+class EvaluationViews(Dataset[tuple[Tensor, bool]]):
     """Evaluation views as uint8, and whether the file could be read."""
 
     def __init__(self, images: ImageSet, indices: Sequence[int], image_size: int):
