@@ -77,6 +77,8 @@ def test_all_formats_of_a_run_agree_with_its_student(tiny_run):
     card = huggingface_hub.ModelCard((out / "README.md").read_text())
     assert card.data.license == "apache-2.0" and card.data.library_name == "timm"
     assert all(f"`{row['file']}`" in card.text for row in rows.values())
+    train = len(load_images(tiny_run.data).train)
+    assert f"images: {train} train, " in card.text
     assert not list(Path(tiny_run.folder).glob(".*"))
     assert "PyTorch" in text
 
@@ -174,7 +176,10 @@ def test_executorch(tiny_run):
 
 
 def test_half_precision(tiny_run):
-    _, out, rows = exported(tiny_run, "timm", "torch-export", "onnx", precision="fp16")
+    exported(tiny_run, "timm", "onnx")
+    names = ("transformers", "state-dict", "torch-export", "onnx")
+    _, out, rows = exported(tiny_run, *names, precision="fp16")
+    assert set(rows) == {*names}  # timm's folder is one of 16 bits now
     assert all(row["sound"] and row["cosine"] >= 0.999 and row["note"].startswith("fp16") for row in rows.values())
     assert rows["onnx"]["file"] == "onnx/model_fp16.onnx" and (out / "onnx/model_fp16.onnx").stat().st_size < 120_000
 
@@ -232,6 +237,7 @@ def test_a_module_at_hand_and_one_that_timm_does_not_know(tiny_run, tmp_path):
     data = load_images(tiny_run.data)
     done = export_model(make_student(), tmp_path / "a", to=["timm"], data=data, model_args=ARGS, images=4)
     assert done.rows[0].sound
+    assert export_model(tiny_run.folder, to=["torch-export"], images=4).folder == Path(tiny_run.folder, "export")
     backbone = make_student()
     backbone.vit.pretrained_cfg = {}
     with pytest.raises(ValueError, match="timm's name of this one is not known"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,38 +120,56 @@ def export(config: ExportConfig) -> str:
         ValueError: no such format, a package is missing, the backbone or the data cannot be loaded, the place is taken
             by something else, or no file is as near to the student as it should be.
     """
+    return _export_named(config).text
+
+
+def _export_named(config: ExportConfig) -> Exported:
+    """Find what ``config.backbone`` names and write it; see `export`."""
     if not config.backbone:
         raise ValueError("name what to export: comad export RUN|BACKBONE --to onnx.")
     check(config)
     run = _run_folder(config.backbone)
     data = config.data or (_data_of(run) if run else "stamps")
     splits = load_images(data)
-    spec = str(run / "student") if run else config.backbone
-    source = _load(spec, data, config.image_size, splits)
-    name = source.card.name if run is None else ""
-    out = Path(config.out) if config.out else (run / "export" if run else Path("exports") / _file_name(name))
-    board = run / "scoreboard.json" if run else None
-    return write_exports(source._replace(scoreboard=board), out, config).text
+    source = _load(str(run / "student") if run else config.backbone, data, config.image_size, splits)
+    if run is None:
+        out = Path("exports") / _file_name(source.card.name)
+        return write_exports(source, Path(config.out) if config.out else out, config)
+    if config.data is None:
+        source = source._replace(card=_with_counts(source.card, splits))
+    source = source._replace(scoreboard=run / "scoreboard.json")
+    return write_exports(source, Path(config.out) if config.out else run / "export", config)
+
+
+def _with_counts(card: ModelCard, splits: Splits) -> ModelCard:
+    """The card with the numbers of images that were learnt from, chosen on and scored, where it has none."""
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    labels = splits.test.labels.get("fine")
+    return replace(
+        card,
+        data_images=card.data_images or {name: len(images) for name, images in parts.items()},
+        scored_images=card.scored_images or (0 if labels is None else int((labels >= 0).sum())),
+    )
 
 
 def export_model(
-    backbone: Backbone,
-    out: str | Path,
+    backbone: Backbone | str | Path,
+    out: str | Path | None = None,
     *,
     to: Sequence[str] = ("timm", "transformers", "onnx"),
-    data: str | Splits = "stamps",
+    data: str | Splits | None = None,
     architecture: str = "",
     model_args: dict[str, Any] | None = None,
     card: ModelCard | None = None,
     **options: Any,
 ) -> Exported:
-    """Export a network that is at hand; see `export`.
+    """Export a network that is at hand, or that is named as on the command line; see `export`.
 
     Args:
         backbone: on any device; left as it is.
-        out: the folder to write.
+        out: the folder to write; may be left out if the network is named.
         to: names of `FORMATS`.
-        data: images to compare and to calibrate with.
+        data: images to compare and to calibrate with; of a network at hand stamps, if left out.
         architecture: timm's name of the network; left out, the one that it keeps, if it does.
         model_args: timm's arguments of the network, where they are not those of the name.
         card: about the model.
@@ -159,9 +178,15 @@ def export_model(
     Raises:
         ValueError: see `export`.
     """
-    config = ExportConfig(to=tuple(to), out=str(out), **options)
+    config = ExportConfig(to=tuple(to), out=None if out is None else str(out), **options)
+    if not isinstance(backbone, Backbone):
+        if isinstance(data, Splits):
+            raise ValueError("the images of a network that is named are named too; pass data=FOLDER.")
+        return _export_named(replace(config, backbone=str(backbone), data=data))
+    if out is None:
+        raise ValueError("name the folder to write: out=FOLDER.")
     check(config)
-    splits = load_images(data) if isinstance(data, str) else data
+    splits = data if isinstance(data, Splits) else load_images(data or "stamps")
     known = getattr(next(backbone.children()), "pretrained_cfg", None) or {}
     name = architecture or (card.architecture if card else "") or known.get("architecture", "")
     card = card or _plain_card(Path(out).name, name, backbone, "unknown", splits)
@@ -251,9 +276,7 @@ def write_exports(source: Source, out: Path, config: ExportConfig) -> Exported:
         refused = [text for *_, text in written if text]
         if not rows:
             raise ValueError(" ".join(refused))
-        files = {row.file for row in rows}
-        kept = [row for row in earlier if row["format"] not in names and row["file"] not in files - {BASE}]
-        merged = [*kept, *(row.as_dict() for row in rows)]
+        merged = [*_kept(earlier, rows, config.precision), *(row.as_dict() for row in rows)]
         card = replace(card, exports=tuple(merged))
         _write_facts(partial, card, session, merged, out)
     if source.scoreboard and source.scoreboard.is_file():
@@ -261,7 +284,16 @@ def write_exports(source: Source, out: Path, config: ExportConfig) -> Exported:
     return Exported(out, rows, _report(session, rows, refused, out))
 
 
-BASE = "model.safetensors"
+def _kept(earlier: Sequence[dict[str, Any]], rows: Sequence[ExportRow], precision: str) -> list[dict[str, Any]]:
+    """Rows of files that are still as they were measured; timm's folder is written each time."""
+    new = {(row.format, row.file) for row in rows}
+    half = precision == "fp16"
+    return [
+        row
+        for row in earlier
+        if (row["format"], row["file"]) not in new
+        and not (FORMATS[row["format"]].write is None and row["note"].startswith("fp16") != half)
+    ]
 
 
 class _Session:
@@ -335,6 +367,7 @@ class _Session:
 
     def write(self, name: str, folder: Path) -> tuple[ExportRow | None, str]:
         """Write one format, open it, compare it. Gives its row; or none, and why, if it did not come through."""
+        sys.stderr.write(f"comad: {name} is written and compared\n")
         form, graph = FORMATS[name], self.graph(name)
         file = folder / form.path(graph.half)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +406,7 @@ class _Session:
         row = ExportRow(
             format=name,
             file=str(file.relative_to(folder)),
-            note=", ".join(filter(None, ("fp16" if graph.half else "", form.note(graph)))),
+            note=_note(form, graph),
             bytes=sum(path.stat().st_size for path in {file, file.with_suffix(".bin")} if path.is_file()),
             images=len(self.pixels),
             max_difference=difference(found, self.expected),
@@ -394,13 +427,19 @@ class _Session:
         return replace(row, ms_one_thread=one, ms_all_threads=latency(run, self.pixels, graph.batch))
 
 
+def _note(form: Format, graph: Graph) -> str:
+    return ", ".join(filter(None, ("fp16" if graph.half else "", form.note(graph))))
+
+
 def _write_facts(folder: Path, card: ModelCard, session: _Session, rows: list[dict[str, Any]], out: Path) -> None:
     """The card, and what was measured: ``README.md``, ``exports.json``, and the rows in ``config.json``."""
     facts = {"source": session.identity, "preprocessing": session.preprocessing.as_dict(), "exports": rows}
     (folder / "exports.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    shown = both_programs(session.graph("timm"), out.name) if card.sha256 else []
-    by_file = [row["format"] for row in rows if not FORMATS[row["format"]].timm]
-    shown = [*shown, *((f"With {name}", _program(session, name, out.name)) for name in by_file)]
+    shown = list(both_programs(session.graph("timm"), out.name)) if card.sha256 else []
+    for row in rows:
+        form, graph = FORMATS[row["format"]], session.graph(row["format"])
+        if form.write is not None and row["note"] == _note(form, graph):  # else it was made with other options
+            shown.append((f"With {row['format']}", form.program(graph, out.name, row["file"])))
     (folder / "README.md").write_text(model_card(card, shown), encoding="utf-8")
     if (config := folder / "config.json").is_file():
         content = json.loads(config.read_text(encoding="utf-8"))

@@ -365,11 +365,10 @@ FORMATS: dict[str, Format] = {
         timm=True,
     ),
     "state-dict": Format(
-        file="state_dict/model.pth",
+        file="state_dict/model{}.pth",
         write=_write_state_dict,
         open=_open_state_dict,
         program=programs.state_dict,
-        half=False,
         timm=True,
     ),
     "torch-export": Format(
