@@ -149,7 +149,17 @@ def _what(card: ModelCard) -> list[str]:
 def _exports(card: ModelCard) -> list[str]:
     if not card.exports:
         return []
-    titles = ("format", "file", "MB", "largest difference", "cosine (mean)", "score", "ms, 1 thread", "ms, all", "")
+    titles = (
+        "format",
+        "file",
+        "MB",
+        "largest difference",
+        "cosine, least (mean)",
+        "score",
+        "ms, 1 thread",
+        "ms, all",
+        "",
+    )
     images = max(row["images"] for row in card.exports)
     return [
         "## Files",

@@ -131,7 +131,7 @@ def _export_named(config: ExportConfig) -> Exported:
     run = _run_folder(config.backbone)
     data = config.data or (_data_of(run) if run else "stamps")
     splits = load_images(data)
-    source = _load(str(run / "student") if run else config.backbone, data, config.image_size, splits)
+    source = load_source(str(run / "student") if run else config.backbone, data, config.image_size, splits)
     if run is None:
         out = Path("exports") / _file_name(source.card.name)
         return write_exports(source, Path(config.out) if config.out else out, config)
@@ -455,7 +455,7 @@ def _program(session: _Session, name: str, folder: str) -> str:
 def _report(session: _Session, rows: Sequence[ExportRow], refused: Sequence[str], out: Path) -> str:
     """The table, what was refused, and the programs."""
     own = latency(session.run, session.pixels, None), latency(by_torch(session.original, 1), session.pixels, None)
-    titles = ("format", "file", "MB", "difference", "cosine", "score", "ms 1 thread", "ms all", "")
+    titles = ("format", "file", "MB", "difference", "cosine, least (mean)", "score", "ms 1 thread", "ms all", "")
     cells = [
         titles,
         ("the network", "", "", "", "", "", f"{own[1]:.2f}", f"{own[0]:.2f}", "PyTorch"),
@@ -478,7 +478,7 @@ def _cells(row: ExportRow) -> tuple[str, ...]:
         row.file,
         f"{row.bytes / 1e6:.2f}",
         f"{row.max_difference:.1e}",
-        f"{row.cosine:.5f}",
+        f"{row.cosine:.5f} ({row.mean_cosine:.5f})",
         score,
         *times,
         row.note + mark,
@@ -517,8 +517,18 @@ def _data_of(run: Path) -> str:
     return found
 
 
-def _load(spec: str, data: str, image_size: int | None, splits: Splits) -> Source:
-    """Load what is named, and what is known about it."""
+def load_source(spec: str, data: str, image_size: int | None, splits: Splits) -> Source:
+    """Load what is named, and what is known about it: its card, and timm's arguments.
+
+    Args:
+        spec: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
+        data: what the images are called; a bundled set has an image size of its own.
+        image_size: pixels on the side of the images; None: an export's own, else that of ``data``.
+        splits: images to compare and to calibrate with.
+
+    Raises:
+        ValueError: it cannot be loaded, or its card is damaged.
+    """
     folder = BUNDLED / spec if spec in bundled_teachers() else Path(spec.partition("=")[2] or spec)
     config = read_json(folder / "config.json", "name an exported folder") if _is_timm_folder(folder) else {}
     size = image_size or _own_size(config)
