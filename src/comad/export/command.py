@@ -13,12 +13,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import timm
 import torch
-import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from comad.data.images import Splits, load_images
-from comad.evaluate.views import load_one
 from comad.export.card import ModelCard, model_card
 from comad.export.encoder import ClassScorer, Encoder, Pool, Preprocessing, preprocessing_of
 from comad.export.fidelity import (
@@ -36,14 +33,12 @@ from comad.export.fidelity import (
 )
 from comad.export.formats import FORMATS, OPSET, Format, Graph, Run, by_torch
 from comad.export.package import both_programs, check_place, timm_facts, write_timm
+from comad.export.source import Source, data_of, load_source, plain_card, run_folder, takes_size
 from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256_of
-from comad.models.sources import BUNDLED, bundled_teachers
-from comad.models.teachers import Teacher
 from comad.runtime.atomic import replacing
 from comad.runtime.spelling import hint
 
-LARGEST_RECIPE = 2**20
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -93,26 +88,6 @@ class Exported(NamedTuple):
     text: str
 
 
-class Source(NamedTuple):
-    """What is exported.
-
-    Attributes:
-        backbone: the network, on any device.
-        card: what is known about it; timm's name is empty where timm does not know it.
-        model_args: timm's arguments.
-        splits: images to compare and to calibrate with.
-        head: a linear head on a pool of the tokens, for the classes ``card.labels``.
-        scoreboard: a file of scores that the exports are added to.
-    """
-
-    backbone: Backbone
-    card: ModelCard
-    model_args: dict[str, Any]
-    splits: Splits
-    head: tuple[nn.Linear, Pool] | None = None
-    scoreboard: Path | None = None
-
-
 def export(config: ExportConfig) -> str:
     """Write the files, check each by its own runtime, and say what came of it and how to use them.
 
@@ -128,8 +103,8 @@ def _export_named(config: ExportConfig) -> Exported:
     if not config.backbone:
         raise ValueError("name what to export: comad export RUN|BACKBONE --to onnx.")
     check(config)
-    run = _run_folder(config.backbone)
-    data = config.data or (_data_of(run) if run else "stamps")
+    run = run_folder(config.backbone)
+    data = config.data or (data_of(run) if run else "stamps")
     splits = load_images(data)
     source = load_source(str(run / "student") if run else config.backbone, data, config.image_size, splits)
     if run is None:
@@ -189,8 +164,8 @@ def export_model(
     splits = data if isinstance(data, Splits) else load_images(data or "stamps")
     known = getattr(next(backbone.children()), "pretrained_cfg", None) or {}
     name = architecture or (card.architecture if card else "") or known.get("architecture", "")
-    card = card or _plain_card(Path(out).name, name, backbone, "unknown", splits)
-    arguments = {"img_size": backbone.image_size} if model_args is None and _takes_size(name) else model_args or {}
+    card = card or plain_card(Path(out).name, name, backbone, "unknown", splits)
+    arguments = {"img_size": backbone.image_size} if model_args is None and takes_size(name) else model_args or {}
     return write_exports(Source(backbone, replace(card, architecture=name), arguments, splits), Path(out), config)
 
 
@@ -483,121 +458,6 @@ def _cells(row: ExportRow) -> tuple[str, ...]:
         *times,
         row.note + mark,
     )
-
-
-def _run_folder(spec: str) -> Path | None:
-    """The folder of a run, if that is what is named.
-
-    Raises:
-        ValueError: the run has no student yet.
-    """
-    folder = Path(spec)
-    if (folder / "student" / "config.json").is_file():
-        return folder
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{spec}: this run has no student yet; finish it with --run.resume, then export it.")
-    return None
-
-
-def _data_of(run: Path) -> str:
-    """The images that a run learnt from, as its recipe has it.
-
-    Raises:
-        ValueError: the recipe cannot be read.
-    """
-    path, remedy = run / "config.yaml", "pass --data FOLDER"
-    try:
-        if path.stat().st_size > LARGEST_RECIPE:
-            raise ValueError("too large")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: no recipe that says which images the run learnt from; {remedy}.") from error
-    if not isinstance(found, str):
-        raise ValueError(f"{path}: its data is no text; {remedy}.")
-    return found
-
-
-def load_source(spec: str, data: str, image_size: int | None, splits: Splits) -> Source:
-    """Load what is named, and what is known about it: its card, and timm's arguments.
-
-    Args:
-        spec: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
-        data: what the images are called; a bundled set has an image size of its own.
-        image_size: pixels on the side of the images; None: an export's own, else that of ``data``.
-        splits: images to compare and to calibrate with.
-
-    Raises:
-        ValueError: it cannot be loaded, or its card is damaged.
-    """
-    folder = BUNDLED / spec if spec in bundled_teachers() else Path(spec.partition("=")[2] or spec)
-    config = read_json(folder / "config.json", "name an exported folder") if _is_timm_folder(folder) else {}
-    size = image_size or _own_size(config)
-    teacher = load_one(spec, data, size)
-    if not config:
-        name = teacher.card.architecture.partition(".")[0]
-        arguments = {"img_size": teacher.backbone.image_size} if _takes_size(name) else {}
-        known = teacher.card.format == "timm"
-        card = _plain_card(teacher.name, name if known else "", teacher.backbone, teacher.card.licence, splits)
-        return Source(teacher.backbone, card, arguments, splits)
-    arguments = dict(config.get("model_args", {}))
-    if "img_size" in arguments:
-        arguments["img_size"] = teacher.backbone.image_size
-    return Source(teacher.backbone, _card_of(config, teacher, splits, folder), arguments, splits)
-
-
-def _is_timm_folder(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and "architecture" in read_json(config, "name an exported folder")
-
-
-def _own_size(config: dict[str, Any]) -> int | None:
-    """Pixels on the side of the images that an export was made for."""
-    size = (
-        config.get("pretrained_cfg", {}).get("input_size") if isinstance(config.get("pretrained_cfg"), dict) else None
-    )
-    return size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
-
-
-def _card_of(config: dict[str, Any], teacher: Teacher, splits: Splits, folder: Path) -> ModelCard:
-    """The card in a folder of ours; of timm's own folders a plain one.
-
-    Raises:
-        ValueError: the card is damaged.
-    """
-    if not config.get("comad"):
-        return _plain_card(teacher.name, config["architecture"], teacher.backbone, teacher.card.licence, splits)
-    try:
-        card = TypeAdapter(ModelCard).validate_python(config["comad"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(
-            f"{folder}: config.json has no sound card, {where}: {first['msg']}; export it again."
-        ) from error
-    return replace(card, labels=(), exports=())
-
-
-def _plain_card(name: str, architecture: str, backbone: Backbone, licence: str, splits: Splits) -> ModelCard:
-    """What is known about a network that nobody wrote a card for."""
-    return ModelCard(
-        name=name,
-        licence=licence.lower() if licence.lower() == "apache-2.0" else licence,
-        architecture=architecture,
-        token_types=backbone.token_types,
-        about=f"{name}, exported by comad.",
-        preset="none",
-        seed=0,
-        images_seen=0,
-        data="unknown",
-        data_licence="unknown",
-        eval_crop=splits.train.eval_crop,
-    )
-
-
-def _takes_size(name: str) -> bool:
-    """Whether timm's network of that name is built for one image size."""
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    return bool(known and known.fixed_input_size)
 
 
 def _earlier_rows(out: Path, identity: str) -> list[dict[str, Any]]:
