@@ -333,9 +333,8 @@ def test_weights_of_query_alone_are_refused(tmp_path: Path):
 
 
 def test_weights_in_several_files_are_put_together(tmp_path: Path, images: Tensor):
-    case = vit()
-    expected = load_teacher(str(save(tmp_path / "one", case)), SIZE).backbone(images).patches
-    folder = save(tmp_path / "theirs", case)
+    folder = save(tmp_path / "theirs", vit())
+    expected = load_teacher(str(folder), SIZE).backbone(images).patches
     state = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     parts = {f"model-{number}-of-2.safetensors": dict(list(state.items())[number - 1 :: 2]) for number in (1, 2)}

@@ -4,8 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.models.feature_map_backbone import FeatureMapBackbone
-from comad.models.objects import ModuleFeatures
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear, use_onednn_linear
 from comad.models.quantized import precision_of
 from comad.models.timm_backbone import VitConfig

@@ -4,8 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.models.feature_map_backbone import FeatureMapBackbone
-from comad.models.objects import ModuleFeatures
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.quantized import QuantizedLinear, check_quantized, precision_of, quantize
 from comad.models.teachers import load_teacher
 from comad.models.timm_backbone import VitConfig

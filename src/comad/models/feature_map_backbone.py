@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible
 from comad.models.networks import OWN_SIZE, gives_tokens
 
-ANY_SIZE = 2**30
-
 
 class FeatureMapBackbone(Backbone):
     """A network whose ``forward_features`` is a map of channels, or a sequence of prefix tokens and patches.
@@ -50,7 +48,8 @@ class FeatureMapBackbone(Backbone):
         norm: nn.Module | None = None,
     ):
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on the CPU
+        flat = all(parameter.ndim < 5 for parameter in network.parameters())
+        self.network = network.to(memory_format=torch.channels_last) if flat else network  # twice as fast on the CPU
         self.norm = norm
         self.gives_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -161,6 +160,29 @@ class FeatureMapBackbone(Backbone):
 
 def _as_rows(features: Float[Tensor, "B E rows columns"]) -> Float[Tensor, "B n E"]:
     return features.flatten(2).transpose(1, 2)
+
+
+class ModuleFeatures(nn.Module):
+    """A module's ``forward`` under the names that `FeatureMapBackbone` reads.
+
+    Args:
+        module: (B, 3, H, W) → a map (B, E, h, w), or tokens (B, prefix + N, E).
+        num_prefix_tokens: tokens before the patches.
+        has_cls: the first of them is a class token.
+        image_size: pixels on the side of the images that the module is made for.
+    """
+
+    def __init__(self, module: nn.Module, num_prefix_tokens: int, has_cls: bool, image_size: int):
+        super().__init__()
+        self.module = module
+        self.num_prefix_tokens = num_prefix_tokens
+        self.cls_token = True if has_cls else None
+        self.default_cfg = {"input_size": (3, image_size, image_size)}
+        self.feature_info = [{"reduction": image_size}]  # any stride: the images are always of that size
+
+    def forward_features(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
+        """What the module gives; `FeatureMapBackbone` says what it may be."""
+        return self.module(pixels)
 
 
 def stride_and_size(network: Any) -> tuple[int, int]:

@@ -136,7 +136,8 @@ def _load(path: Path, size: int) -> Any:
         if declared <= 2 * size + SLACK:
             if _is_safetensors(path, size):
                 return safetensors.torch.load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch looks at the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way inside the unpickler
         raise ValueError(f"{path}: {_problem(path, error)}.") from error
     raise ValueError(f"{path}: its {size} bytes claim to unpack to {declared}; get the file from its authors.")

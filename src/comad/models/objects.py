@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from comad.models import huggingface
 from comad.models.backbone import Backbone
-from comad.models.feature_map_backbone import FeatureMapBackbone
-from comad.models.files import checked_pixels, sha256_of
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
+from comad.models.files import checked_pixels, read_json, sha256_of
 from comad.models.formats import POSITION_RULES
 from comad.models.networks import OWN_SIZE
 from comad.models.sources import OWN_FORWARD, Request, Source, cut_blocks, make_backbone
 from comad.models.timm_backbone import TimmBackbone
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-class ModuleFeatures(nn.Module):
-    """A module's ``forward`` under the names that `FeatureMapBackbone` reads.
-
-    Args:
-        module: (B, 3, H, W) → a map (B, E, h, w), or tokens (B, prefix + N, E).
-        num_prefix_tokens: tokens before the patches.
-        has_cls: the first of them is a class token.
-        image_size: pixels on the side of the images that the module is made for.
-    """
-
-    def __init__(self, module: nn.Module, num_prefix_tokens: int, has_cls: bool, image_size: int):
-        super().__init__()
-        self.module = module
-        self.num_prefix_tokens = num_prefix_tokens
-        self.cls_token = True if has_cls else None
-        self.default_cfg = {"input_size": (3, image_size, image_size)}
-        self.feature_info = [{"reduction": image_size}]  # any stride: the images are always of that size
-
-    def forward_features(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
-        """What the module gives; `FeatureMapBackbone` says what it may be."""
-        return self.module(pixels)
 
 
 def from_python_file(text: str) -> tuple[str, nn.Module] | None:
@@ -110,24 +88,34 @@ def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not 
         raise ValueError(f"{name}: it cannot be copied ({told}); pass a module without hooks and open files.") from error
     rule, given = OWN_FORWARD, (mean, std) if mean is not None and std is not None else None
     if isinstance(module, Backbone):
-        backbone = module
+        backbone, pixels = module, _of_buffers(module)
     elif hasattr(module, "config") and hasattr(module.config, "model_type"):
-        backbone, rule = _of_transformers(module, request, given)
+        pixels = _known_pixels(given or huggingface.pixels_of(module), name)
+        backbone, rule = _of_transformers(module, request, pixels)
     elif hasattr(module, "forward_features") and (facts := timm_facts(module)):
-        pixels = checked_pixels(*(given or (facts["mean"], facts["std"])), f"{name}: mean and std", "give others")
+        pixels = _known_pixels(given or (facts["mean"], facts["std"]), name)
         backbone = _of_timm(module, request, pixels)
         rule = POSITION_RULES["antialias"] if isinstance(module, VisionTransformer) else OWN_FORWARD
     else:
-        backbone = _of_module(module, request, given or IMAGENET, num_prefix_tokens, has_cls)
+        pixels = _known_pixels(given or IMAGENET, name)
+        backbone = _of_module(module, request, pixels, num_prefix_tokens, has_cls)
     if request.depth:
         cut_blocks(backbone, request.depth, name)
     if request.rows:
         backbone.resample_to(request.rows)
-    pixel_mean, pixel_std = (tuple(map(float, x.flatten().tolist())) for x in (backbone.pixel_mean, backbone.pixel_std))
-    if given:
-        pixel_mean, pixel_std = tuple(given[0]), tuple(given[1])
-    source = Source(name, backbone, "module", "module", architecture, digest, pixel_mean, pixel_std, licence)
+    source = Source(name, backbone, "module", "module", architecture, digest, *pixels, licence)
     return source._replace(positions=rule)
+
+
+def _known_pixels(pixels: Any, name: str) -> Pixels:
+    if pixels is None:
+        raise ValueError(f"{name}: the pixel normalisation of this kind of network is not known; give mean and std.")
+    return checked_pixels(*pixels, f"{name}: mean and std", "give others")
+
+
+def _of_buffers(backbone: Backbone) -> Pixels:
+    mean, std = (tuple(buffer.flatten().tolist()) for buffer in (backbone.pixel_mean, backbone.pixel_std))
+    return mean, std
 
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -150,35 +138,31 @@ def _of_timm(module: nn.Module, request: Request, pixels: Pixels) -> Backbone:
     return TimmBackbone(module, *pixels)
 
 
-def _of_transformers(module: Any, request: Request, pixels: Any) -> tuple[Backbone, str]:
+def _of_transformers(module: Any, request: Request, pixels: Pixels) -> tuple[Backbone, str]:
     """A model of transformers: as timm's where its kind is known, else as it is."""
     kind = str(module.config.model_type).removesuffix("_vision_model").removesuffix("_visual_model")
-    found = pixels or huggingface.pixels_of(module)
-    if found is None:
-        raise ValueError(f"{request.name}: the pixel normalisation of {kind!r} is not known; give mean and std.")
-    mean, std = checked_pixels(*found, f"{request.name}: mean and std", "give others")
-    if family := huggingface.FAMILIES.get(kind):
-        config = module.config.to_dict()
-        config = config.get("vision_config", config)
-        where = request.name
-        network = huggingface.network_of(family, module.state_dict(), config, where, where, request.side)
-        return make_backbone(network, mean, std, family.token_types, request), POSITION_RULES[family.resampling]
+    mean, std = pixels
+    if kind in huggingface.FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:  # the names of tensors in files are not those in memory
+            module.save_pretrained(folder)
+            config = read_json(Path(folder) / "config.json", "update transformers")
+            loaded = huggingface.load_folder(Path(folder), config, request.side)
+        return make_backbone(loaded.network, mean, std, loaded.token_types, request), loaded.positions
     module = getattr(module, "vision_model", getattr(module, "vision_tower", module))
     features = huggingface.TransformersFeatures(module)
     return make_backbone(features, mean, std, ("cls", "patch"), request), OWN_FORWARD
 
 
 def _of_module(
-    module: nn.Module, request: Request, pixels: Any, num_prefix_tokens: int, has_cls: bool
+    module: nn.Module, request: Request, pixels: Pixels, num_prefix_tokens: int, has_cls: bool
 ) -> FeatureMapBackbone:
     """A module of your own, at its own size on every grid."""
     if has_cls and not num_prefix_tokens:
         raise ValueError(f"{request.name}: has_cls needs num_prefix_tokens of at least 1; count the class token.")
     side = request.size if isinstance(request.size, int) else OWN_SIZE
-    mean, std = checked_pixels(*pixels, f"{request.name}: mean and std", "give others")
     features = ModuleFeatures(module, num_prefix_tokens, has_cls, side)
     try:
-        return FeatureMapBackbone(features, mean, std, side, request.rows)
+        return FeatureMapBackbone(features, *pixels, side, request.rows)
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
         told = str(error).partition("\n")[0][:160]
         raise ValueError(f"{request.name}: its forward fails on {side} pixels ({told}); give its image_size.") from error

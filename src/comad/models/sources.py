@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from comad.models import efficientnet_lite, huggingface
 from comad.models.backbone import Backbone
 from comad.models.checkpoints import Checkpoint, build, explained, recognise, unwrappings
-from comad.models.feature_map_backbone import FeatureMapBackbone, create_whole, stride_and_size
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures, create_whole, stride_and_size
 from comad.models.files import checked_pixels, read_file, read_json, sha256, sha256_of
 from comad.models.formats import FORMATS, POSITION_RULES
 from comad.models.networks import (
@@ -429,6 +429,8 @@ def make_backbone(  # noqa: PLR0913 - one argument per fact
     """
     if isinstance(network, VisionTransformer):
         return TimmBackbone(network, mean, std, token_types)
+    if not hasattr(network, "forward_features"):
+        network = ModuleFeatures(network, 0, False, OWN_SIZE)
     stride, own_size = stride_and_size(network)
     side = request.side(stride, own_size, None if gives_tokens(network) else own_size)
     sizes = dict.fromkeys((side, own_size) if request.size == "grid" else (side,))
