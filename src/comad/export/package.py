@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from comad.models.files import sha256
-from comad.models.teachers import TeacherCard
+from comad.models.teachers import TeacherCard, markdown
 from comad.models.timm_backbone import TimmBackbone
 
 TOLERANCE = 1e-5
@@ -137,7 +137,7 @@ def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = tor
 
 def model_card(card: ModelCard, folder: Path) -> str:
     """Build the text of ``README.md``, with the metadata block that the Hugging Face Hub reads."""
-    teachers = [(f"`{t.name}`", t.format, f"`{t.sha256}`", t.licence) for t in card.teachers]
+    teachers = [(f"`{t.name}`", t.format, f"`{t.sha256}`", markdown(t.licence)) for t in card.teachers]
     scores = [(f"`{row['name']}`", row["role"], *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores]
     known = card.licence if card.licence == "apache-2.0" else "other"  # the hub has its own names
     metadata = {"library_name": "timm", "license": known, "tags": ["timm", "image-feature-extraction", "comad"]}
@@ -151,7 +151,7 @@ def model_card(card: ModelCard, folder: Path) -> str:
             card.about,
             "",
             f"A Vision Transformer (timm `{card.architecture}` with arguments in `config.json`) without a head, for",
-            f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. Licence: {card.licence}.",
+            f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. Licence: {markdown(card.licence)}.",
             "",
             "## Use",
             "",

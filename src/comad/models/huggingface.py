@@ -408,7 +408,7 @@ def _arguments(config: Mapping[str, Any], family: Family, weights: Mapping[str, 
     eps = config.get("layer_norm_eps", family.norm_eps)
     act = str(config.get("hidden_act", family.activation))
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    if not isinstance(heads, int) or heads < 1 or width % heads:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or width % heads:
         raise ValueError(f"{what}: num_attention_heads in config.json is {heads!r} at a width of {width}; {REMEDY}.")
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise ValueError(f"{what}: layer_norm_eps in config.json is {eps!r}; {REMEDY}.")

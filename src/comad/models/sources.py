@@ -291,6 +291,9 @@ def _vit_of(
     depth = len({key.split(".")[1] for key in stored if key.startswith("blocks.")})
     if isinstance(asked := arguments.get("depth", depth), bool) or not isinstance(asked, int) or asked > depth:
         raise ValueError(f"{where}: misses the keys of blocks.{depth} of the {asked} in config.json; export it again.")
+    heads = arguments.get("num_heads", 1)
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"{folder}: num_heads in config.json is {heads!r}; export it again.")
     check_shapes(lambda: create_vit(name, stored_side, **arguments), stored, where)
     own = next((side[-1] if isinstance(side, list) and side else side for side in sides if side), stored_side)
     own = own if isinstance(own, int) and 0 < own <= TOO_LARGE else stored_side
@@ -400,7 +403,7 @@ def _timm(
 def _without_classifier(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Weights but for those of the classifier, or of each if timm's facts name several."""
     named = config.get("classifier") or "head"
-    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    heads = tuple(f"{name}." for name in (named if isinstance(named, list | tuple) else [named]))
     return {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
 
 
@@ -459,7 +462,7 @@ def _with_norm(network: nn.Module, what: str) -> Any:
 
 def _token_types(tag: str | None) -> tuple[str, ...]:
     """The trained tokens of timm's weights of that tag; masked images alone train no class token."""
-    return ("patch",) if tag and tag.startswith(("mae", "mim")) else ("cls", "patch")
+    return ("patch",) if str(tag).startswith(("mae", "mim")) else ("cls", "patch")
 
 
 def _licence(config: Mapping[str, Any]) -> str:

@@ -209,6 +209,16 @@ def teacher_from_module(
     return load_teacher(module, image_size, rows=rows, name=name, **facts)
 
 
+def markdown(text: str) -> str:
+    """Text of others as text in Markdown: nothing in it is a link, a tag, a heading or the end of a table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Text of others on one line of at most 1,000 printable characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:1000])
+
+
 def licence_notice(teachers: Sequence[Teacher]) -> str:
     """One line that names the teachers under non-commercial licences; empty if there are none."""
     bound = re.compile(r"\bnc\b|non-?commercial", re.IGNORECASE)
@@ -244,9 +254,9 @@ def _card(source: Source) -> TeacherCard:
         pixel_mean=source.mean,
         pixel_std=source.std,
         token_types=backbone.token_types,
-        licence=source.licence,
+        licence=one_line(source.licence),
         params=sum(parameter.numel() for parameter in backbone.parameters()),
-        about=source.about,
+        about=one_line(source.about),
         image_size=backbone.image_size,
         positions=source.positions,
         unwrapped=source.unwrapped,
