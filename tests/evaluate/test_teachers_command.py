@@ -395,3 +395,21 @@ def test_the_commands_from_end_to_end(capsys, teacher_specs, labelled_folder):
     assert "pooled CKA  token CKA" in capsys.readouterr().out
     assert main(["teachers", "inspect", teacher_specs[1], *options]) == 0
     assert "effective rank" in capsys.readouterr().out
+
+
+def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(inspection, "_tell", told.append)
+    monkeypatch.setattr(inspection, "load_images", lambda data: told.append("images") or load_images(data))
+    report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
+    assert told[0].startswith("reading ") and told[1] == "images"
+    assert any(line.startswith("kNN: ") for line in told) and "kNN on" in report
+
+
+def test_inspect_computes_as_much_as_a_small_cpu_can(teacher_specs, labelled_folder):
+    backbone = load_one(teacher_specs[0], str(labelled_folder), 16).backbone
+    assert inspection._affordable(backbone, None) == (256, 1000)
+    assert inspection._affordable(backbone, 30) == (256, 30)
+    large = load_one("vit_base_patch16_224:random", str(labelled_folder)).backbone
+    num_tokens, limit = inspection._affordable(large, None)  # 35 GFLOP an image
+    assert (num_tokens + 6 * limit) * 34e9 < inspection.CPU_FLOPS and limit >= 8

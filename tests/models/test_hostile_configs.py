@@ -21,7 +21,7 @@ from comad.models.timm_backbone import VitConfig
 
 transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))  # its import takes seconds
 SIZE = 16
-MOST_SECONDS, MOST_BYTES = 5.0, 2**29
+MOST_SECONDS, MOST_BYTES = 10.0, 2**29
 
 
 @pytest.fixture(autouse=True)
