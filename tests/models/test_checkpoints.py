@@ -202,7 +202,9 @@ def test_every_format_is_tested():
     assert set(LAYOUTS) | elsewhere | {name for name, layout in FORMATS.items() if layout.refusal} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("name", "file"), [("mine", "a.safetensors"), ("mine", "a.pth"), ("vit_tiny_patch16_224", "a.pth")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("mine", "a.safetensors"), ("mine", "a.pth"), ("vit_tiny_patch16_224", "a.pth")]
+)
 def test_what_may_be_a_timm_file_without_a_head_is_not_taken_for_dino(name: str, file: str, tmp_path: Path):
     state, _ = dino()
     torch.save(state, tmp_path / file) if file == "a.pth" else safetensors.torch.save_file(state, tmp_path / file)

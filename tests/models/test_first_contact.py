@@ -49,8 +49,13 @@ STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 HUGGING_FACE = {
     "vjepa2": lambda: transformers.VJEPA2Model(
         transformers.VJEPA2Config(
-            **{**TINY, "mlp_ratio": 2}, crop_size=64, patch_size=16, pred_hidden_size=24, pred_num_hidden_layers=1,
-            pred_num_attention_heads=2, pred_num_mask_tokens=1,
+            **{**TINY, "mlp_ratio": 2},
+            crop_size=64,
+            patch_size=16,
+            pred_hidden_size=24,
+            pred_num_hidden_layers=1,
+            pred_num_attention_heads=2,
+            pred_num_mask_tokens=1,
         )
     ),
     "ijepa": lambda: transformers.IJepaModel(transformers.IJepaConfig(**TINY, patch_size=14)),
@@ -184,15 +189,17 @@ def test_network_that_takes_one_size_keeps_it_on_every_grid():
     (teacher,) = load_on_grid(["hiera_tiny_224:random"], 3, 16)
     assert teacher.backbone.image_size == 224 or teacher.backbone.image_size % 32 == 0
     check(teacher.backbone, 3)
-    with pytest.raises(ValueError, match="cannot compute on 100 pixels .*; add :size=224"):
+    with pytest.raises(ValueError, match=r"cannot compute on 100 pixels .*; add :size=224"):
         load_teacher("levit_128s:random", 100)
 
 
 def test_resampled_tokens_are_those_of_the_map_in_float32_whatever_the_precision():
     network = nn.Conv2d(3, 8, 16, 16)
     images = torch.rand(1, 3, 224, 224)
-    tokens = [load_teacher(network, 224, dtype, rows=5, name="n").backbone(images).patches
-              for dtype in (torch.float32, torch.bfloat16)]
+    tokens = [
+        load_teacher(network, 224, dtype, rows=5, name="n").backbone(images).patches
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     own = load_teacher(network, 224, name="n").backbone(images).patches.transpose(1, 2).view(1, 8, 14, 14)
     wanted = nn.functional.interpolate(own, (5, 5), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(tokens[0], wanted)

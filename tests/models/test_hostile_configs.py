@@ -19,7 +19,9 @@ from comad.models.files import sha256
 from comad.models.teachers import load_teacher, markdown
 from comad.models.timm_backbone import VitConfig
 
-transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))  # its import takes seconds
+transformers.ConvNextModel(
+    transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4)
+)  # its import takes seconds
 SIZE = 16
 MOST_SECONDS, MOST_BYTES = 10.0, 2**29
 

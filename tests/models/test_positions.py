@@ -169,7 +169,9 @@ FOLDERS = {
     "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**TINY, image_size=224)), 16),
     "dinov2": (lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY, image_size=518)), 14),
     "dinov2_with_registers": (
-        lambda: transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**TINY, patch_size=14, image_size=518)),
+        lambda: transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**TINY, patch_size=14, image_size=518)
+        ),
         14,
     ),
     "siglip": (lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TINY, image_size=224)), 16),

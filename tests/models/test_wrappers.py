@@ -50,7 +50,10 @@ WRAPPED = {
     "teacher": (lambda s: {"teacher": under("module.", s)}, ("teacher", "module.")),
     "teacher and student": (lambda s: {**under("teacher.", s), **under("student.", s)}, ("teacher.",)),
     "model": (lambda s: {"model_state_dict": s, "optimizer": {"lr": 1.0}}, ("model_state_dict",)),
-    "lightly-train": (lambda s: {"state_dict": under("wrapped_model._model.", s)}, ("state_dict", "wrapped_model._model.")),
+    "lightly-train": (
+        lambda s: {"state_dict": under("wrapped_model._model.", s)},
+        ("state_dict", "wrapped_model._model."),
+    ),
 }
 
 
@@ -63,7 +66,11 @@ def test_wrapper_comes_off_and_stands_on_the_card(name: str, tmp_path: Path):
     assert torch.equal(teacher.backbone(images).patches, expected.backbone(images).patches)
     assert teacher.card.unwrapped == names and expected.card.unwrapped == ()
     assert names[0] in teacher.card.summary()
-    named = load(tmp_path, wrap(dict(timm.create_model("vit_tiny_patch16_224").state_dict())), "vit_tiny_patch16_224.augreg_in21k")
+    named = load(
+        tmp_path,
+        wrap(dict(timm.create_model("vit_tiny_patch16_224").state_dict())),
+        "vit_tiny_patch16_224.augreg_in21k",
+    )
     assert (named.card.format, named.card.unwrapped) == ("timm", names)
 
 
@@ -215,7 +222,11 @@ def test_one_liner_for_a_pickled_file_works(kind: str, tmp_path: Path):
 
 
 def test_only_broken_files_are_called_so(tmp_path: Path):
-    sound = {"text.pth": b"hello world\n" * 30, "page.pth": b"<html>404</html>", "image.pth": b"\x89PNG\r\n" + bytes(99)}
+    sound = {
+        "text.pth": b"hello world\n" * 30,
+        "page.pth": b"<html>404</html>",
+        "image.pth": b"\x89PNG\r\n" + bytes(99),
+    }
     for name, content in sound.items():
         (tmp_path / name).write_bytes(content)
         assert "damaged" not in refusal(f"dino={tmp_path / name}")

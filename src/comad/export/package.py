@@ -151,7 +151,8 @@ def model_card(card: ModelCard, folder: Path) -> str:
             card.about,
             "",
             f"A Vision Transformer (timm `{card.architecture}` with arguments in `config.json`) without a head, for",
-            f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. Licence: {markdown(card.licence)}.",
+            f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. "
+            f"Licence: {markdown(card.licence)}.",
             "",
             "## Use",
             "",

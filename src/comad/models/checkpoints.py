@@ -24,7 +24,12 @@ OWN_MODULE = (
     "write a file NET.py with a function that builds the network, loads this file and returns it, and pass "
     "NAME=NET.py:FUNCTION"
 )
-RESNETS = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+RESNETS: dict[tuple[int, ...], str] = {
+    (2, 2, 2, 2): "resnet18",
+    (3, 4, 6, 3): "resnet34",
+    (3, 4, 23, 3): "resnet101",
+    (3, 8, 36, 3): "resnet152",
+}
 
 
 class Checkpoint(NamedTuple):

@@ -37,7 +37,7 @@ class FeatureMapBackbone(Backbone):
 
     supports_masking = False
 
-    def __init__(  # noqa: PLR0913 - one argument per fact
+    def __init__(
         self,
         network: nn.Module,
         mean: Sequence[float],
@@ -92,9 +92,7 @@ class FeatureMapBackbone(Backbone):
         """A class token, or what stands for it, and a map of patches, from whole images."""
         pixels, network = self._normalised(images), cast(Any, self.network)
         if self.by_intermediates:
-            (features,) = network.forward_intermediates(
-                pixels, indices=1, norm=self.has_norm, intermediates_only=True
-            )
+            (features,) = network.forward_intermediates(pixels, indices=1, norm=self.has_norm, intermediates_only=True)
             return features.mean(dim=(2, 3)), features
         features = network.forward_features(pixels)
         if not self._is_known(features):
@@ -147,9 +145,10 @@ class FeatureMapBackbone(Backbone):
             return_prefix_tokens=True,
             stop_early=stop_early,
         )
-        has_cls = getattr(network, "cls_token", None) is not None
-        pairs = [part if isinstance(part, tuple) else (part, None) for part in maps]  # without prefix tokens: maps alone
-        kept = tuple(Tokens(prefix[:, 0] if has_cls else None, _as_rows(part)) for part, prefix in pairs)
+        pairs = [
+            part if isinstance(part, tuple) else (part, None) for part in maps
+        ]  # without prefix tokens: maps alone
+        kept = tuple(Tokens(None if prefix is None else prefix[:, 0], _as_rows(part)) for part, prefix in pairs)
         if stop_early:
             tokens = kept[-1]
         else:

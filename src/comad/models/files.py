@@ -70,9 +70,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
     return content
 
 
-def checked_pixels(
-    mean: Any, std: Any, what: str, remedy: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def checked_pixels(mean: Any, std: Any, what: str, remedy: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Make sure that a pixel normalisation is one: three finite numbers each, of std greater than 0.
 
     Raises:
@@ -85,7 +83,9 @@ def checked_pixels(
         for values in (mean, std)
     )
     if not sound or min(std) <= 0:
-        raise ValueError(f"{what} are {str(mean)[:80]} and {str(std)[:80]}; three numbers each, of std above 0; {remedy}.")
+        raise ValueError(
+            f"{what} are {str(mean)[:80]} and {str(std)[:80]}; three numbers each, of std above 0; {remedy}."
+        )
     return tuple(map(float, mean)), tuple(map(float, std))
 
 

@@ -1,4 +1,4 @@
-"""Layouts of published checkpoint files. Add one: an entry in `FORMATS`, here or from a file of your own (adding.md)."""
+"""Layouts of published checkpoint files. Add one: an entry in `FORMATS`, here or from your own file."""
 
 from __future__ import annotations
 

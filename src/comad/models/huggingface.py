@@ -131,9 +131,7 @@ FAMILIES = {
         arguments={"class_token": False, "global_pool": ""},
         token_types=("patch",),
     ),
-    "dinov2": Family(
-        rules=DINOV2, ignore=("embeddings.mask_token", "classifier."), arguments=SCALED, image_size=224
-    ),
+    "dinov2": Family(rules=DINOV2, ignore=("embeddings.mask_token", "classifier."), arguments=SCALED, image_size=224),
     "dinov2_with_registers": Family(
         rules=DINOV2,
         ignore=("embeddings.mask_token", "classifier."),
@@ -175,7 +173,7 @@ FAMILIES = {
 }
 
 
-NO_CHANGE = ((0.0,) * 3, (1.0,) * 3)
+NO_CHANGE: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CLIP_PIXELS = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 OTHERS: dict[str, tuple[Triple, Triple]] = {
@@ -227,7 +225,7 @@ def weights_file(folder: Path) -> str:
 def load_folder(
     folder: Path, config: Mapping[str, Any], image_size: Callable[[int, int], int], file: str | None = None
 ) -> Loaded:
-    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights, in ``file`` or as `weights_file` says.
+    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights in ``file`` or by `weights_file`.
 
     Args:
         folder: where they are.
@@ -261,7 +259,7 @@ def load_folder(
     return Loaded(network, path, name, mean, std, family.token_types, licence_of(folder), rule)
 
 
-def network_of(  # noqa: PLR0913 - one argument per fact
+def network_of(
     family: Family,
     content: Mapping[str, Any],
     config: Mapping[str, Any],

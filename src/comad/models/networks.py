@@ -25,7 +25,7 @@ OWN_SIZE = 224
 """Pixels on the side of the images of a network whose weights and facts do not say it."""
 
 
-def build_network(  # noqa: PLR0913 - one argument per fact
+def build_network(
     kind: Kind,
     weights: Weights,
     image_size: int,
@@ -108,7 +108,7 @@ def shapes_of(kind: Kind, weights: Weights) -> dict[str, Any]:
     return shapes
 
 
-def on_grid(  # noqa: PLR0913 - one argument per fact
+def on_grid(
     kind: Kind,
     weights: Weights,
     rows: int,

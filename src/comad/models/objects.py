@@ -85,8 +85,11 @@ def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not 
         module = copy.deepcopy(module).eval()
     except Exception as error:  # hooks, locks and the like
         told = str(error).partition("\n")[0][:160]
-        raise ValueError(f"{name}: it cannot be copied ({told}); pass a module without hooks and open files.") from error
+        raise ValueError(
+            f"{name}: it cannot be copied ({told}); pass a module without hooks and open files."
+        ) from error
     rule, given = OWN_FORWARD, (mean, std) if mean is not None and std is not None else None
+    backbone: Backbone
     if isinstance(module, Backbone):
         backbone, pixels = module, _of_buffers(module)
     elif hasattr(module, "config") and hasattr(module.config, "model_type"):
@@ -110,7 +113,8 @@ def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not 
 def _known_pixels(pixels: Any, name: str) -> Pixels:
     if pixels is None:
         raise ValueError(f"{name}: the pixel normalisation of this kind of network is not known; give mean and std.")
-    return checked_pixels(*pixels, f"{name}: mean and std", "give others")
+    mean, std = pixels
+    return checked_pixels(mean, std, f"{name}: mean and std", "give others")
 
 
 def _of_buffers(backbone: Backbone) -> Pixels:
@@ -165,4 +169,6 @@ def _of_module(
         return FeatureMapBackbone(features, *pixels, side, request.rows)
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:
         told = str(error).partition("\n")[0][:160]
-        raise ValueError(f"{request.name}: its forward fails on {side} pixels ({told}); give its image_size.") from error
+        raise ValueError(
+            f"{request.name}: its forward fails on {side} pixels ({told}); give its image_size."
+        ) from error

@@ -172,7 +172,9 @@ def cut_blocks(backbone: Backbone, depth: int, name: str) -> None:
     if not gives_tokens(network) or not hasattr(network, "blocks"):
         raise ValueError(f"{name}: depth={depth} is for networks with a row of equal blocks; leave it out.")
     if depth > len(network.blocks):
-        raise ValueError(f"{name}: it has blocks 1 to {len(network.blocks)}, not {depth}; use depth={len(network.blocks)}.")
+        raise ValueError(
+            f"{name}: it has blocks 1 to {len(network.blocks)}, not {depth}; use depth={len(network.blocks)}."
+        )
     network.blocks = network.blocks[:depth]
 
 
@@ -220,7 +222,9 @@ def _from_checkpoint(checkpoint: Checkpoint, request: Request) -> Source:
         network = build(checkpoint, request.side, request.heads)
     backbone = make_backbone(network, mean, std, layout.token_types, request)
     rule = POSITION_RULES[layout.resampling]
-    return Source(request.name, backbone, "", checkpoint.format, layout.network, "", mean, std, layout.licence, "", rule)
+    return Source(
+        request.name, backbone, "", checkpoint.format, layout.network, "", mean, std, layout.licence, "", rule
+    )
 
 
 def _has_config(path: Path) -> bool:
@@ -275,7 +279,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
 def _vit_of(
     folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor], where: str, request: Request
 ) -> VisionTransformer | None:
-    """The plain Vision Transformer of an export, once its config agrees with its weights; None if it is no plain one."""
+    """The plain Vision Transformer of an export, once config and weights agree; None if it is no plain one."""
     name, arguments = config["architecture"], {"in_chans": 3, **config.get("model_args", {})}
     known = inspect.signature(VisionTransformer).parameters.keys()
     plain = all(isinstance(value, int | float | str | list | None) for value in arguments.values())
@@ -329,7 +333,9 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> tuple[tuple[float,
     sound = all(isinstance(part, dict) for part in parts) and isinstance(config.get("architecture"), str)
     if not sound or not {"mean", "std"} <= parts[0].keys():
         raise ValueError(f"{folder}: config.json is not timm's: it needs architecture and pretrained_cfg mean and std.")
-    return checked_pixels(parts[0]["mean"], parts[0]["std"], f"{folder}: mean and std in config.json", "export it again")
+    return checked_pixels(
+        parts[0]["mean"], parts[0]["std"], f"{folder}: mean and std in config.json", "export it again"
+    )
 
 
 def _token_types_of(ours: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
@@ -345,7 +351,9 @@ def _from_timm(request: Request) -> Source:
     name, _, suffix = request.name.partition(":")
     request = request._replace(name=name)
     if suffix not in ("", "random"):
-        raise ValueError(f"{request.name!r}: unknown suffix {suffix!r}; the only one is :random, as in {name}:random; {OPTIONS}.")
+        raise ValueError(
+            f"{request.name!r}: unknown suffix {suffix!r}; the only one is :random, as in {name}:random; {OPTIONS}."
+        )
     config = _timm_config(name)
     if suffix:
         facts = {"source": "seed 0", "architecture": config["architecture"], "licence": "none (random weights)"}
@@ -417,7 +425,7 @@ def _create(name: str, config: Mapping[str, Any], request: Request, cfg: Mapping
         return create_whole(name, **cfg)
 
 
-def make_backbone(  # noqa: PLR0913 - one argument per fact
+def make_backbone(
     network: nn.Module,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -436,14 +444,15 @@ def make_backbone(  # noqa: PLR0913 - one argument per fact
         network = ModuleFeatures(network, 0, False, OWN_SIZE)
     stride, own_size = stride_and_size(network)
     side = request.side(stride, own_size, None if gives_tokens(network) else own_size)
-    sizes = dict.fromkeys((side, own_size) if request.size == "grid" else (side,))
+    problem, sizes = "", dict.fromkeys((side, own_size) if request.size == "grid" else (side,))
     for size in sizes:  # some networks take images of their own size alone
         try:
             return FeatureMapBackbone(network, mean, std, size, request.rows, token_types, norm)
         except (AssertionError, RuntimeError, IndexError, TypeError) as error:
-            problem = error
-    told = str(problem).partition("\n")[0][:160]
-    raise ValueError(f"{request.name}: it cannot compute on {side} pixels ({told}); add :size={own_size} to its name.")
+            problem = str(error).partition("\n")[0][:160]
+    raise ValueError(
+        f"{request.name}: it cannot compute on {side} pixels ({problem}); add :size={own_size} to its name."
+    )
 
 
 def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:

@@ -96,7 +96,7 @@ class Teacher(NamedTuple):
     card: TeacherCard
 
 
-def load_teacher(  # noqa: PLR0913 - one keyword per fact that a module does not tell
+def load_teacher(
     teacher: str | nn.Module | Teacher,
     image_size: Size = None,
     dtype: torch.dtype = torch.float32,
@@ -114,8 +114,8 @@ def load_teacher(  # noqa: PLR0913 - one keyword per fact that a module does not
             flat file as that model; ``NAME=NET.py:FUNCTION`` calls a function of yours that returns a module. Options
             at the end: ``:depth=11`` gives the tokens of block 11 after the final norm, ``:size=224`` the size of its
             images in place of ``image_size`` (``own`` and ``grid`` as well), ``:heads=N`` the heads of a width without
-            a rule, ``:allow_changed`` weights that are not those whose hash is recorded. Or an object: a module, a model
-            of timm or of transformers, which is copied, or a `Teacher`.
+            a rule, ``:allow_changed`` weights that are not those whose hash is recorded. Or an object: a module, a
+            model of timm or of transformers, which is copied, or a `Teacher`.
         image_size: pixels on the side of the square images to come; positions are resampled to it. "grid": as many as
             give ``rows``. None: as the network was made for.
         dtype: of the weights; pixels are normalised in float32 in any case.
@@ -149,7 +149,7 @@ def load_teacher(  # noqa: PLR0913 - one keyword per fact that a module does not
     return _frozen(source, dtype, options)
 
 
-def load_on_grid(  # noqa: PLR0913 - what all of them share
+def load_on_grid(
     specs: Sequence[str | nn.Module | Teacher],
     rows: int,
     patch_size: int,

@@ -85,7 +85,7 @@ class TimmBackbone(Backbone):
             return take_visible(self._on_grid(whole), visible, hidden)
         return self._forward(images, visible, hidden, mask_token, intermediates, qkv, stop_early)
 
-    def _forward(  # noqa: PLR0913 - as `Backbone.forward`
+    def _forward(
         self,
         images: Float[Tensor, "B 3 H W"],
         visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None,
@@ -176,7 +176,7 @@ def replace_linears(backbone: Backbone, make: Callable[[nn.Linear], nn.Module]) 
     blocks = getattr(getattr(backbone, "vit", None), "blocks", None)
     if blocks is None:
         return False
-    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name in module._modules]
+    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name, _ in module.named_children()]
     for module, name in parents:
         if isinstance(linear := getattr(module, name), nn.Linear):
             setattr(module, name, make(linear))
