@@ -192,7 +192,7 @@ def test_wide_patches_and_many_names_build_no_such_network(tmp_path: Path):
     """27 kB of a kernel would be 9,000 channels, times as many blocks as there are names."""
     state = {"cls_token": torch.zeros(1, 1, 9000), "pos_embed": torch.zeros(1, 2, 9000), "norm.weight": torch.ones(1)}
     state |= {"patch_embed.proj.weight": torch.zeros(9000, 3, 1, 1), "blocks.0.mlp.fc2.weight": torch.zeros(9000, 1)}
-    state |= {f"blocks.{number}.x": torch.zeros(1) for number in range(1000)}
+    state |= {f"blocks.{number}.x": torch.zeros(1) for number in range(300)}
     torch.save(state, tmp_path / "weights.pth")
     refusal(f"dino={tmp_path / 'weights.pth'}:heads=10", "misses the keys")
 

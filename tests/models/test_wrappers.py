@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from comad.models.checkpoints import PREFIXES
+from comad.models.files import read_file
 from comad.models.formats import APACHE, FORMATS, Format
 from comad.models.huggingface import FAMILIES
 from comad.models.teachers import load_teacher, teacher_from_module
@@ -87,6 +88,16 @@ def test_kind_of_a_file_does_not_depend_on_its_suffix(kind: str, suffix: str, tm
     assert load_teacher(f"dino={path}", SIZE).card.format == "ibot/dino"
     with pytest.raises(ValueError, match="same keys"):
         load_teacher(f"mine={path}", SIZE)
+
+
+def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path: Path):
+    """A header of 128, 384 ... bytes begins with the byte that a pickle begins with."""
+    path, lowest = tmp_path / "file.safetensors", set()
+    for padding in range(0, 256, 8):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata={"pad": "x" * padding})
+        lowest.add(path.read_bytes()[0])
+        assert torch.equal(read_file(path)["a"], torch.ones(2))
+    assert 0x80 in lowest
 
 
 # --- remedies, tried
