@@ -11,12 +11,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 USED = {
-    "torch.ops.mkldnn._linear_pointwise": "models/onednn_linear.py: without it layers stay plain, a tenth slower; remove it",
+    "torch.ops.mkldnn._linear_pointwise": "onednn_linear.py: without it layers are a tenth slower; remove it",
     "torch.ops.mkldnn._reorder_linear_weight": "models/onednn_linear.py: the same",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported": "models/onednn_linear.py: ask torch.backends.mkldnn instead",
     "torch._int_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
     "torch._scaled_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
-    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "models/timm_backbone.py: its FLOPs need no formula then",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "models/timm_backbone.py: needs no formula",
     "timm.models.vision_transformer.VisionTransformer._pos_embed": "models/timm_backbone.py: write the sum of its three "
     "cases there: cls_token, reg_token and pos_embed, with no_embed_class or not",
     "timm.models.vision_transformer.checkpoint_filter_fn": "models/networks.py: read OpenCLIP's names by a Format",

@@ -89,6 +89,8 @@ class Request(NamedTuple):
         if self.size == "grid":
             side = (self.rows or OWN_SIZE // patch_size) * patch_size
             return min(side, largest) if largest else side
+        if self.size is None and largest:  # a map has as many cells as the image gives
+            return own_size
         if self.size is None:
             return max(1, round(own_size / patch_size)) * patch_size
         if not largest and self.size % patch_size:
