@@ -17,7 +17,7 @@ USED = {
     "torch._int_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
     "torch._scaled_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "models/timm_backbone.py: needs no formula",
-    "timm.models.vision_transformer.VisionTransformer._pos_embed": "models/timm_backbone.py: write the sum of its three "
+    "timm.models.vision_transformer.VisionTransformer._pos_embed": "write the sum of its three "
     "cases there: cls_token, reg_token and pos_embed, with no_embed_class or not",
     "timm.models.vision_transformer.checkpoint_filter_fn": "models/networks.py: read OpenCLIP's names by a Format",
 }
