@@ -315,11 +315,11 @@ def test_non_commercial_weights_are_named_once(teacher_specs, labelled_folder, m
 
 
 def failure(capsys, *arguments):
-    """The one line with which `comad teachers` fails."""
+    """The one line with which `comad teachers` fails, after what it says about its progress."""
     assert main(["teachers", *map(str, arguments)]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("comad: ") and captured.err.count("\n") == 1 and "Traceback" not in captured.err
-    return captured.err
+    *progress, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("comad: ") and not any("Traceback" in line or "comad: " in line for line in progress)
+    return last
 
 
 def test_what_to_do_must_be_named(capsys):
@@ -395,3 +395,21 @@ def test_the_commands_from_end_to_end(capsys, teacher_specs, labelled_folder):
     assert "pooled CKA  token CKA" in capsys.readouterr().out
     assert main(["teachers", "inspect", teacher_specs[1], *options]) == 0
     assert "effective rank" in capsys.readouterr().out
+
+
+def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(inspection, "_tell", told.append)
+    monkeypatch.setattr(inspection, "load_images", lambda data: told.append("images") or load_images(data))
+    report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
+    assert told[0].startswith("reading ") and told[1] == "images"
+    assert any(line.startswith("kNN: ") for line in told) and "kNN on" in report
+
+
+def test_inspect_computes_as_much_as_a_small_cpu_can(teacher_specs, labelled_folder):
+    backbone = load_one(teacher_specs[0], str(labelled_folder), 16).backbone
+    assert inspection._affordable(backbone, None) == (256, 1000)
+    assert inspection._affordable(backbone, 30) == (256, 30)
+    large = load_one("vit_base_patch16_224:random", str(labelled_folder)).backbone
+    num_tokens, limit = inspection._affordable(large, None)  # 35 GFLOP an image
+    assert (num_tokens + 6 * limit) * 34e9 < inspection.CPU_FLOPS and limit >= 8

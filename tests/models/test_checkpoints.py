@@ -125,6 +125,11 @@ def moco_linear(**kwargs: Any) -> tuple[State, dict]:
     return state, {"epoch": 90, "state_dict": content, "best_acc1": torch.tensor(76.7)}
 
 
+def moco_bare(**kwargs: Any) -> tuple[State, dict]:
+    state = vit_state(moco_positions, **kwargs)
+    return state, state
+
+
 def ibot(**kwargs: Any) -> tuple[State, dict]:
     state = vit_state(learnt_positions, **kwargs)
     return state, {"state_dict": state}
@@ -151,6 +156,7 @@ LAYOUTS = {
     "mae-full": (mae_full, 128, 2, 2, ("patch",), "CC-BY-NC 4.0"),
     "mocov3": (moco, 384, 1, 12, ("cls", "patch"), "CC-BY-NC 4.0"),
     "mocov3-linear": (moco_linear, 384, 1, 12, ("cls", "patch"), "CC-BY-NC 4.0"),
+    "mocov3-bare": (moco_bare, 384, 1, 12, ("cls", "patch"), "CC-BY-NC 4.0"),
     "ibot": (ibot, 128, 2, 2, ("cls", "patch"), "Apache-2.0"),
     "ibot/dino-full": (full, 128, 2, 2, ("cls", "patch"), "Apache-2.0"),
     "ibot/dino": (dino, 128, 2, 2, ("cls", "patch"), "Apache-2.0"),
@@ -159,7 +165,7 @@ LAYOUTS = {
 
 def save(path: Path, content: object) -> str:
     torch.save(content, path)
-    return f"teacher={path}"
+    return f"dino={path}"
 
 
 def refusal(spec: str, *words: str) -> str:
@@ -192,11 +198,13 @@ def test_features_are_those_of_a_plain_vision_transformer(name: str, tmp_path: P
 
 
 def test_every_format_is_tested():
-    elsewhere = {"efficientnet-lite", *ORIGINALS}  # test_whole_backbone.py, test_original_layouts.py
+    elsewhere = {"efficientnet-lite", "dinov3-convnext", *ORIGINALS}  # test_feature_map_backbone.py, ...
     assert set(LAYOUTS) | elsewhere | {name for name, layout in FORMATS.items() if layout.refusal} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("name", "file"), [("dino", "a.safetensors"), ("vit_tiny_patch16_224", "a.pth")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("mine", "a.safetensors"), ("mine", "a.pth"), ("vit_tiny_patch16_224", "a.pth")]
+)
 def test_what_may_be_a_timm_file_without_a_head_is_not_taken_for_dino(name: str, file: str, tmp_path: Path):
     state, _ = dino()
     torch.save(state, tmp_path / file) if file == "a.pth" else safetensors.torch.save_file(state, tmp_path / file)
@@ -259,27 +267,19 @@ def test_positions_stay_as_stored(name: str, tmp_path: Path):
     assert torch.equal(vit.pos_embed, state["pos_embed"])
 
 
-@pytest.mark.parametrize("side", [2, 3, 6])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_positions_are_resampled_with_antialiasing(name: str, side: int, tmp_path: Path):
-    layout, width, _, heads, *_ = LAYOUTS[name]
-    state, content = layout(width=width, depth=1)
-    spec = save(tmp_path / "weights.pth", content)
-    images = torch.rand(1, 3, side * PATCH, side * PATCH)
-    grid = state["pos_embed"][:, 1:].view(1, SIDE, SIDE, width).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
-    positions = torch.cat([state["pos_embed"][:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-    expected = reference({**state, "pos_embed": positions}, images, heads)
-    tokens = load_teacher(spec, side * PATCH).backbone(images)
-    torch.testing.assert_close(tokens.patches, expected[:, 1:], atol=1e-5, rtol=1e-5)
+def test_positions_of_fixed_layouts_need_no_container(tmp_path: Path):
+    fixed = vit_state(mae_positions)
+    for content in (fixed, {"state_dict": fixed}):
+        assert load_teacher(save(tmp_path / "a.pth", content), SIZE).card.format == "mae"
+    card = load_teacher(save(tmp_path / "b.pth", {"model": vit_state(moco_positions, width=384)}), SIZE).card
+    assert (card.format, card.heads, card.unwrapped) == ("mocov3-bare", 12, ("model",))
 
 
 def test_positions_of_another_method_betray_a_mislabelled_file(tmp_path: Path):
-    fixed, learnt = vit_state(mae_positions), vit_state(learnt_positions)
-    refusal(save(tmp_path / "a.pth", fixed), "positions are mae", "TIMM_NAME.TAG=FILE")
-    refusal(save(tmp_path / "b.pth", {"state_dict": fixed}), "positions are mae")
+    fixed = {**vit_state(mae_positions), **noise("head.weight")}
+    refusal(save(tmp_path / "b.pth", {"state_dict": fixed}), "positions are mae", "TIMM_NAME.TAG=FILE")
+    learnt = {**vit_state(learnt_positions), **noise("mask_token", "decoder_embed.weight")}
     refusal(save(tmp_path / "c.pth", {"model": learnt}), "positions are learnt, not mae")
-    refusal(save(tmp_path / "d.pth", {"model": vit_state(moco_positions)}), "positions are mocov3, not mae")
 
 
 def test_positions_off_a_square_grid_are_refused(tmp_path: Path):
@@ -350,7 +350,6 @@ def unlike(keys: str) -> State:
     "content",
     [
         pytest.param(unlike("-patch_embed.proj.weight +mask_token"), id="no patches"),
-        pytest.param({"model": unlike("-pos_embed -blocks.0.attn.qkv.bias +blocks.0.gamma_1")}, id="beit"),
         pytest.param(
             noise("vit.embeddings.cls_token", "vit.encoder.layer.0.attention.attention.query.weight"), id="hf"
         ),
@@ -391,7 +390,7 @@ def test_file_cut_short_is_refused(share: float, suffix: str, tmp_path: Path):
     save(path, state) if suffix == ".pth" else safetensors.torch.save_file(state, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    refusal(f"teacher={path}", "download")
+    refusal(f"dino={path}", "download")
 
 
 @pytest.mark.parametrize("content", [b"hello world\n" * 30, b"<html>404</html>", b"\x89PNG\r\n" + bytes(99)])

@@ -86,9 +86,9 @@ def test_installed_package_is_found_and_a_missing_one_named(lite_file, tmp_path:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224"])
 def test_map_is_resampled_to_the_grid_at_a_size_that_suits_the_network(name: str):
-    teacher = load_teacher(f"{name}:random", 48, rows=6)
+    teacher = load_teacher(f"{name}:random", "grid", rows=6)
     assert (teacher.backbone.grid, teacher.backbone.patch_size) == ((6, 6), 32)  # 192 pixels
-    large = load_teacher(f"{name}:random", 224, rows=14)
+    large = load_teacher(f"{name}:random", "grid", rows=14)
     assert (large.backbone.grid, large.backbone.patch_size) == ((14, 14), 16)  # 224 pixels, not 448
     tokens = large.backbone(torch.rand(1, 3, 224, 224))
     assert tokens.patches.shape == (1, 196, large.backbone.width)
@@ -134,8 +134,3 @@ def test_flat_file_of_a_convolutional_network_is_read_under_its_name(tmp_path: P
     teacher = load_teacher(f"resnet18.a1_in1k={tmp_path / 'file.pth'}", 64)
     assert torch.equal(teacher.backbone.network.conv1.weight, network.conv1.weight)
     assert teacher.card.format == "timm"
-
-
-def test_network_without_a_map_is_refused():
-    with pytest.raises(ValueError, match="gives no map of features"):
-        load_teacher("mixer_s32_224:random", 224)

@@ -70,7 +70,7 @@ def test_code_in_a_pickle_runs_in_no_way_to_read_it(old: bool, tmp_path: Path, t
     for path in pickles:
         content = {**dino(), "evil": Payload(trace)}
         torch.save(content, path, _use_new_zipfile_serialization=not old)
-    refusal(f"x={pickles[0]}", "pickled", "not read")
+    refusal(f"dino={pickles[0]}", "pickled", "not read")
     refusal(f"vit_tiny_patch16_224.augreg_in21k={pickles[0]}", "pickled")
     refusal(theirs, "pickled")
     assert not trace.exists()
@@ -96,7 +96,7 @@ def test_zip_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path: Path):
         for entry in plain.namelist():
             bomb.writestr(entry, plain.read(entry))
     assert (tmp_path / "bomb.pth").stat().st_size < 2**20
-    refusal(f"x={tmp_path / 'bomb.pth'}", "claim to unpack to", "authors")
+    refusal(f"dino={tmp_path / 'bomb.pth'}", "claim to unpack to", "authors")
 
 
 def test_tensor_larger_than_the_bytes_behind_it_is_refused(tmp_path: Path):
@@ -104,28 +104,28 @@ def test_tensor_larger_than_the_bytes_behind_it_is_refused(tmp_path: Path):
     state = {**dino(), "norm.bias": torch.zeros(1).expand(2**20, 2**20)}
     torch.save(state, tmp_path / "flat.pth")
     torch.save({"model": state}, tmp_path / "model.pth")
-    refusal(f"x={tmp_path / 'flat.pth'}", "norm.bias", "no plain tensor")
-    refusal(f"x={tmp_path / 'model.pth'}", "model/norm.bias", "no plain tensor")
+    refusal(f"dino={tmp_path / 'flat.pth'}", "norm.bias", "no plain tensor")
+    refusal(f"dino={tmp_path / 'model.pth'}", "model/norm.bias", "no plain tensor")
 
 
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_tensor_without_numbers_is_refused(kind: str, tmp_path: Path):
     tensor = torch.eye(64).to_sparse() if kind == "sparse" else torch.zeros(64, device="meta")
     torch.save({**dino(), "norm.bias": tensor}, tmp_path / "weights.pth")
-    refusal(f"x={tmp_path / 'weights.pth'}")
+    refusal(f"dino={tmp_path / 'weights.pth'}")
 
 
 @pytest.mark.parametrize("length", [2**63, 10**9, 2**20])
 def test_safetensors_with_an_absurd_header_is_refused(length: int, tmp_path: Path):
     (tmp_path / "weights.safetensors").write_bytes(struct.pack("<Q", length) + b'{"a": 1}' * 99)
-    refusal(f"x={tmp_path / 'weights.safetensors'}", "not a readable checkpoint")
+    refusal(f"dino={tmp_path / 'weights.safetensors'}", "not a readable checkpoint")
 
 
 def test_safetensors_that_declares_more_than_it_holds_is_refused(tmp_path: Path):
     header = {"cls_token": {"dtype": "F32", "shape": [2**30, 2**10], "data_offsets": [0, 2**42]}}
     text = json.dumps(header).encode()
     (tmp_path / "weights.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
-    refusal(f"x={tmp_path / 'weights.safetensors'}", "not a readable checkpoint")
+    refusal(f"dino={tmp_path / 'weights.safetensors'}", "not a readable checkpoint")
 
 
 def test_empty_weights_of_a_folder_are_refused(folder: Folder):
@@ -136,13 +136,13 @@ def test_empty_weights_of_a_folder_are_refused(folder: Folder):
 def test_block_of_an_absurd_number_builds_no_such_depth(tmp_path: Path):
     state = dino()
     torch.save({**state, "blocks.999999999.norm1.bias": torch.zeros(64)}, tmp_path / "weights.pth")
-    refusal(f"x={tmp_path / 'weights.pth'}", "blocks.1.", "unmodified")
+    refusal(f"dino={tmp_path / 'weights.pth'}", "blocks.1.", "unmodified")
 
 
 @pytest.mark.parametrize("shape", [(), (64, 3), (64, 3, 0, 0), (0, 3, 4, 4), (64, 3, 4, 4, 4), (64, 1, 4, 4)])
 def test_patch_embedding_of_absurd_shape_is_refused(shape: tuple[int, ...], tmp_path: Path):
     torch.save({**dino(), "patch_embed.proj.weight": torch.zeros(shape)}, tmp_path / "weights.pth")
-    refusal(f"x={tmp_path / 'weights.pth'}", "patch_embed.proj.weight")
+    refusal(f"dino={tmp_path / 'weights.pth'}", "patch_embed.proj.weight")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -164,7 +164,7 @@ def test_wrong_shape_in_a_folder_is_refused(folder: Folder):
 def test_circle_of_links_is_refused(tmp_path: Path, folder: Folder):
     for one, two in (("a.pth", "b.pth"), ("b.pth", "a.pth")):
         (tmp_path / one).symlink_to(tmp_path / two)
-    refusal(f"x={tmp_path / 'a.pth'}", "no file or folder")
+    refusal(f"dino={tmp_path / 'a.pth'}", "no file or folder")
     refusal(tmp_path / "a.pth", "no such file or folder")
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
@@ -174,7 +174,7 @@ def test_circle_of_links_is_refused(tmp_path: Path, folder: Folder):
 
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path, folder: Folder):
     (tmp_path / "weights.pth").mkdir()
-    refusal(f"x={tmp_path / 'weights.pth'}", "no config.json")
+    refusal(f"dino={tmp_path / 'weights.pth'}", "no config.json")
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
         (folder / name).mkdir()

@@ -62,6 +62,10 @@ def dinov3(registers: int = 4, **changes: Any) -> Case:
     return Case("dinov3_vit", transformers.DINOv3ViTModel(config), 1 + registers)
 
 
+def ijepa() -> Case:
+    return Case("ijepa", transformers.IJepaModel(transformers.IJepaConfig(**TINY)), 0)
+
+
 def siglip(cls: Any = transformers.SiglipVisionModel) -> Case:
     return Case("siglip", cls(transformers.SiglipVisionConfig(**TINY)), 0)
 
@@ -96,6 +100,7 @@ CASES = {
     "dinov3 gated": lambda: dinov3(use_gated_mlp=True, hidden_act="silu"),
     "dinov3 of another theta": lambda: dinov3(rope_theta=30.0),
     "dinov3 without bias": lambda: dinov3(query_bias=False, value_bias=False),
+    "ijepa": ijepa,
     "siglip": siglip,
     "siglip with text": lambda: both_towers("Siglip"),
     "clip": clip,
@@ -282,7 +287,7 @@ def test_config_of_siglip_that_names_no_defaults_has_twelve_heads(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "resnet"}, ("model_type is 'resnet'", "dinov3_vit")),
+        ({"model_type": "bert"}, ("model_type is 'bert'", "dinov3_vit", "NET.py:FUNCTION")),
         ({"model_type": ["vit"]}, ("model_type",)),
         ({"num_attention_heads": 5}, ("num_attention_heads", "5", "48")),
         ({"num_attention_heads": "4"}, ("num_attention_heads",)),
@@ -327,11 +332,35 @@ def test_weights_of_query_alone_are_refused(tmp_path: Path):
     refusal(folder, "model_type", "save_pretrained")
 
 
-def test_weights_in_several_files_are_refused(tmp_path: Path):
+def test_weights_in_several_files_are_put_together(tmp_path: Path, images: Tensor):
     folder = save(tmp_path / "theirs", vit())
+    expected = load_teacher(str(folder), SIZE).backbone(images).patches
+    state = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text("{}")
-    refusal(folder, "several files", "max_shard_size")
+    parts = {f"model-{number}-of-2.safetensors": dict(list(state.items())[number - 1 :: 2]) for number in (1, 2)}
+    for name, part in parts.items():
+        safetensors.torch.save_file(part, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, part in parts.items() for key in part}}))
+    for spec in (folder, index):
+        teacher = load_teacher(str(spec), SIZE)
+        torch.testing.assert_close(teacher.backbone(images).patches, expected)
+    assert teacher.card.source == "theirs/model.safetensors.index.json"
+    (folder / "model-2-of-2.safetensors").unlink()
+    refusal(folder, "1 of its files are missing", "model-2-of-2.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    refusal(folder, "no file beside it")
+    index.write_text("{}")
+    refusal(folder, "weight_map", "save_pretrained")
+
+
+def test_weights_under_another_file_name_are_found(tmp_path: Path, images: Tensor):
+    folder = save(tmp_path / "theirs", vit())
+    expected = load_teacher(str(folder), SIZE).backbone(images).patches
+    (folder / "model.safetensors").rename(folder / "my_vit.safetensors")
+    teacher = load_teacher(str(folder), SIZE)
+    torch.testing.assert_close(teacher.backbone(images).patches, expected)
+    assert teacher.card.source == "theirs/my_vit.safetensors"
 
 
 def test_file_without_its_config_asks_for_it(tmp_path: Path):

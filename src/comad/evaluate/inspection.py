@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 import tyro
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.images import Splits, load_images
 from comad.evaluate import sanity_checks
 from comad.evaluate.intervals import paired_interval
 from comad.evaluate.probe import MIN_BANK, KnnProbe
 from comad.evaluate.sanity_checks import TokenStatistics, reinitialised_copy, token_statistics, weight_structure
-from comad.evaluate.views import device, load_one, readable, sample, token_batches, view_size
+from comad.evaluate.views import (
+    MAX_IMAGES,
+    MIN_IMAGES,
+    device,
+    load_one,
+    readable,
+    sample,
+    token_batches,
+    view_size,
+)
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, licence_notice
 
 TOKEN_IMAGES = 256
+CPU_FLOPS = 3e12
+"""What two cores compute in half a minute; `inspect` shares it between the tokens and the two networks of the kNN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +42,14 @@ class InspectConfig:
         teacher: NAME=FILE, a path, an exported folder, a bundled teacher, or a timm model name.
         data: a folder of images, with sub-folders as labels for the kNN part, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
-        images: at most so many validation images, and twice as many for training; none of the test part is read.
+        images: at most so many validation images, and twice as many for training; none of the test part is read. Left
+            out, as many as a small CPU computes in half a minute, 1000 beside a GPU.
     """
 
     teacher: tyro.conf.Positional[str] = ""
     data: str = "stamps"
     image_size: int | None = None
-    images: int = 1000
+    images: int | None = None
 
 
 def inspect(config: InspectConfig) -> str:
@@ -46,21 +60,45 @@ def inspect(config: InspectConfig) -> str:
     """
     if not config.teacher:
         raise ValueError("name a teacher: comad teachers inspect FILE_OR_NAME; `comad teachers list` shows names.")
+    _tell(f"reading {config.data} and loading {config.teacher}")
     splits = readable(load_images(config.data))
-    images, indices = sample(splits, config.images)
+    images, indices = sample(splits, MAX_IMAGES if config.images is None else config.images)
     teacher = load_one(config.teacher, config.data, config.image_size)
+    for line in (card := _card(teacher)):
+        _tell(line)
+    _tell("comparing its weights with noise")
     structure, twin = weight_structure(teacher.backbone), reinitialised_copy(teacher.backbone)
     for network in filter(None, (teacher.backbone, twin)):
         network.to(device())
-    tokens = torch.cat(list(token_batches(teacher.backbone, images, indices[:TOKEN_IMAGES])))
+    num_tokens, limit = _affordable(teacher.backbone, config.images)
+    _tell(f"patch tokens of {min(num_tokens, len(indices))} images")
+    tokens = torch.cat(list(token_batches(teacher.backbone, images, indices[:num_tokens])))
     found = token_statistics(tokens)
     warnings = sanity_checks.weight_warnings(structure) + sanity_checks.token_warnings(tokens, found)
-    lines = [*_card(teacher), f"patch tokens of {len(tokens)} images of {images.name}", *_statistics(found, tokens)]
+    lines = [*card, f"patch tokens of {len(tokens)} images of {images.name}", *_statistics(found, tokens)]
     lines += [f"  structure of weights    {'not available' if structure is None else f'{structure:.2f}'} (noise: 1)"]
-    scores, more = _neighbours(teacher, twin, splits, config.images)
+    scores, more = _neighbours(teacher, twin, splits, limit)
     verdict = [f"WARNING: {warning}" for warning in warnings + more]
     lines += [*scores, *(verdict or ["No sign of random or collapsed weights."])]
     return "\n".join(filter(None, [*lines, licence_notice([teacher])]))
+
+
+def _tell(line: str) -> None:
+    """Say on the error stream what is being done."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _affordable(backbone: Backbone, wanted: int | None) -> tuple[int, int]:
+    """Images whose tokens are looked at, and validation images of the kNN; from the work of one image if not given."""
+    if wanted is not None or device().type != "cpu":
+        return TOKEN_IMAGES, wanted or MAX_IMAGES
+    side = view_size(backbone)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.zeros(1, 3, side, side))
+    total = int(CPU_FLOPS / max(1, counter.get_total_flops()))
+    num_tokens = min(TOKEN_IMAGES, max(MIN_IMAGES, total // 5))
+    return num_tokens, min(MAX_IMAGES, max(MIN_IMAGES, (total - num_tokens) // 6))
 
 
 def _card(teacher: Teacher) -> list[str]:
@@ -69,7 +107,8 @@ def _card(teacher: Teacher) -> list[str]:
     side, rows = view_size(teacher.backbone), teacher.backbone.grid[0]
     fields |= {"params": f"{teacher.card.params:,}", "view": f"{side} × {side} pixels, {rows} × {rows} patches"}
     texts = {key: ", ".join(map(_short, value)) if isinstance(value, list) else value for key, value in fields.items()}
-    return [teacher.name, *(f"  {key:23} {text}" for key, text in texts.items())]
+    told = {key: text for key, text in texts.items() if text not in ("", 0)}
+    return [teacher.name, *(f"  {key:23} {text}" for key, text in told.items())]
 
 
 def _short(value: object) -> str:
@@ -94,6 +133,7 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, limit: 
     probe = KnnProbe(splits, view_size(teacher.backbone), limit)
     if reason := _shortage(probe):
         return [f"kNN left out: {reason}."], []
+    _tell(f"kNN: {len(probe.bank)} + {len(probe.queries)} images by {teacher.name}")
     own, title = probe.hits(teacher.backbone), f"kNN on {len(probe.queries)} images of {splits.val.name}"
     pixels, score = _best(probe.hits(None)), _best(own)
     lines = [f"{title}, with {len(probe.bank)} of {splits.train.name}"]
@@ -106,6 +146,7 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, limit: 
             *below,
             "  random weights: not available, as it is no plain Vision Transformer",
         ], []
+    _tell("kNN: the same by random weights")
     untrained = _best(probe.hits(twin))
     rows["random weights"] = _percent(untrained)
     gain = paired_interval(score, untrained, splits.val.groups[probe.queries])

@@ -21,6 +21,7 @@ MIN_RANK = 2.0
 MIN_GAIN = 2.0
 TOO_EASY = 98.0
 MIN_SIDE = 16
+MOST_LAYERS = 24
 RANK_TOKENS = 2048
 
 
@@ -86,13 +87,14 @@ def weight_structure(backbone: Backbone) -> float | None:
     initialisation does, give 1. Needs no images.
 
     Returns:
-        The median over all linear and convolutional weights of 16 rows and columns or more; None if there are none.
+        The median over linear and convolutional weights of 16 rows and columns or more, at most 24 of them, evenly from
+        all depths; None if there are none.
     """
     generator = torch.Generator().manual_seed(0)
     ratios = []
-    for layer in backbone.modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
+    layers = [part for part in backbone.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    layers = [part for part in layers if min(len(part.weight), part.weight[0].numel()) >= MIN_SIDE]
+    for layer in layers[:: -(-len(layers) // MOST_LAYERS) or 1]:
         matrix = layer.weight.detach().float().cpu().flatten(1)
         if min(matrix.shape) < MIN_SIDE or not matrix.isfinite().all() or not matrix.any():
             continue

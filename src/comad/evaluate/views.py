@@ -48,7 +48,7 @@ def load_many(specs: tuple[str, ...], data: str, image_size: int | None = None) 
 
 def view_size(backbone: Backbone) -> int:
     """Pixels on the side of the images that a backbone was loaded for."""
-    return backbone.grid[0] * backbone.patch_size
+    return backbone.image_size
 
 
 def device() -> torch.device:

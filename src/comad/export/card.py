@@ -217,8 +217,9 @@ def _training(card: ModelCard) -> list[str]:
 def _scores(card: ModelCard) -> list[str]:
     if not card.scores:
         return []
+    measured = dict.fromkeys([*_SCORES, *(name for row in card.scores for name in row.get("num_images", ()))])
     rows = [
-        (code(row["name"]), plain(row["role"]), *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores
+        (code(row["name"]), plain(row["role"]), *(_percent(row.get(key)) for key in measured)) for row in card.scores
     ]
     images = f"the {card.scored_images:,} test images" if card.scored_images else "the test images"
     return [
@@ -226,7 +227,7 @@ def _scores(card: ModelCard) -> list[str]:
         "",
         f"Top-1 percent on {images}; k, pool and probe settings were chosen on the validation images.",
         "",
-        *table(("model", "role", *_SCORES.values()), rows),
+        *table(("model", "role", *(_SCORES.get(key, plain(key)) for key in measured)), rows),
         "",
     ]
 

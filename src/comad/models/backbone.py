@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Hidden = Literal["drop", "token", "zero"]
 """What becomes of a hidden patch: left out of the sequence, replaced by a mask token, or multiplied by 0."""
@@ -40,13 +41,14 @@ class Backbone(nn.Module, ABC):
     Attributes:
         width: channels of a token.
         patch_size: pixels on the side of a patch.
-        grid: rows and columns of patches at the resolution it was built for.
+        grid: rows and columns of the patches that it gives.
         token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
         pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
         supports_masking: hidden patches can be left out; if not, it computes on whole images in any case.
     """
 
     supports_masking: bool = True
+    own_grid: tuple[int, int]
 
     width: int
     patch_size: int
@@ -62,8 +64,24 @@ class Backbone(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Pixels on the side of the square images that it was built for."""
-        return self.grid[0] * self.patch_size
+        """Pixels on the side of the square images to come."""
+        return self.own_grid[0] * self.patch_size
+
+    def resample_to(self, rows: int) -> None:
+        """Give the patches of whole images on a grid of ``rows`` × ``rows``, whatever the network's own is."""
+        if self.own_grid != (rows, rows):
+            self.supports_masking = False
+        self.grid = (rows, rows)
+
+    def _on_grid(self, tokens: Tokens) -> Tokens:
+        """Bring patches, and those of intermediates, from the network's own grid to the wanted one."""
+        if self.grid == self.own_grid:
+            return tokens
+        return tokens._replace(
+            patches=resample_patches(tokens.patches, self.own_grid, self.grid),
+            intermediates=tuple(self._on_grid(part) for part in tokens.intermediates),
+            qkv=None if tokens.qkv is None else self._on_grid(tokens.qkv),
+        )
 
     @abstractmethod
     def forward(
@@ -97,6 +115,42 @@ class Backbone(nn.Module, ABC):
 def map_tokens(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
     """Apply a function to class token and patches, each by itself."""
     return Tokens(None if tokens.cls is None else function(tokens.cls), function(tokens.patches))
+
+
+def resample_patches(
+    patches: Float[Tensor, "B N E"], grid: tuple[int, int], to: tuple[int, int]
+) -> Float[Tensor, "B n E"]:
+    """Bring patches from a grid to another: bilinear, by area where it shrinks; computed in float32."""
+    maps = patches.float().transpose(1, 2).unflatten(2, grid)
+    maps = F.interpolate(maps, to, mode="bilinear", antialias=True)
+    return maps.flatten(2).transpose(1, 2).to(patches.dtype)
+
+
+def take_visible(tokens: Tokens, visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None, hidden: Hidden) -> Tokens:
+    """Of tokens of whole images give the visible patches; the others are left out, or 0 if not dropped."""
+    if visible is None:
+        return tokens
+
+    def take(patches: Tensor) -> Tensor:
+        if hidden == "drop":
+            return gather_patches(patches, visible)
+        return patches * visible_map(visible, len(patches), patches.shape[1], patches.device).unsqueeze(-1)
+
+    return tokens._replace(
+        patches=take(tokens.patches),
+        intermediates=tuple(part._replace(patches=take(part.patches)) for part in tokens.intermediates),
+        qkv=None if tokens.qkv is None else tokens.qkv._replace(patches=take(tokens.qkv.patches)),
+    )
+
+
+def check_blocks(intermediates: Sequence[int], qkv: int, depth: int, name: str) -> None:
+    """Make sure that a network has the blocks that are asked for.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if any(not 1 <= number <= depth for number in intermediates) or not 0 <= qkv <= depth:
+        raise ValueError(f"{name} has blocks 1 to {depth}, not {max([*intermediates, qkv])}; name one of these.")
 
 
 def gather_patches(patches: Float[Tensor, "B N E"], index: Int[Tensor, "B V"]) -> Float[Tensor, "B V E"]:

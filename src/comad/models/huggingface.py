@@ -1,4 +1,6 @@
-"""Folders of the transformers library as timm networks, read without that library. Add one: an entry in `FAMILIES`.
+"""Folders and models of the transformers library. Those of `FAMILIES` become timm networks, without that library.
+
+The others are built by transformers itself, see `OTHERS`. Add one: an entry in one of the two tables.
 
 A teacher gives its tokens after the final norm. That is ``last_hidden_state`` of transformers' model, with two remarks:
 CLIP's is before ``post_layernorm``, which is applied to every token here; ViTMAE's is of patches drawn at random and
@@ -7,25 +9,28 @@ shuffled, while a teacher sees all of them, in order.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 
-from comad.models.files import read_file, read_json
-from comad.models.formats import DINOV3, HALVES, REGISTERS, SCALED, Kind, Triple, dinov2
-from comad.models.networks import build_network, width_of
+from comad.models.backbone import patchify
+from comad.models.files import checked_pixels, read_file, read_json
+from comad.models.formats import DINOV3, HALVES, POSITION_RULES, REGISTERS, SCALED, Kind, Resampling, Triple, dinov2
+from comad.models.networks import OWN_SIZE, build_network, stored_size, width_of
 
 Rules = tuple[tuple[str, str], ...]
 FILES = ("model.safetensors", "pytorch_model.bin")
-WRAPPER = re.compile(r"^(?:(?:vit|dinov2|dinov2_with_registers|dinov3_vit|model|vision_model)\.)+")
+INDEX = ".index.json"
+WRAPPER = re.compile(r"^(?:(?:vit|ijepa|dinov2|dinov2_with_registers|dinov3_vit|model|vision_model)\.)+")
 """What a model with a head puts before the keys of its backbone."""
 REMEDY = "save the model again by save_pretrained"
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -84,6 +89,8 @@ class Family:
         rules: patterns of keys, and timm's names; applied in order.
         ignore: beginnings of keys that are no part of the backbone.
         convert: brings the renamed tensors into timm's form.
+        resampling: how transformers brings positions to another grid, a key of `POSITION_RULES`.
+        image_size: pixels on the side of the images it is evaluated on, where its positions are for larger ones.
         network, arguments: timm's class and constructor arguments, see `build_network`.
         heads, norm_eps, activation: what a ``config.json`` that does not say it means.
         pixel_mean, pixel_std: pixel normalisation where no ``preprocessor_config.json`` says it.
@@ -93,6 +100,8 @@ class Family:
     rules: Rules
     ignore: tuple[str, ...]
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    resampling: Resampling = "plain"
+    image_size: int | None = None
     network: Kind = "vit"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     heads: int = 12
@@ -116,15 +125,27 @@ def _without_empty_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 FAMILIES = {
     "vit": Family(rules=VIT, ignore=("pooler.", "classifier."), norm_eps=1e-12, pixel_mean=HALVES, pixel_std=HALVES),
     "vit_mae": Family(rules=VIT, ignore=("decoder.",), norm_eps=1e-12, token_types=("patch",)),
-    "dinov2": Family(rules=DINOV2, ignore=("embeddings.mask_token", "classifier."), arguments=SCALED),
+    "ijepa": Family(
+        rules=VIT,
+        ignore=("pooler.", "classifier."),
+        arguments={"class_token": False, "global_pool": ""},
+        token_types=("patch",),
+    ),
+    "dinov2": Family(rules=DINOV2, ignore=("embeddings.mask_token", "classifier."), arguments=SCALED, image_size=224),
     "dinov2_with_registers": Family(
-        rules=DINOV2, ignore=("embeddings.mask_token", "classifier."), convert=dinov2, arguments=REGISTERS
+        rules=DINOV2,
+        ignore=("embeddings.mask_token", "classifier."),
+        convert=dinov2,
+        resampling="antialias",
+        image_size=224,
+        arguments=REGISTERS,
     ),
     "dinov3_vit": Family(
         rules=DINOV3_RULES,
         ignore=("embeddings.mask_token", "rope_embeddings."),
         convert=_without_empty_registers,
         network="eva",
+        resampling="none",
         arguments=DINOV3,
         heads=6,
         norm_eps=1e-5,
@@ -152,8 +173,29 @@ FAMILIES = {
 }
 
 
+NO_CHANGE: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+CLIP_PIXELS = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+OTHERS: dict[str, tuple[Triple, Triple]] = {
+    "aimv2": CLIP_PIXELS,
+    "beit": (HALVES, HALVES),
+    "convnext": IMAGENET,
+    "convnextv2": IMAGENET,
+    "dinov3_convnext": IMAGENET,
+    "hiera": IMAGENET,
+    "radio": NO_CHANGE,  # the network normalises by itself
+    "resnet": IMAGENET,
+    "siglip2": (HALVES, HALVES),
+    "swin": IMAGENET,
+    "swinv2": IMAGENET,
+    "vit_msn": IMAGENET,
+    "vjepa2": IMAGENET,
+}
+"""Pixel normalisation (mean, std) of kinds of networks that transformers builds."""
+
+
 class Loaded(NamedTuple):
-    """A network of transformers as timm's, and what its tensors cannot say."""
+    """A network of transformers, as timm's where `FAMILIES` has its kind, and what its tensors cannot say."""
 
     network: nn.Module
     path: Path
@@ -162,6 +204,7 @@ class Loaded(NamedTuple):
     std: tuple[float, ...]
     token_types: tuple[str, ...]
     licence: str
+    positions: str
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
@@ -170,30 +213,159 @@ def is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def weights_file(folder: Path) -> str:
-    """Name of the file with weights in a folder: the first of `FILES` that is there."""
-    return next((name for name in FILES if (folder / name).exists()), FILES[0])
+    """Name of the file with weights in a folder: the first of `FILES` that is there, or the index of their shards.
+
+    If there is none of these, the only file with weights, under whatever name.
+    """
+    known = [name for file in FILES for name in (file, file + INDEX) if (folder / name).exists()]
+    others = [path.name for end in ("*.safetensors", "*.bin", "*.pth", "*.pt") for path in folder.glob(end)]
+    return known[0] if known else others[0] if len(others) == 1 else FILES[0]
 
 
-def load_folder(folder: Path, config: Mapping[str, Any], image_size: int, file: str | None = None) -> Loaded:
-    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights, in ``file`` or the first of `FILES`.
+def load_folder(
+    folder: Path, config: Mapping[str, Any], image_size: Callable[[int, int], int], file: str | None = None
+) -> Loaded:
+    """Load a folder that ``save_pretrained`` wrote: ``config.json``, and weights in ``file`` or by `weights_file`.
+
+    Args:
+        folder: where they are.
+        config: the content of ``config.json``.
+        image_size: pixels on the side of a patch, and of the images it was made for → of the images to come.
+        file: name of the file with weights.
 
     Raises:
         ValueError: the kind of network is unknown, a file is missing or damaged, or the weights do not fit.
     """
-    name = str(config["model_type"]).removesuffix("_vision_model")
+    kind = str(config["model_type"])
+    name = kind.removesuffix("_vision_model").removesuffix("_visual_model")
+    path = folder / (file or weights_file(folder))
+    if name in OTHERS:
+        mean, std = _pixels(folder, *OTHERS[name])
+        network = _by_transformers(folder, config, read_file(path))
+        rule = "of the network itself"
+        return Loaded(network, path, name, mean, std, ("cls", "patch"), licence_of(folder), rule)
     if name not in FAMILIES:
-        raise ValueError(f"{folder}: its model_type is {name!r}; known are {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, *OTHERS])
+        raise ValueError(
+            f"{folder}: its model_type is {name!r}; known are {known}. Others can be teachers as NAME=NET.py:FUNCTION, "
+            "a function of yours that returns the model."
+        )
     family, config = FAMILIES[name], config.get("vision_config", config)
     if not isinstance(config, dict):
         raise ValueError(f"{folder}: vision_config in config.json is no object; {REMEDY}.")
-    path = folder / (file or weights_file(folder))
-    if not path.exists() and any(folder.glob("*.index.json")):
-        raise ValueError(f"{folder}: its weights are in several files; {REMEDY}(FOLDER, max_shard_size='100GB').")
-    weights = _named(read_file(path), family, bool(config.get("use_gated_mlp")), str(path))
-    arguments = _arguments(config, family, weights, str(folder))
-    network = build_network(family.network, weights, image_size, str(path), arguments)
-    mean, std = _pixels(folder, family)
-    return Loaded(network, path, name, mean, std, family.token_types, licence_of(folder))
+    network = network_of(family, read_file(path), config, str(path), str(folder), image_size)
+    mean, std = _pixels(folder, family.pixel_mean, family.pixel_std)
+    rule = POSITION_RULES[family.resampling]
+    return Loaded(network, path, name, mean, std, family.token_types, licence_of(folder), rule)
+
+
+def network_of(
+    family: Family,
+    content: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: str,
+    place: str,
+    image_size: Callable[[int, int], int],
+) -> nn.Module:
+    """Build timm's network of the state dict of a model of transformers.
+
+    Raises:
+        ValueError: the config or the weights do not fit.
+    """
+    weights = _named(content, family, bool(config.get("use_gated_mlp")), source)
+    arguments = _arguments(config, family, weights, place)
+    patch_size, own_size = stored_size(family.network, weights, source)
+    side = image_size(patch_size, family.image_size or own_size)
+    return build_network(family.network, weights, side, source, arguments, family.resampling)
+
+
+def _by_transformers(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Any]) -> nn.Module:
+    """Let transformers load a folder whose sizes were compared with its weights; it unpickles nothing either."""
+    try:
+        import transformers
+    except ImportError as error:
+        what = f"networks of the kind {config['model_type']!r} are built by transformers"
+        raise ValueError(f"{folder}: {what}; run: pip install transformers.") from error
+    _refuse_other_sizes(config, weights, folder)
+    try:
+        model, found = transformers.AutoModel.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+        )
+    except Exception as error:  # transformers answers a config of no sense with errors of every kind
+        told = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{folder}: transformers cannot load it ({told}); {REMEDY}.") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: its weights miss {', '.join(missing[:3])}; {REMEDY}.")
+    model = getattr(model, "vision_model", getattr(model, "vision_tower", model))
+    bad = [name for name, x in model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        raise ValueError(f"{folder}: has NaN or infinite weights in {', '.join(bad[:3])}; {REMEDY}.")
+    return TransformersFeatures(model)
+
+
+def _refuse_other_sizes(config: Any, weights: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a config whose widths and depths go beyond the shapes in the weights, before anything is built."""
+    shapes = [side for x in weights.values() if isinstance(x, Tensor) for side in x.shape]
+    largest, pending = max(shapes, default=0), [("", config)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict | list):
+            pending += list(value.items() if isinstance(value, dict) else ((name, part) for part in value))
+        elif isinstance(value, int) and re.search(r"layers|depth|blocks", name) and value > len(weights):
+            raise ValueError(f"{folder}: {name} in config.json is {value}, its weights have fewer; {REMEDY}.")
+        elif isinstance(value, int) and re.search(r"hidden|width|dim|intermediate|channels", name) and value > largest:
+            raise ValueError(f"{folder}: {name} in config.json is {value}, its weights are smaller; {REMEDY}.")
+
+
+class TransformersFeatures(nn.Module):
+    """A model of transformers under the names that `FeatureMapBackbone` reads.
+
+    Its tokens are ``last_hidden_state``: a map, or patches after as many other tokens as are left over. Of several the
+    first is taken for the class token. A network for videos sees one image as a film that stands still.
+
+    Args:
+        model: a `transformers.PreTrainedModel`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.module = model
+        config: Any = model.config
+        sizes = [getattr(config, name, None) for name in ("image_size", "crop_size")]
+        side = next((size[0] if isinstance(size, list | tuple) else size for size in sizes if size), OWN_SIZE)
+        side = OWN_SIZE if config.model_type.startswith(("siglip2", "radio")) else int(side)
+        self.default_cfg = {"input_size": (3, side, side)}
+        patch = getattr(config, "patch_size", None)
+        self.patch_size = patch if isinstance(patch, int) else None
+        flat = self.patch_size if config.model_type not in ("swin", "swinv2", "hiera") else None
+        self.feature_info = [{"reduction": flat or 32}]
+        self.takes_patches = config.model_type.startswith("siglip2")
+        self.num_prefix_tokens: int | None = None
+        self.cls_token: bool | None = None
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """The model's last hidden state."""
+        model, arguments = cast(Any, self.module), {}
+        if self.takes_patches:
+            patches = patchify(pixels, self.patch_size or 16)
+            rows = pixels.shape[-1] // (self.patch_size or 16)
+            shape = torch.tensor([[rows, rows]], device=pixels.device).expand(len(pixels), -1)
+            mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)
+            found = model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shape)
+        elif model.main_input_name == "pixel_values_videos":
+            frames = int(getattr(model.config, "tubelet_size", 2))
+            found = model(pixel_values_videos=pixels.unsqueeze(1).expand(-1, frames, -1, -1, -1), skip_predictor=True)
+        else:
+            if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+                arguments = {"interpolate_pos_encoding": True}
+            found = model(pixel_values=pixels, **arguments)
+        tokens = found.last_hidden_state
+        if tokens.ndim == 3:
+            side = pixels.shape[-1] // self.patch_size if self.patch_size else 0
+            side = side if 0 < side**2 <= tokens.shape[1] else math.isqrt(tokens.shape[1])
+            self.num_prefix_tokens = tokens.shape[1] - side**2
+            self.cls_token = True if self.num_prefix_tokens else None
+        return tokens
 
 
 def _named(content: Mapping[str, Any], family: Family, gated: bool, source: str) -> dict[str, Tensor]:
@@ -234,7 +406,7 @@ def _arguments(config: Mapping[str, Any], family: Family, weights: Mapping[str, 
     eps = config.get("layer_norm_eps", family.norm_eps)
     act = str(config.get("hidden_act", family.activation))
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    if not isinstance(heads, int) or heads < 1 or width % heads:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or width % heads:
         raise ValueError(f"{what}: num_attention_heads in config.json is {heads!r} at a width of {width}; {REMEDY}.")
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise ValueError(f"{what}: layer_norm_eps in config.json is {eps!r}; {REMEDY}.")
@@ -260,28 +432,32 @@ def _eva_arguments(config: Mapping[str, Any], weights: Mapping[str, Tensor], act
     return {"rope_temperature": float(theta), "qkv_bias": bool(config.get("query_bias", True))}
 
 
-def _pixels(folder: Path, family: Family) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Pixel normalisation by the folder's image processor, else the family's."""
+def _pixels(folder: Path, mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Pixel normalisation by the folder's image processor, else as given."""
     facts: Any = {}
     if (folder / "preprocessor_config.json").exists():
         facts = read_json(folder / "preprocessor_config.json", REMEDY)
     elif (folder / "processor_config.json").exists():
         facts = read_json(folder / "processor_config.json", REMEDY).get("image_processor")
     facts = facts if isinstance(facts, dict) else {}
-    mean, std = facts.get("image_mean", family.pixel_mean), facts.get("image_std", family.pixel_std)
-    if not _is_triple(mean) or not _is_triple(std) or min(std) <= 0:
-        raise ValueError(f"{folder}: image_mean and image_std of its image processor are {mean} and {std}; {REMEDY}.")
+    what = f"{folder}: image_mean and image_std of its image processor"
+    mean, std = checked_pixels(facts.get("image_mean", mean), facts.get("image_std", std), what, REMEDY)
     scale = facts.get("rescale_factor", 1 / 255) if facts.get("do_rescale", True) else 1.0
     if not isinstance(scale, float) or not math.isclose(scale, 1 / 255, rel_tol=0.01):
         raise ValueError(f"{folder}: its image processor does not bring pixels to [0, 1]; use another model.")
-    if not facts.get("do_normalize", True):
-        return (0.0,) * 3, (1.0,) * 3
-    return tuple(mean), tuple(std)
+    return (mean, std) if facts.get("do_normalize", True) else NO_CHANGE
 
 
-def _is_triple(values: Any) -> bool:
-    numbers = isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
-    return numbers and all(math.isfinite(x) for x in values)
+def pixels_of(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Pixel normalisation of a model of transformers: by the image processor where it came from, else its kind's."""
+    name = str(model.config.model_type).removesuffix("_vision_model").removesuffix("_visual_model")
+    family = FAMILIES.get(name)
+    known = (family.pixel_mean, family.pixel_std) if family else OTHERS.get(name)
+    folder = Path(str(getattr(model, "name_or_path", "")) or ".nowhere")
+    processed = any((folder / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor"))
+    if processed or known:
+        return _pixels(folder, *(known or IMAGENET))
+    return None
 
 
 def licence_of(folder: Path) -> str:

@@ -55,7 +55,7 @@ class FeatureMaps(nn.Module):
         last = [max(0, depth - NUM_MAPS + part) for part in range(NUM_MAPS)]
         self.taps = quarters if self.has_tokens else last
         self.widths = [info[tap]["num_chs"] for tap in self.taps]
-        self.image_size = backbone.grid[0] * backbone.patch_size if self.has_tokens else image_size
+        self.image_size = backbone.image_size if self.has_tokens else image_size
         stride = image_size // backbone.grid[0]
         self.strides = [stride if self.has_tokens else info[tap]["reduction"] for tap in self.taps]
         self.network.prune_intermediate_layers(sorted(set(self.taps)), prune_norm=False, prune_head=True)
@@ -105,7 +105,7 @@ def load_maps(
     Raises:
         ValueError: the network cannot be loaded, does not fit the image size, or cannot have windows or drop path.
     """
-    teacher = load_teacher(spec, image_size, rows=max(1, image_size // 16))
+    teacher = load_teacher(spec, "grid", rows=max(1, image_size // 16))
     backbone = teacher.backbone
     if gives_tokens(cast(nn.Module, next(backbone.children()))):
         patch = 2 ** round(math.log2(backbone.patch_size))
@@ -113,7 +113,7 @@ def load_maps(
             fit = max(1, round(image_size / patch)) * patch
             raise ValueError(f"{spec}: {image_size} pixels are no multiple of {patch}, the side of a patch; use {fit}.")
         size = image_size // patch * backbone.patch_size
-        if size != image_size or size != backbone.grid[0] * backbone.patch_size:
+        if size != backbone.image_size:
             teacher = load_teacher(spec, size)
     else:
         teacher = load_teacher(spec, image_size)

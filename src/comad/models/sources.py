@@ -8,24 +8,39 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from comad.models import efficientnet_lite, huggingface
 from comad.models.backbone import Backbone
-from comad.models.checkpoints import build, recognise
-from comad.models.feature_map_backbone import FeatureMapBackbone, create_whole
-from comad.models.files import read_file, read_json, sha256, sha256_of
-from comad.models.formats import FORMATS
-from comad.models.networks import gives_tokens, has_token_norm, load_weights
+from comad.models.checkpoints import Checkpoint, build, explained, recognise, unwrappings
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures, create_whole, stride_and_size
+from comad.models.files import checked_pixels, read_file, read_json, sha256, sha256_of
+from comad.models.formats import FORMATS, POSITION_RULES
+from comad.models.networks import (
+    OWN_SIZE,
+    check_shapes,
+    gives_tokens,
+    has_token_norm,
+    load_weights,
+    norm_of_tokens,
+    stored_size,
+)
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
 
+Size = int | Literal["grid"] | None
+"""Pixels on the side of a teacher's images; "grid": as many as give it the wanted grid; None: as it was made for."""
 BUNDLED = Path(__file__).parent / "bundled"
 WAYS = "name a teacher by NAME=FILE_OR_FOLDER, by a bundled name, or by a timm model"
-HEADS = re.compile(r"(.+):heads=(\d+)")
+OPTION = re.compile(r"(.+):(?:(heads|depth|size)=([^:=/]*)|(allow_changed))", re.DOTALL)
+OPTIONS = "options are :depth=BLOCK, :size=PIXELS (or own, or grid), :heads=N and :allow_changed"
+FILE_ENDS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".json", ".py")
+OWN_FORWARD = "of the network itself"
+TOO_LARGE = 16384
 
 
 class Source(NamedTuple):
@@ -41,15 +56,48 @@ class Source(NamedTuple):
     std: tuple[float, ...]
     licence: str
     about: str = ""
+    positions: str = ""
+    unwrapped: tuple[str, ...] = ()
 
 
 class Request(NamedTuple):
-    """A teacher's name, and the images and the grid that it is wanted for; see `comad.models.teachers.load_teacher`."""
+    """A teacher's name, and what it is wanted for.
+
+    Attributes:
+        name: what the run calls it.
+        size: pixels on the side of its images, see `Size`.
+        rows: the grid that its patches are brought to; None keeps its own.
+        heads: number of attention heads of a file that does not say it.
+        depth: number of the block that is read in place of the last one.
+        allow_changed: weights may differ from those whose hash is recorded beside them.
+    """
 
     name: str
-    image_size: int
+    size: Size
     rows: int | None
     heads: int | None = None
+    depth: int | None = None
+    allow_changed: bool = False
+
+    def side(self, patch_size: int, own_size: int, largest: int | None = None) -> int:
+        """Pixels on the side of the images to come, for a network with patches, or strides, of ``patch_size``.
+
+        Raises:
+            ValueError: the size that was asked for is no multiple of the patch.
+        """
+        patch_size = max(1, patch_size)
+        if self.size == "grid":
+            side = (self.rows or OWN_SIZE // patch_size) * patch_size
+            return min(side, largest) if largest else side
+        if self.size is None and largest:  # a map has as many cells as the image gives
+            return own_size
+        if self.size is None:
+            return max(1, round(own_size / patch_size)) * patch_size
+        if not largest and self.size % patch_size:
+            fit = f"use {max(1, round(self.size / patch_size)) * patch_size}"
+            what = f"{self.size} pixels are no multiple of its {patch_size}-pixel patch"
+            raise ValueError(f"{self.name}: {what}; {fit}.")
+        return self.size
 
 
 def bundled_teachers() -> tuple[str, ...]:
@@ -57,10 +105,31 @@ def bundled_teachers() -> tuple[str, ...]:
     return tuple(sorted(config.parent.name for config in BUNDLED.glob("*/config.json")))
 
 
-def find(spec: str, image_size: int, rows: int | None = None) -> Source:
+def take_options(spec: str, size: Size, rows: int | None, allow_changed: bool = False) -> tuple[str, Request]:
+    """Take the options from the end of a teacher's name, and give what is left.
+
+    Raises:
+        ValueError: an option has no sense.
+    """
+    text, request = spec, Request("", size, rows, allow_changed=allow_changed)
+    while (found := OPTION.fullmatch(text)) and not os.path.exists(text):
+        text, option, value, flag = found.groups()
+        if flag:
+            request = request._replace(allow_changed=True)
+        elif option == "size" and value in ("own", "grid"):
+            request = request._replace(size=None if value == "own" else "grid")
+        elif not value.isdecimal() or not 0 < int(value) <= TOO_LARGE:
+            raise ValueError(f"{spec!r}: {option}={value} is no number from 1 to {TOO_LARGE}; {OPTIONS}.")
+        else:
+            request = request._replace(**{option: int(value)})
+    if isinstance(request.size, int) and not 0 < request.size <= TOO_LARGE:
+        raise ValueError(f"{spec}: images of {request.size} pixels are too small or too large; use 224 or so.")
+    return text, request
+
+
+def find(spec: str, size: Size, rows: int | None = None, allow_changed: bool = False) -> Source:
     """Take a spec apart and load what it names; see `comad.models.teachers.load_teacher`."""
-    found = HEADS.fullmatch(spec)
-    text = found[1] if found else spec
+    text, request = take_options(spec, size, rows, allow_changed)
     name, separator, where = text.partition("=")
     if text and os.path.exists(text):
         path = Path(text)
@@ -68,19 +137,47 @@ def find(spec: str, image_size: int, rows: int | None = None) -> Source:
     elif separator:
         path = Path(where)
         if not name or not where or not os.path.exists(where):
-            raise ValueError(f"{spec!r}: no file or folder {where!r}; write NAME=FILE_OR_FOLDER, with a path to it.")
+            what = f"{spec!r}: no file or folder {where!r}; write NAME=FILE_OR_FOLDER, with a path to it"
+            raise ValueError(f"{what}; {OPTIONS}." if ":" in where else f"{what}.")
     elif text in bundled_teachers():
-        path = BUNDLED / text
+        path, name = BUNDLED / text, text
     elif text in efficientnet_lite.PACKAGES:
-        path = efficientnet_lite.installed_file(text)
-    elif "/" in text or text.endswith((".pth", ".pt", ".tar", ".bin", ".safetensors")):
+        path, name = efficientnet_lite.installed_file(text), text
+    elif "/" in text or text.endswith(FILE_ENDS):
         raise ValueError(f"{spec!r}: no such file or folder; check the path.")
+    elif request.heads:
+        raise ValueError(f"{spec!r}: heads=N is for files; of a timm model the only suffix is :random.")
     else:
-        return _from_timm(Request(spec, image_size, rows))
-    request = Request(name, image_size, rows, int(found[2]) if found else None)
-    if path.is_dir() and not found:
-        return _from_folder(path, request)
-    return _from_file(path, request)
+        return _cut(_from_timm(request._replace(name=text)), request)
+    request = request._replace(name=name)
+    found = _from_folder(path, request) if path.is_dir() and not request.heads else _from_file(path, request)
+    return _cut(found, request)
+
+
+def _cut(source: Source, request: Request) -> Source:
+    """Leave out the blocks behind the one that is read, and bring the patches to the wanted grid."""
+    backbone = source.backbone
+    if request.depth is not None:
+        cut_blocks(backbone, request.depth, source.name)
+    if request.rows:
+        backbone.resample_to(request.rows)
+    return source
+
+
+def cut_blocks(backbone: Backbone, depth: int, name: str) -> None:
+    """Let the final norm follow block ``depth``, numbered from 1; the others go.
+
+    Raises:
+        ValueError: the network has no row of blocks, or fewer.
+    """
+    network = cast(Any, next(backbone.children()))
+    if not gives_tokens(network) or not hasattr(network, "blocks"):
+        raise ValueError(f"{name}: depth={depth} is for networks with a row of equal blocks; leave it out.")
+    if depth > len(network.blocks):
+        raise ValueError(
+            f"{name}: it has blocks 1 to {len(network.blocks)}, not {depth}; use depth={len(network.blocks)}."
+        )
+    network.blocks = network.blocks[:depth]
 
 
 def _from_file(path: Path, request: Request) -> Source:
@@ -89,31 +186,53 @@ def _from_file(path: Path, request: Request) -> Source:
     if not is_named and not request.heads and _has_config(path):
         return _from_folder(path.parent, request, path.name)
     content, digest = read_file(path), sha256(path)
-    flat = all(isinstance(value, Tensor) for value in content.values())
-    if is_named and flat and not _is_original(content):
+    if is_named and not _is_original(content):
         config = _timm_config(request.name)
-        return _timm(request, config, content, str(path))._replace(source=path.name, sha256=digest)
+        for state, unwrapped in reversed(list(unwrappings(content)) or [(content, ())]):
+            if all(isinstance(value, Tensor) for value in state.values()):
+                loaded = _timm(request, config, state, str(path))
+                return loaded._replace(source=path.name, sha256=digest, unwrapped=unwrapped)
     checkpoint = recognise(content, str(path))
-    layout = FORMATS[checkpoint.format]
-    if checkpoint.format == "ibot/dino" and (path.suffix == ".safetensors" or timm.is_model(request.name)):
+    _refuse_ambiguous(checkpoint, path, request)
+    loaded = _from_checkpoint(checkpoint, request)
+    return loaded._replace(source=path.name, sha256=digest, unwrapped=checkpoint.unwrapped)
+
+
+def _refuse_ambiguous(checkpoint: Checkpoint, path: Path, request: Request) -> None:
+    """Files of DINO and iBOT need a name that says so: those of timm's models without a head have the same keys."""
+    says = re.compile(r"dino|ibot", re.IGNORECASE)
+    named = says.search(path.name) or (says.search(request.name) and not timm.is_model(request.name))
+    if checkpoint.format == "ibot/dino" and not named:
         raise ValueError(
-            f"{path}: files of DINO and of timm's models without a head have the same keys; say which it is by "
-            "TIMM_NAME.TAG=FILE, such as vit_base_patch16_224.dino=FILE or vit_base_patch16_224.augreg_in21k=FILE."
+            f"{path}: files of DINO and of timm's models without a head have the same keys; say which it is: "
+            "dino=FILE or ibot=FILE for the authors' own, else TIMM_NAME.TAG=FILE, such as "
+            "vit_base_patch16_224.dino=FILE or vit_base_patch16_224.augreg_in21k=FILE."
         )
-    if checkpoint.format == "efficientnet-lite":
-        architecture, weights = efficientnet_lite.renamed(checkpoint)
-        loaded = _timm(request, _timm_config(architecture), weights, str(path))
-        return loaded._replace(source=path.name, format=checkpoint.format, sha256=digest, licence=layout.licence)
-    network, mean, std = build(checkpoint, request.image_size, request.heads), layout.pixel_mean, layout.pixel_std
-    backbone = _backbone(network, mean, std, layout.token_types, request)
+
+
+def _from_checkpoint(checkpoint: Checkpoint, request: Request) -> Source:
+    """Load the backbone of a recognised file."""
+    layout, weights, where = FORMATS[checkpoint.format], checkpoint.weights, checkpoint.source
+    mean, std = layout.pixel_mean, layout.pixel_std
+    if layout.timm_model and not layout.refusal:
+        architecture, weights = explained(where, layout.timm_model, weights)
+        loaded = _timm(request, _timm_config(architecture), weights, where)
+        return loaded._replace(format=checkpoint.format, licence=layout.licence)
+    if layout.build and not layout.refusal:
+        network = explained(where, layout.build, weights)
+    else:
+        network = build(checkpoint, request.side, request.heads)
+    backbone = make_backbone(network, mean, std, layout.token_types, request)
+    rule = POSITION_RULES[layout.resampling]
     return Source(
-        request.name, backbone, path.name, checkpoint.format, layout.network, digest, mean, std, layout.licence
+        request.name, backbone, "", checkpoint.format, layout.network, "", mean, std, layout.licence, "", rule
     )
 
 
 def _has_config(path: Path) -> bool:
     """Whether a file lies where it was saved with the facts about it."""
-    if path.name not in huggingface.FILES or not (path.parent / "config.json").is_file():
+    names = {name + end for name in huggingface.FILES for end in ("", huggingface.INDEX)}
+    if path.name not in names or not (path.parent / "config.json").is_file():
         return False
     config = read_json(path.parent / "config.json", "move the file to a folder of its own, or save it again")
     return huggingface.is_ours(config) or "architecture" in config
@@ -132,70 +251,116 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     config = read_json(folder / "config.json", "name a file, or an exported folder")
     if huggingface.is_ours(config):
         return _from_transformers(folder, config, request, file)
-    _check_config(config, folder)
+    mean, std = _check_config(config, folder)
     path, facts, ours, name = (
         folder / (file or huggingface.weights_file(folder)),
         config["pretrained_cfg"],
         config.get("comad", {}),
         config["architecture"],
     )
-    arguments = {"in_chans": 3, **config.get("model_args", {})}
-    unknown = arguments.keys() - inspect.signature(VisionTransformer).parameters.keys()
-    if unknown or arguments["in_chans"] != 3:
-        raise ValueError(f"{folder}: its model_args are not those of an RGB Vision Transformer: {sorted(arguments)}.")
-    arguments = {key: value for key, value in arguments.items() if key not in ("img_size", "num_classes", "in_chans")}
-    stored = _without_classifier(read_file(path), facts)
-    source, licence = f"{folder.absolute().name}/{path.name}", ours.get("licence", _licence(facts))
-    try:
-        vit = create_vit(name, request.image_size, **arguments)
-    except NotPlainError:
+    stored, digest = _without_classifier(read_file(path), facts), sha256(path)
+    if ours.get("sha256", digest) != digest and not request.allow_changed:
+        raise ValueError(
+            f"{folder}: {path.name} is not the file whose sha256 its config.json records ({str(ours['sha256'])[:12]}); "
+            f"copy the folder again, or add :allow_changed to the teacher's name if you changed the weights yourself."
+        )
+    source, licence = f"{folder.absolute().name}/{path.name}", str(ours.get("licence", _licence(facts)))
+    token_types = _token_types_of(ours, facts, folder)
+    vit = _vit_of(folder, config, stored, str(path), request)
+    if vit is None:
         whole = {"tag": None, **facts, "architecture": name}
         loaded = _timm(request, whole, stored, str(path))
-        return loaded._replace(source=source, format="export", sha256=sha256(path), licence=licence)
+        return loaded._replace(source=source, format="export", sha256=digest, licence=licence)
     _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
-    token_types = tuple(ours.get("token_types", _token_types(facts.get("tag"))))
-    if not token_types or not set(token_types) <= {"cls", "patch"}:
-        raise ValueError(f"{folder}: token_types in config.json are {token_types}; they may be 'cls' and 'patch'.")
-    mean, std = tuple(facts["mean"]), tuple(facts["std"])
     backbone = TimmBackbone(_with_norm(vit, str(folder)), mean, std, token_types)
-    about = str(ours.get("about", ""))
-    return Source(request.name, backbone, source, "export", name, sha256(path), mean, std, licence, about)
+    about, rule = str(ours.get("about", "")), POSITION_RULES["antialias"]
+    return Source(request.name, backbone, source, "export", name, digest, mean, std, licence, about, rule)
+
+
+def _vit_of(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor], where: str, request: Request
+) -> VisionTransformer | None:
+    """The plain Vision Transformer of an export, once config and weights agree; None if it is no plain one."""
+    name, arguments = config["architecture"], {"in_chans": 3, **config.get("model_args", {})}
+    known = inspect.signature(VisionTransformer).parameters.keys()
+    plain = all(isinstance(value, int | float | str | list | None) for value in arguments.values())
+    if not arguments.keys() <= known or arguments["in_chans"] != 3 or not plain:
+        raise ValueError(f"{folder}: its model_args are not those of an RGB Vision Transformer: {sorted(arguments)}.")
+    sides = (arguments.get("img_size"), config["pretrained_cfg"].get("input_size"))
+    arguments = {key: value for key, value in arguments.items() if key not in ("img_size", "num_classes", "in_chans")}
+    try:
+        _patch_size(name, {})
+    except NotPlainError:
+        return None
+    patch_size, stored_side = stored_size("vit", stored, where)
+    depth = len({key.split(".")[1] for key in stored if key.startswith("blocks.")})
+    if isinstance(asked := arguments.get("depth", depth), bool) or not isinstance(asked, int) or asked > depth:
+        raise ValueError(f"{where}: misses the keys of blocks.{depth} of the {asked} in config.json; export it again.")
+    heads = arguments.get("num_heads", 1)
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"{folder}: num_heads in config.json is {heads!r}; export it again.")
+    check_shapes(lambda: create_vit(name, stored_side, **arguments), stored, where)
+    own = next((side[-1] if isinstance(side, list) and side else side for side in sides if side), stored_side)
+    own = own if isinstance(own, int) and 0 < own <= TOO_LARGE else stored_side
+    return create_vit(name, request.side(patch_size, own), **arguments)
+
+
+def _patch_size(name: str, cfg: Mapping[str, Any]) -> int:
+    """Pixels on the side of a patch of a plain Vision Transformer of timm.
+
+    Raises:
+        NotPlainError: it is none.
+    """
+    with torch.device("meta"):
+        vit = create_vit(name, None, **{key: value for key, value in cfg.items() if key != "pretrained"})
+    embed: Any = vit.patch_embed
+    return embed.img_size[0] // embed.grid_size[0]
 
 
 def _from_transformers(folder: Path, config: Mapping[str, Any], request: Request, file: str | None) -> Source:
     """Load a folder that ``save_pretrained`` of transformers wrote."""
-    network, path, family, mean, std, token_types, licence = huggingface.load_folder(
-        folder, config, request.image_size, file
+    network, path, family, mean, std, token_types, licence, rule = huggingface.load_folder(
+        folder, config, request.side, file
     )
-    backbone = _backbone(network, mean, std, token_types, request)
+    backbone = make_backbone(network, mean, std, token_types, request)
     source = f"{folder.absolute().name}/{path.name}"
     licence = _licence({"license": licence})
-    return Source(request.name, backbone, source, "transformers", family, sha256(path), mean, std, licence)
+    return Source(request.name, backbone, source, "transformers", family, sha256(path), mean, std, licence, "", rule)
 
 
-def _check_config(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a ``config.json`` that is not timm's."""
+def _check_config(config: Mapping[str, Any], folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Refuse a ``config.json`` that is not timm's; give the pixel normalisation."""
     parts = [config.get(key, {}) for key in ("pretrained_cfg", "model_args", "comad")]
     sound = all(isinstance(part, dict) for part in parts) and isinstance(config.get("architecture"), str)
-    if not sound or any(not _is_triple(parts[0].get(key)) for key in ("mean", "std")):
+    if not sound or not {"mean", "std"} <= parts[0].keys():
         raise ValueError(f"{folder}: config.json is not timm's: it needs architecture and pretrained_cfg mean and std.")
+    return checked_pixels(
+        parts[0]["mean"], parts[0]["std"], f"{folder}: mean and std in config.json", "export it again"
+    )
 
 
-def _is_triple(values: Any) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
+def _token_types_of(ours: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """The trained tokens of an export."""
+    named = ours.get("token_types", _token_types(facts.get("tag")))
+    if not isinstance(named, list | tuple) or not named or any(name not in ("cls", "patch") for name in named):
+        raise ValueError(f"{folder}: token_types in config.json are {named!r}; they may be 'cls' and 'patch'.")
+    return tuple(named)
 
 
 def _from_timm(request: Request) -> Source:
     """Build a timm model, with its pretrained weights or with random ones."""
     name, _, suffix = request.name.partition(":")
+    request = request._replace(name=name)
     if suffix not in ("", "random"):
-        raise ValueError(f"{request.name!r}: unknown suffix {suffix!r}; the only one is :random, as in {name}:random.")
+        raise ValueError(
+            f"{request.name!r}: unknown suffix {suffix!r}; the only one is :random, as in {name}:random; {OPTIONS}."
+        )
     config = _timm_config(name)
-    loaded = _timm(request, config)
     if suffix:
         facts = {"source": "seed 0", "architecture": config["architecture"], "licence": "none (random weights)"}
-        return loaded._replace(**facts)
+        return _timm(request, config)._replace(**facts)
+    _refuse_other_activation(config["architecture"], config)
     try:
         return _timm(request, config, pretrained=True)
     except Exception as error:  # every version of the hub client has its own error for a missing network
@@ -229,46 +394,67 @@ def _timm(
     mean, std, licence = tuple(config["mean"]), tuple(config["std"]), _licence(config)
     if weights is not None or pretrained:
         _refuse_other_activation(name, config)
-    network = _create(name, request.image_size, cfg)
+    network = _create(name, config, request, cfg)
     if weights is not None:
         weights = _without_classifier(weights, config)
         if gives_tokens(network) and not has_token_norm(network) and "norm.weight" in weights:
-            network = _create(name, request.image_size, {**cfg, "global_pool": ""})  # a file from before fine-tuning
+            network = _create(name, config, request, {**cfg, "global_pool": ""})  # a file from before fine-tuning
         load_weights(network, weights, where)
     if gives_tokens(network):
         _with_norm(network, name)
     digest = sha256_of(network.state_dict())
-    backbone = _backbone(network, mean, std, _token_types(config["tag"]), request)
+    norm = network.head.norm if str(config["tag"]).startswith(("dinov3", "eupe")) and "convnext" in name else None
+    backbone = make_backbone(network, mean, std, _token_types(config["tag"]), request, norm)
     full = ".".join(filter(None, (name, config["tag"])))
-    return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence)
+    rule = POSITION_RULES["antialias"] if getattr(network, "pos_embed", None) is not None else OWN_FORWARD
+    return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence, "", rule)
 
 
 def _without_classifier(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Weights but for those of the classifier, or of each if timm's facts name several."""
     named = config.get("classifier") or "head"
-    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    heads = tuple(f"{name}." for name in (named if isinstance(named, list | tuple) else [named]))
     return {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
 
 
-def _create(name: str, image_size: int, arguments: Mapping[str, Any]) -> nn.Module:
+def _create(name: str, config: Mapping[str, Any], request: Request, cfg: Mapping[str, Any]) -> Any:
     """Build a timm model: at its image size if it is a plain Vision Transformer, else as timm has it."""
     try:
-        return create_vit(name, image_size, **arguments)
+        own = (config.get("input_size") or (3, OWN_SIZE, OWN_SIZE))[-1]
+        own = OWN_SIZE if "dinov2" in name else own  # its positions are for 518 pixels, its scores for 224
+        return create_vit(name, request.side(_patch_size(name, cfg), own), **cfg)
     except NotPlainError:
-        return create_whole(name, **arguments)
+        return create_whole(name, **cfg)
 
 
-def _backbone(
+def make_backbone(
     network: nn.Module,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     token_types: tuple[str, ...],
     request: Request,
+    norm: nn.Module | None = None,
 ) -> Backbone:
-    """The kind of backbone that suits a network."""
+    """The kind of backbone that suits a network, for the images that are wanted.
+
+    Raises:
+        ValueError: the network gives no tokens, or none at this size.
+    """
     if isinstance(network, VisionTransformer):
         return TimmBackbone(network, mean, std, token_types)
-    return FeatureMapBackbone(network, mean, std, request.image_size, request.rows, token_types)
+    if not hasattr(network, "forward_features"):
+        network = ModuleFeatures(network, 0, False, OWN_SIZE)
+    stride, own_size = stride_and_size(network)
+    side = request.side(stride, own_size, None if gives_tokens(network) else own_size)
+    problem, sizes = "", dict.fromkeys((side, own_size) if request.size == "grid" else (side,))
+    for size in sizes:  # some networks take images of their own size alone
+        try:
+            return FeatureMapBackbone(network, mean, std, size, request.rows, token_types, norm)
+        except (AssertionError, RuntimeError, IndexError, TypeError) as error:
+            problem = str(error).partition("\n")[0][:160]
+    raise ValueError(
+        f"{request.name}: it cannot compute on {side} pixels ({problem}); add :size={own_size} to its name."
+    )
 
 
 def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:
@@ -280,14 +466,14 @@ def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:
 
 def _with_norm(network: nn.Module, what: str) -> Any:
     """Refuse a network whose tokens are not normalised."""
-    if not has_token_norm(network):
+    if not norm_of_tokens(network):
         raise ValueError(f"{what}: its norm comes after pooling, so its tokens have none; use another model.")
     return network
 
 
 def _token_types(tag: str | None) -> tuple[str, ...]:
     """The trained tokens of timm's weights of that tag; masked images alone train no class token."""
-    return ("patch",) if tag and tag.startswith(("mae", "mim")) else ("cls", "patch")
+    return ("patch",) if str(tag).startswith(("mae", "mim")) else ("cls", "patch")
 
 
 def _licence(config: Mapping[str, Any]) -> str:

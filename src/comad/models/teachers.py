@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -9,14 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from comad.models.backbone import Backbone
-from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
-from comad.models.files import sha256_of
 from comad.models.networks import gives_tokens
-from comad.models.sources import Source, find
+from comad.models.objects import from_object, from_python_file
+from comad.models.sources import Request, Size, Source, find, take_options
 
 PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
 """Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
@@ -29,7 +28,7 @@ class TeacherCard:
     Attributes:
         name: what the run calls it.
         source: name of the file, or of the folder and its file; no absolute path.
-        format: a key of `comad.models.formats.FORMATS`, ``export`` or ``transformers`` for a folder, or ``module``.
+        format: a key of `comad.models.formats.FORMATS`, ``timm``, ``export`` or ``transformers``, or ``module``.
         architecture: a timm name, the kind of network if the shapes in the file say it all, or a class.
         sha256: of the weights file; of the names and bytes of the tensors if timm fetched or drew them.
         depth, width, heads, patch_size, num_prefix_tokens: the network; patch size in pixels. Depth and heads are 0
@@ -40,6 +39,10 @@ class TeacherCard:
         licence: of the weights, as far as known.
         params: number of parameters.
         about: where it comes from, if an export says so.
+        image_size: pixels on the side of its images; 0 in cards of runs from before there was a choice.
+        positions: how they came to the grid of these images, in words.
+        unwrapped: containers and prefixes that its file had around the weights.
+        read_at: number of the block that its tokens are read at, if it is not the last.
     """
 
     name: str
@@ -59,6 +62,10 @@ class TeacherCard:
     licence: str
     params: int
     about: str = ""
+    image_size: int = 0
+    positions: str = ""
+    unwrapped: tuple[str, ...] = ()
+    read_at: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The card in JSON's types: it equals itself after a round trip through a file."""
@@ -71,6 +78,10 @@ class TeacherCard:
         if self.depth:
             shape = f"depth {self.depth}, {self.heads} heads, {shape}"
         tokens = "+".join(self.token_types)
+        if self.read_at:
+            shape = f"read at block {self.read_at}, {shape}"
+        if self.unwrapped:
+            shape = f"unwrapped from {', '.join(self.unwrapped)}, {shape}"
         return (
             f"{self.name}: {self.format} {self.architecture}, {shape}, tokens {tokens}, "
             f"{self.params / 1e6:.1f}M parameters, {self.licence}, {self.source}, sha256 {self.sha256[:12]}"
@@ -85,60 +96,83 @@ class Teacher(NamedTuple):
     card: TeacherCard
 
 
-def load_teacher(spec: str, image_size: int, dtype: torch.dtype = torch.float32, *, rows: int | None = None) -> Teacher:
+def load_teacher(
+    teacher: str | nn.Module | Teacher,
+    image_size: Size = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: int | None = None,
+    allow_changed: bool = False,
+    **facts: Any,
+) -> Teacher:
     """Load a teacher, frozen and in eval mode. The random state of the caller is left alone.
 
     Args:
-        spec: one of ``NAME=FILE_OR_FOLDER`` (a folder of comad, timm's hub or transformers), a bare path, a name of
+        teacher: one of ``NAME=FILE_OR_FOLDER`` (a folder of comad, timm's hub or transformers), a bare path, a name of
             `bundled_teachers`, a timm model (its pretrained weights), a timm model and ``:random`` (seeded, for
             benchmarks), ``efficientnet-lite0`` to ``2`` (from the extra of that name). ``TIMM_NAME.TAG=FILE`` reads a
-            flat file as that model; ``NAME=FILE:heads=N`` gives the heads of a width without a rule.
-        image_size: pixels on the side of the square images to come; positions are resampled to it.
+            flat file as that model; ``NAME=NET.py:FUNCTION`` calls a function of yours that returns a module. Options
+            at the end: ``:depth=11`` gives the tokens of block 11 after the final norm, ``:size=224`` the size of its
+            images in place of ``image_size`` (``own`` and ``grid`` as well), ``:heads=N`` the heads of a width without
+            a rule, ``:allow_changed`` weights that are not those whose hash is recorded. Or an object: a module, a
+            model of timm or of transformers, which is copied, or a `Teacher`.
+        image_size: pixels on the side of the square images to come; positions are resampled to it. "grid": as many as
+            give ``rows``. None: as the network was made for.
         dtype: of the weights; pixels are normalised in float32 in any case.
-        rows: the grid of patches that a network with a map of its own is resampled to, at the image size that suits
-            it. None keeps ``image_size`` and its own map. Plain Vision Transformers have ``image_size`` in any case.
+        rows: the grid that patches are brought to; None keeps the network's own. If they differ, it sees whole images.
+        allow_changed: see above.
+        facts: of an object, see `teacher_from_module`; ``name`` is needed for one.
 
     Raises:
         ValueError: the name is unknown, the file is unreadable or does not fit, or the image size is no multiple of
             the patch size.
     """
-    if image_size < 1:
-        raise ValueError(f"{spec}: images of {image_size} pixels are too small; use 224 or so.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        source = find(spec, image_size, rows)
-    backbone = source.backbone
-    if rows is None and image_size % (patch := backbone.patch_size):
-        fit = f"use {max(1, round(image_size / patch)) * patch}"
-        raise ValueError(f"{spec}: {image_size} pixels are no multiple of its {patch}-pixel patch; {fit}.")
-    for network in backbone.children():  # the pixel normalisation stays in float32
-        network.to(dtype)
-    return Teacher(source.name, backbone.requires_grad_(False).eval(), _card(source))
+    if isinstance(teacher, Teacher):
+        return _again(teacher, dtype, rows)
+    if image_size == "grid" and rows is None:
+        raise ValueError(f"{teacher}: images as large as the grid needs are asked for without rows; give them.")
+    options = None
+    if isinstance(teacher, str):
+        text, options = take_options(teacher, image_size, rows, allow_changed)
+        if made := from_python_file(text):
+            name, teacher = made
+            facts = {"name": name, **facts}
+    if isinstance(teacher, str):
+        if facts:
+            raise ValueError(f"{teacher}: {', '.join(facts)} are for teachers that are objects; leave them out.")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            source = find(teacher, image_size, rows, allow_changed)
+    else:
+        options = options or Request("", image_size, rows)
+        source = from_object(teacher, options, **facts)
+    return _frozen(source, dtype, options)
 
 
 def load_on_grid(
-    specs: Sequence[str],
+    specs: Sequence[str | nn.Module | Teacher],
     rows: int,
     patch_size: int,
     dtype: torch.dtype = torch.float32,
     place: Callable[[Backbone], object] | None = None,
+    image_size: Size = "grid",
 ) -> list[Teacher]:
-    """Load teachers, each at the image size that gives it a grid of ``rows`` × ``rows`` patches.
+    """Load teachers whose patches form a grid of ``rows`` × ``rows``.
 
     Args:
-        specs, dtype: see `load_teacher`.
+        specs, dtype: see `load_teacher`; a module needs a name, so name it there first.
         rows: rows and columns of the grid.
-        patch_size: pixels on the side of a patch, where a network has none of its own.
+        patch_size: pixels on the side of a student's patch; no network here needs it.
         place: puts a network where it is to live, before the next one is loaded.
+        image_size: of all teachers whose spec has no ``:size=``. "grid": each sees the image size that gives it this
+            grid, so that nothing is resampled; None: each sees the size it was made for.
 
     Raises:
         ValueError: two have the same name, or one cannot be loaded.
     """
     teachers = []
     for spec in specs:
-        teacher = load_teacher(spec, rows * patch_size, dtype, rows=rows)
-        if teacher.backbone.grid[0] != rows:  # a Vision Transformer with another patch size
-            teacher = load_teacher(spec, rows * teacher.backbone.patch_size, dtype, rows=rows)
+        teacher = load_teacher(spec, image_size, dtype, rows=rows)
         if place:
             place(teacher.backbone)
         teachers.append(teacher)
@@ -148,57 +182,41 @@ def load_on_grid(
     return teachers
 
 
-def teacher_from_module(  # noqa: PLR0913 - one keyword per fact that a module does not tell
-    name: str,
-    module: nn.Module,
-    image_size: int,
-    *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    num_prefix_tokens: int = 0,
-    has_cls: bool = False,
-    rows: int | None = None,
-    licence: str = "unknown",
+def _frozen(source: Source, dtype: torch.dtype, options: Request | None) -> Teacher:
+    """Freeze a network and write its card."""
+    backbone = source.backbone
+    for network in backbone.children():  # the pixel normalisation stays in float32
+        network.to(dtype)
+    card = dataclasses.replace(_card(source), read_at=(options.depth or 0) if options else 0)
+    return Teacher(source.name, backbone.requires_grad_(False).eval(), card)
+
+
+def _again(teacher: Teacher, dtype: torch.dtype, rows: int | None) -> Teacher:
+    """A teacher that was loaded before, on another grid if need be; it shares its weights."""
+    if next(teacher.backbone.parameters(), torch.empty(0, dtype=dtype)).dtype != dtype:
+        raise ValueError(f"{teacher.name}: it was loaded in another precision; load it in {dtype}.")
+    if rows is None or teacher.backbone.grid == (rows, rows):
+        return teacher
+    backbone = copy.copy(teacher.backbone)
+    backbone.resample_to(rows)
+    return teacher._replace(backbone=backbone)
+
+
+def teacher_from_module(
+    name: str, module: nn.Module, image_size: int | None = None, *, rows: int | None = None, **facts: Any
 ) -> Teacher:
-    """Make a teacher of your own module, which is frozen and put in eval mode. It sees whole images.
+    """Make a teacher of your own module: `load_teacher` with a name. See `comad.models.objects.from_object`."""
+    return load_teacher(module, image_size, rows=rows, name=name, **facts)
 
-    Args:
-        name: what the run calls it.
-        module: its forward takes normalised pixels (B, 3, image_size, image_size), and gives a map (B, E, h, w), or
-            tokens (B, num_prefix_tokens + N, E) whose N patches form a square.
-        image_size: pixels on the side of its images.
-        mean, std: pixel normalisation, in units of [0, 1] pixels.
-        num_prefix_tokens: tokens before the patches; they are dropped, but for a class token.
-        has_cls: the first of them is a class token that was trained. The mean over a map stands for one in any case.
-        rows: the grid that patches are resampled to; None keeps the module's own.
-        licence: of the weights.
 
-    Raises:
-        ValueError: the module gives something else, or ``image_size`` is no multiple of the grid.
-    """
-    features = ModuleFeatures(module.eval(), num_prefix_tokens, has_cls, image_size)
-    if has_cls and not num_prefix_tokens:
-        raise ValueError(f"{name}: has_cls needs num_prefix_tokens of at least 1; count the class token.")
-    backbone = FeatureMapBackbone(features, mean, std, image_size)
-    rows = rows or backbone.grid[0]
-    if image_size % rows:
-        raise ValueError(
-            f"{name}: {image_size} pixels are no multiple of {rows} rows; give rows or another image_size."
-        )
-    backbone = FeatureMapBackbone(features, mean, std, image_size, rows)
-    source = Source(
-        name=name,
-        backbone=backbone.requires_grad_(False).eval(),
-        source="module",
-        format="module",
-        architecture=type(module).__name__,
-        sha256=sha256_of(module.state_dict()),
-        mean=tuple(mean),
-        std=tuple(std),
-        licence=licence,
-    )
-    card = dataclasses.replace(_card(source), num_prefix_tokens=num_prefix_tokens)
-    return Teacher(name, source.backbone, card)
+def markdown(text: str) -> str:
+    """Text of others as text in Markdown: nothing in it is a link, a tag, a heading or the end of a table's cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Text of others on one line of at most 1,000 printable characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:1000])
 
 
 def licence_notice(teachers: Sequence[Teacher]) -> str:
@@ -219,14 +237,12 @@ def inherited_licence(licences: Sequence[str]) -> str:
 def _card(source: Source) -> TeacherCard:
     """Write down what was loaded."""
     backbone, network = source.backbone, cast(Any, next(source.backbone.children()))
-    facts: dict[str, Any] = {"depth": 0, "heads": 0, "num_prefix_tokens": 0, "norm_eps": 0.0}
-    if gives_tokens(network):
-        facts = {
-            "depth": len(network.blocks),
-            "heads": network.blocks[0].attn.num_heads,
-            "num_prefix_tokens": network.num_prefix_tokens,
-            "norm_eps": network.norm.eps,
-        }
+    facts: dict[str, Any] = {"depth": 0, "heads": 0, "norm_eps": 0.0}
+    if gives_tokens(network) and hasattr(network, "blocks"):
+        attention = getattr(network.blocks[0], "attn", None)
+        heads = getattr(attention, "num_heads", 0)
+        facts = {"depth": len(network.blocks), "heads": heads, "norm_eps": getattr(network.norm, "eps", 0.0)}
+    facts["num_prefix_tokens"] = getattr(network, "num_prefix_tokens", 0) or 0
     return TeacherCard(
         name=source.name,
         source=source.source,
@@ -238,8 +254,11 @@ def _card(source: Source) -> TeacherCard:
         pixel_mean=source.mean,
         pixel_std=source.std,
         token_types=backbone.token_types,
-        licence=source.licence,
+        licence=one_line(source.licence),
         params=sum(parameter.numel() for parameter in backbone.parameters()),
-        about=source.about,
+        about=one_line(source.about),
+        image_size=backbone.image_size,
+        positions=source.positions,
+        unwrapped=source.unwrapped,
         **facts,
     )

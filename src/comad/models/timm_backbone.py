@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-from comad.models.backbone import Backbone, Hidden, Tokens, gather_patches, visible_map
+from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, gather_patches, take_visible, visible_map
 from comad.models.decoder import MaskedDecoder
 from comad.models.embedding import PatchProjection, project_patches
 from comad.models.networks import has_token_norm
@@ -55,7 +55,7 @@ class TimmBackbone(Backbone):
         self.vit = vit
         self.decoder = None
         self.width = vit.embed_dim
-        self.grid = vit.patch_embed.grid_size
+        self.grid = self.own_grid = vit.patch_embed.grid_size
         hybrid = hasattr(vit.patch_embed, "backbone")  # then patches are of its CNN's map
         self.patch_size = vit.patch_embed.img_size[0] // self.grid[0] if hybrid else vit.patch_embed.patch_size[0]
         self.token_types = token_types
@@ -79,6 +79,23 @@ class TimmBackbone(Backbone):
         stop_early: bool = False,
     ) -> Tokens:
         """Patch embedding, positions, masking, blocks, norm. See `Backbone.forward`."""
+        check_blocks(intermediates, qkv, len(self.vit.blocks), type(self.vit).__name__)
+        if self.grid != self.own_grid:
+            whole = self._forward(images, None, "drop", None, intermediates, qkv, stop_early)
+            return take_visible(self._on_grid(whole), visible, hidden)
+        return self._forward(images, visible, hidden, mask_token, intermediates, qkv, stop_early)
+
+    def _forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"] | None,
+        hidden: Hidden,
+        mask_token: Float[Tensor, " E"] | None,
+        intermediates: Sequence[int],
+        qkv: int,
+        stop_early: bool,
+    ) -> Tokens:
+        """On the network's own grid."""
         if qkv and not hasattr(self.vit.blocks[0], "attn"):
             raise ValueError(f"{type(self.vit.blocks[0]).__name__} has no attention to read; name a plain ViT.")
         vit = self.vit
@@ -159,7 +176,7 @@ def replace_linears(backbone: Backbone, make: Callable[[nn.Linear], nn.Module]) 
     blocks = getattr(getattr(backbone, "vit", None), "blocks", None)
     if blocks is None:
         return False
-    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name in module._modules]
+    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name, _ in module.named_children()]
     for module, name in parents:
         if isinstance(linear := getattr(module, name), nn.Linear):
             setattr(module, name, make(linear))
@@ -170,8 +187,10 @@ class NotPlainError(ValueError):
     """The name is that of another kind of network."""
 
 
-def create_vit(name: str, image_size: int, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+def create_vit(name: str, image_size: int | None, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
     """Build a timm Vision Transformer by name, without a head, for square images of ``image_size`` pixels.
+
+    None keeps the size that the name has.
 
     Raises:
         ValueError: the name is unknown to timm.
@@ -181,8 +200,10 @@ def create_vit(name: str, image_size: int, pretrained: bool = False, **arguments
         near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
         raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
     not_plain = NotPlainError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
+    if image_size is not None:
+        arguments["img_size"] = image_size
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, **arguments)
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except TypeError as error:
         raise not_plain from error
     if not isinstance(vit, VisionTransformer):
