@@ -23,7 +23,6 @@ from torch import Tensor
 from comad.data.images import ImageSet, load_images
 from comad.data.loader import evaluation_batches
 from comad.evaluate.features import Features, FeatureSplits
-from comad.evaluate.knn import NearestNeighbours
 from comad.evaluate.linear import LinearProbe
 from comad.evaluate.views import readable
 from comad.models.backbone import Backbone, Tokens

@@ -229,6 +229,7 @@ DEMO = DistillConfig(
     optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=3e-3, warmup_epochs=1.0),
     loader=LoaderConfig(workers=1, fixed_views=2),
     cache_teachers=True,
+    teacher_image_size="grid",
     run=RunConfig(threads=1, probe_every=236, checkpoint_every=118),
 )
 """Three bundled teachers into a student of a quarter of their size on the bundled stamps, minutes on two CPU cores."""

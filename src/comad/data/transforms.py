@@ -34,11 +34,21 @@ class Crop:
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 (3 or 4, h, w) → uint8 (3, size, size)."""
-        top, left, height, width = _cropper(self.size, self.scale).make_params([image]).values()
-        view = F.resized_crop_image(image, top, left, height, width, [self.size, self.size], BICUBIC, antialias=True)
+        return self.at_sizes(image, (self.size,))[0]
+
+    def at_sizes(self, image: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The same part of the image, flipped alike and on the same backdrop, once for each size."""
+        box = _cropper(self.size, self.scale).make_params([image]).values()
+        views = [F.resized_crop_image(image, *box, [size, size], BICUBIC, antialias=True) for size in sizes]
         if torch.rand(()).item() < self.flip:
-            view = view.flip(-1)
-        return view if len(view) == 3 else paste(view, random_backdrop(self.size))
+            views = [view.flip(-1) for view in views]
+        if len(image) == 3:
+            return tuple(views)
+        state, pasted = torch.get_rng_state(), []
+        for view, size in zip(views, sizes, strict=True):
+            torch.set_rng_state(state)
+            pasted.append(paste(view, random_backdrop(size)))
+        return tuple(pasted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from comad.data.images import ImageSet
-from comad.data.loader import evaluation_batches
+from comad.data.loader import evaluation_views
 from comad.distill.distiller import Distiller
 from comad.distill.masking import Masks
 from comad.distill.relations import other_cosines
@@ -32,16 +32,17 @@ def held_out_agreement(
     indices, whole = torch.arange(min(limit, len(images))), Masks(None, (None,) * len(teachers))
     training = distiller.training
     distiller.eval()
-    for batch in evaluation_batches(images, student.image_size, indices=indices):
-        view = batch.to(student.pixel_mean.device)
-        outputs = [distiller.forward_teacher(teacher, m, view, whole) for m, teacher in enumerate(teachers)]
-        encoded = distiller.encode(view, whole)
+    sizes = (*(teacher.backbone.image_size for teacher in teachers), student.image_size)
+    for batch in evaluation_views(images, sizes, indices=indices):
+        *theirs, own = (view.to(student.pixel_mean.device) for view in batch)
+        outputs = [distiller.forward_teacher(t, m, theirs[m], whole) for m, t in enumerate(teachers)]
+        encoded = distiller.encode(own, whole)
         pairs, _ = distiller.align(encoded, outputs, whole)
         for m, output in enumerate(outputs):
             if m in pairs and pairs[m].prediction.shape == pairs[m].target.shape:
-                ours, theirs = pairs[m].prediction[:, 1:], pairs[m].target[:, 1:]
+                a, b = pairs[m].prediction[:, 1:], pairs[m].target[:, 1:]
             else:
-                ours, theirs = other_cosines(encoded.last[:, 1:]), other_cosines(output.patches)
-            sums[m] += float(F.cosine_similarity(ours, theirs, dim=-1).mean(dim=1).sum())
+                a, b = other_cosines(encoded.last[:, 1:]), other_cosines(output.patches)
+            sums[m] += float(F.cosine_similarity(a, b, dim=-1).mean(dim=1).sum())
     distiller.train(training)
     return {f"held_out_cosine_{t.name}": total / len(indices) for t, total in zip(teachers, sums, strict=True)}

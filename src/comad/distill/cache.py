@@ -158,20 +158,20 @@ class TeacherCache:
         self.num_images = num_images
 
     def __call__(
-        self, batch: Batch, masks: Masks, compute: Callable[[int, Tensor], TeacherOutput]
+        self, batch: Batch, views: Sequence[Tensor], masks: Masks, compute: Callable[[int, Tensor], TeacherOutput]
     ) -> list[TeacherOutput]:
         """The teacher outputs for a batch, from disk; what is not known yet is computed and kept.
 
         Args:
-            batch: its first view is the teachers'.
+            batch: which images and views.
+            views: what each teacher sees.
             masks: which patches each teacher sees.
             compute: (number of a teacher, samples of the batch) → its output for these samples.
         """
         rows = (batch.view * self.num_images + batch.image).cpu()
-        views = batch.views[0].cpu().contiguous()
         outputs = []
-        for m, (store, visible) in enumerate(zip(self.stores, masks.teachers, strict=True)):
-            inputs = input_checksums(views, visible)
+        for m, (store, view, visible) in enumerate(zip(self.stores, views, masks.teachers, strict=True)):
+            inputs = input_checksums(view.cpu().contiguous(), visible)
             new = (~store.known(rows, inputs)).nonzero().flatten()
             if len(new):
                 store.write(rows[new], [inputs[i] for i in new.tolist()], compute(m, new))

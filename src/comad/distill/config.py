@@ -53,6 +53,9 @@ class DistillConfig:
         cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
         teachers_in: ``memory`` keeps all teachers there; ``offload`` keeps one at a time, and the others in a file on
             the disk of the run (beside a GPU in host memory), for the same result in less memory.
+        teacher_image_size: pixels on the side of the teachers' views, which show the same crop as the student's: ``own``
+            is what each was made for; ``grid`` as many as give it the student's grid, so that a Vision Transformer can
+            leave out masked patches; or a number. ``:size=`` behind a teacher's name goes before it.
         compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
             for long runs on a GPU. On a CPU it gains nothing by itself.
         teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512; with AMX bf16 is faster) and
@@ -77,6 +80,7 @@ class DistillConfig:
     cache_folder: str = field(default="", metadata=NO_EFFECT)
     cache_storage: Literal["computed", "int8"] = "computed"
     teachers_in: Literal["memory", "offload"] = field(default="memory", metadata=NO_EFFECT)
+    teacher_image_size: Literal["own", "grid"] | int = field(default="own", metadata=COMMON)
     compile: bool = field(default=False, metadata=COMMON)
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
     preset: tyro.conf.Suppress[str] = field(default="comad", metadata=NO_EFFECT)

@@ -361,8 +361,13 @@ class Distiller(nn.Module):
         self.train(training)
         self.calibrated = True
 
-    def calibrate(self, teachers: Sequence[Teacher], images: Iterable[Float[Tensor, "B 3 H W"]]) -> None:
-        """Fit normaliser and aligner on what the teachers give for whole images, a few hundred, in batches."""
+    def calibrate(self, teachers: Sequence[Teacher], images: Iterable[Tensor | Sequence[Tensor]]) -> None:
+        """Fit normaliser and aligner on what the teachers give for whole images, a few hundred, in batches.
+
+        Args:
+            teachers: as this was built for.
+            images: batches (B, 3, H, W) with values in [0, 1]; or of each batch a view for every teacher.
+        """
         calibrate([self], teachers, images, torch.Generator().manual_seed(0))
 
     def get_extra_state(self) -> dict[str, bool]:
@@ -390,7 +395,7 @@ CALIBRATION_TOKENS = 16
 def calibrate(
     distillers: Sequence[Distiller],
     teachers: Sequence[Teacher],
-    images: Iterable[Float[Tensor, "B 3 H W"]],
+    images: Iterable[Tensor | Sequence[Tensor]],
     generator: torch.Generator,
 ) -> None:
     """Fit distillers of one method, on one grid, on the same teacher outputs; a random few patches of each image."""
@@ -398,9 +403,10 @@ def calibrate(
     count, device = distiller.student.num_patches, distiller.student.pixel_mean.device
     whole = Masks(None, (None,) * len(teachers))
     for batch in images:
-        rows = torch.rand(len(batch), count, generator=generator).argsort(dim=1)[:, :CALIBRATION_TOKENS].to(device)
+        views = [batch] * len(teachers) if isinstance(batch, Tensor) else batch
+        rows = torch.rand(len(views[0]), count, generator=generator).argsort(dim=1)[:, :CALIBRATION_TOKENS].to(device)
         for m, teacher in enumerate(teachers):
-            output = distiller.forward_teacher(teacher, m, batch.to(device), whole)
+            output = distiller.forward_teacher(teacher, m, views[m].to(device), whole)
             found[m].append(map_tokens(Tensor.float, Tokens(output.cls, gather_patches(output.patches, rows))))
     tokens = [
         Tokens(None if p[0].cls is None else torch.cat([t.cls for t in p]), torch.cat([t.patches for t in p]))

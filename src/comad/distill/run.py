@@ -22,7 +22,7 @@ from comad.distill.samples import leave_facts
 from comad.distill.setup import Inputs, Setup, Student, prepare
 from comad.evaluate.probe import KnnProbe
 from comad.models.compiling import eager_mode
-from comad.models.teachers import Teacher, licence_notice
+from comad.models.teachers import licence_notice
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
@@ -78,29 +78,31 @@ def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -
     method, teachers, distiller = setup.config.method, setup.teachers, setup.students[0].distiller
     for step in trainer:
         for batch in step:
-            teacher_view, student_view = (method.masking.blend(v.float() / 255, batch.noise) for v in batch.views)
+            views = [method.masking.blend(view.float() / 255, batch.noise) for view in batch.views]
             masks = drop_unused_masks(method.masking(batch.noise, step.progress), teachers)
             if cache:
-                outputs = cached_outputs(cache, batch, masks, distiller, teachers)
+                outputs = cached_outputs(cache, batch, masks, distiller, setup)
             else:
-                outputs = [distiller.forward_teacher(t, m, teacher_view, masks) for m, t in enumerate(teachers)]
+                seen = enumerate(zip(teachers, setup.teacher_views(views), strict=True))
+                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in seen]
             for state in step.states:
                 with step.microbatch(state):
-                    loss, metrics = state.module(student_view, outputs, masks)
+                    loss, metrics = state.module(views[-1], outputs, masks)
                     state.backward(loss, metrics)
 
 
 def cached_outputs(
-    cache: TeacherCache, batch: Batch, masks: Masks, distiller: Distiller, teachers: Sequence[Teacher]
+    cache: TeacherCache, batch: Batch, masks: Masks, distiller: Distiller, setup: Setup
 ) -> list[TeacherOutput]:
     """The teachers' outputs from the cache; what is not known yet is computed and kept."""
+    views = setup.teacher_views(batch.views)
 
     def compute(m: int, samples: Tensor) -> TeacherOutput:
         visible = tuple(None if part is None else part[samples.to(part.device)] for part in masks.teachers)
-        view = batch.views[0][samples.to(batch.views[0].device)].float() / 255
-        return distiller.forward_teacher(teachers[m], m, view, masks._replace(teachers=visible))
+        view = views[m][samples.to(views[m].device)].float() / 255
+        return distiller.forward_teacher(setup.teachers[m], m, view, masks._replace(teachers=visible))
 
-    return cache(batch, masks, compute)
+    return cache(batch, views, masks, compute)
 
 
 def calibrate_students(setup: Setup, numbers: Sequence[int], limit: int | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -51,7 +51,7 @@ class Inputs:
     """
 
     splits: Splits | None = None
-    teachers: Sequence[str | Teacher] | None = None
+    teachers: Sequence[str | nn.Module | Teacher] | None = None
     student: nn.Module | None = None
 
 
@@ -74,20 +74,22 @@ class DistillViews:
     """One crop and flip for all, colours changed for the student alone, noise to draw the masks from.
 
     Attributes:
-        crop: the shared crop.
+        crop: the shared crop, at the student's size.
+        sizes: of the teachers' views, each once.
         colour: the student's change of colours; None changes nothing.
         noise_shape: one row for the student and one per teacher; N.
     """
 
     crop: Crop
+    sizes: tuple[int, ...]
     colour: ColourChange | None
     noise_shape: tuple[int, int]
 
     def __call__(self, image: Tensor) -> Sample:
-        """uint8 image → (teachers' view, student's view) and uniform noise (1 + M, N)."""
-        shared = self.crop(image)
-        student = self.colour(shared) if self.colour else shared
-        return Sample((shared, student), torch.rand(*self.noise_shape))
+        """uint8 image → (teachers' view of each size, ..., student's view) and uniform noise (1 + M, N)."""
+        *teachers, student = self.crop.at_sizes(image, (*self.sizes, self.crop.size))
+        student = self.colour(student) if self.colour else student
+        return Sample((*teachers, student), torch.rand(*self.noise_shape))
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,19 @@ class Setup:
         """The training images as views for teachers and students."""
         config, size, jitter = self.config, self.config.student.image_size, self.config.augment.jitter
         colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
-        crop = Crop(size=size, scale=config.augment.crop_scale)
-        make = DistillViews(crop, colour, (1 + len(self.teachers), self.students[0].start.num_patches))
-        return ViewDataset(self.splits.train, make, config.run.seed, 2 * size)
+        crop, sizes = Crop(size=size, scale=config.augment.crop_scale), self.teacher_sizes
+        make = DistillViews(crop, sizes, colour, (1 + len(self.teachers), self.students[0].start.num_patches))
+        return ViewDataset(self.splits.train, make, config.run.seed, 2 * max(size, *sizes))
+
+    @property
+    def teacher_sizes(self) -> tuple[int, ...]:
+        """Pixels on the sides of the teachers' views, each once."""
+        return tuple(dict.fromkeys(teacher.backbone.image_size for teacher in self.teachers))
+
+    def teacher_views(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Of the views of a batch, that of each teacher."""
+        by_size = dict(zip(self.teacher_sizes, views, strict=False))
+        return [by_size[teacher.backbone.image_size] for teacher in self.teachers]
 
     @property
     def data(self) -> TrainingBatches:
@@ -125,14 +137,14 @@ class Setup:
             self.views, len(images), images.path, config.optim.batch_size, config.run.seed, config.loader
         )
 
-    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[Tensor]:
-        """The teachers' whole views of random training images, in batches; as many as the method asks for."""
+    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:
+        """Each teacher's whole view of random training images, in batches; as many as the method asks for."""
         views = self.views
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
         for batch in DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ():
-            yield batch.views[0].float() / 255
+            yield self.teacher_views([view.float() / 255 for view in batch.views])
 
     def cache_spec(self) -> CacheSpec:
         """What a cache of the teachers' outputs is of.
@@ -162,7 +174,7 @@ class Setup:
         def example(m: int) -> TeacherOutput:
             sample = views[0, 0]
             masks = drop_unused_masks(method.masking(sample.noise.unsqueeze(0).to(self.fabric.device)), self.teachers)
-            view = sample.views[0].unsqueeze(0).to(self.fabric.device).float() / 255
+            view = self.teacher_views(sample.views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
             return self.students[0].distiller.forward_teacher(self.teachers[m], m, view, masks)
 
         return CacheSpec(
@@ -222,7 +234,7 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         fabric.seed_everything(config.run.seed, verbose=False)
         rng = RngState()
         with rng.use():
-            built.append((TimmBackbone(inputs.student) if inputs.student is not None else vit.build(), rng))
+            built.append((TimmBackbone(cast(Any, inputs.student)) if inputs.student is not None else vit.build(), rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):
@@ -249,7 +261,8 @@ def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric,
         if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
             math_attention_on_cpu(backbone, device)
 
-    teachers = load_on_grid(specs, student.grid[0], student.patch_size, dtype, place)  # pyright: ignore[reportArgumentType]
+    size = None if config.teacher_image_size == "own" else config.teacher_image_size
+    teachers = load_on_grid(specs, student.grid[0], student.patch_size, dtype, place, size)
     load_decoders(config.method, [spec for spec in specs if isinstance(spec, str)], teachers, dtype)
     return teachers
 
@@ -258,9 +271,9 @@ def _quantize_teachers(setup: Setup) -> None:
     """Put teachers into 8 bits, in place, and say of each the mean cosine to its tokens before."""
     kind, views, fabric = setup.config.quantized, setup.views, setup.fabric
     assert kind is not None
-    samples = [views[0, index].views[0] for index in range(min(8, len(views.images)))]
-    images = torch.stack(samples).to(fabric.device).float() / 255
-    for teacher in setup.teachers:
+    samples = [setup.teacher_views(views[0, index].views) for index in range(min(8, len(views.images)))]
+    for m, teacher in enumerate(setup.teachers):
+        images = torch.stack([sample[m] for sample in samples]).to(fabric.device).float() / 255
         before = forward_teacher(Blocks(), teacher.backbone, images).patches
         quantize(teacher.backbone, kind)
         after = forward_teacher(Blocks(), teacher.backbone, images).patches

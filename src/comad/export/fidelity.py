@@ -16,7 +16,7 @@ from torch import Tensor
 from comad.data.images import ImageSet, Splits
 from comad.data.loader import evaluation_batches
 from comad.evaluate.features import Features, FeatureSplits
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.knn import KNN
 from comad.evaluate.scoreboard import LABEL_SETS, shortage
 from comad.export.encoder import Preprocessing
 from comad.export.formats import Arrays, Run
@@ -165,7 +165,7 @@ class NeighbourAccuracy:
         """Percent."""
         parts = {name: self._features(name, run, batch) for name in self.images}
         splits = FeatureSplits(parts["train"], parts["val"], parts["val"])
-        method = NearestNeighbours()
+        method = KNN()
         percent = 100 * method.hits(splits, self.label_set, "vector", "val").double().mean(dim=1)
         if not self.k:
             self.k = method.neighbours[int(percent.argmax())]

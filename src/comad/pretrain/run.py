@@ -86,7 +86,7 @@ def train_steps(trainer: Trainer) -> None:
 
 def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
     """Copy the weights of a teacher of the same architecture, and its pixel normalisation."""
-    teacher = load_teacher(spec, backbone.grid[0] * backbone.patch_size)
+    teacher = load_teacher(spec, backbone.image_size)
     if _architecture(teacher.backbone) != _architecture(backbone):
         raise ValueError(
             f"--init {spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
