@@ -1,4 +1,12 @@
-"""Distil several frozen vision teachers into one compact student."""
+"""Distil several frozen vision teachers into one compact student.
+
+    import comad
+
+    result = comad.distill(data="photos", teachers=["dino=dino.pth", module], out="runs/mine")
+    result.student, result.transform, result.scoreboard
+
+Names are imported when they are asked for, so that ``import comad`` costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +15,159 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+PUBLIC = {
+    "comad.api": (
+        "compare",
+        "distill",
+        "embed",
+        "evaluate",
+        "export",
+        "finetune",
+        "load_backbone",
+        "load_student",
+        "load_teachers",
+        "plan",
+        "pretrain",
+        "report",
+    ),
+    "comad.data.images": ("ImageSet", "Splits", "load_images"),
+    "comad.distill.aligners": (
+        "Aligner",
+        "AutoencoderAdapter",
+        "ProcrustesAligner",
+        "StudentProjector",
+        "TrainedAdapter",
+    ),
+    "comad.distill.config": ("DistillConfig",),
+    "comad.distill.distiller": ("Distiller",),
+    "comad.distill.features": (
+        "Blocks",
+        "FeatureSpec",
+        "MAEDecoder",
+        "StudentOutput",
+        "TeacherOutput",
+        "forward_teacher",
+    ),
+    "comad.distill.fusion": ("DropEasiest", "Fusion", "Gate", "LossGate", "Mean", "Pair", "Sum"),
+    "comad.distill.masking": (
+        "Disjoint",
+        "HidingPatches",
+        "Independent",
+        "Masking",
+        "Masks",
+        "Shared",
+        "Superset",
+        "WholeImages",
+    ),
+    "comad.distill.method": ("Method",),
+    "comad.distill.normalizers": ("L2", "PHIS", "LayerNorm", "NoNormalizer", "Normalizer", "Standardize"),
+    "comad.distill.objectives": (
+        "DISTANCES",
+        "AttentionLoss",
+        "FeatureLoss",
+        "Objective",
+        "PixelLoss",
+        "QueueLoss",
+        "RelationLoss",
+    ),
+    "comad.distill.results": ("DistillResult",),
+    "comad.evaluate.command": ("evaluate",),
+    "comad.evaluate.embed": ("EmbedConfig", "embed"),
+    "comad.evaluate.evaluation": ("Evaluation",),
+    "comad.export.command": ("ExportConfig", "export_model"),
+    "comad.models.backbone": ("Backbone", "Tokens"),
+    "comad.models.teachers": ("Teacher", "TeacherCard", "load_teacher"),
+    "comad.models.timm_backbone": ("VitConfig",),
+    "comad.presets": ("METHODS",),
+    "comad.report.page": ("write_report",),
+    "comad.runtime.slots": ("Slot", "load_plugins"),
+    "comad.runtime.trainer": ("Job", "Trainer"),
+}
+"""Module → the names that `comad` gives of it."""
+
+_MODULES = {name: module for module, names in PUBLIC.items() for name in names}
+__all__ = ["__version__", *_MODULES]
+
 if TYPE_CHECKING:
+    from comad.api import compare as compare
     from comad.api import distill as distill
+    from comad.api import finetune as finetune
     from comad.api import load_backbone as load_backbone
     from comad.api import load_student as load_student
     from comad.api import load_teachers as load_teachers
+    from comad.api import plan as plan
+    from comad.api import pretrain as pretrain
+    from comad.data.images import ImageSet as ImageSet
+    from comad.data.images import Splits as Splits
+    from comad.data.images import load_images as load_images
+    from comad.distill.aligners import Aligner as Aligner
+    from comad.distill.aligners import AutoencoderAdapter as AutoencoderAdapter
+    from comad.distill.aligners import ProcrustesAligner as ProcrustesAligner
+    from comad.distill.aligners import StudentProjector as StudentProjector
+    from comad.distill.aligners import TrainedAdapter as TrainedAdapter
+    from comad.distill.config import DistillConfig as DistillConfig
     from comad.distill.distiller import Distiller as Distiller
+    from comad.distill.features import Blocks as Blocks
+    from comad.distill.features import FeatureSpec as FeatureSpec
+    from comad.distill.features import MAEDecoder as MAEDecoder
+    from comad.distill.features import StudentOutput as StudentOutput
+    from comad.distill.features import TeacherOutput as TeacherOutput
+    from comad.distill.features import forward_teacher as forward_teacher
+    from comad.distill.fusion import DropEasiest as DropEasiest
+    from comad.distill.fusion import Fusion as Fusion
+    from comad.distill.fusion import Gate as Gate
+    from comad.distill.fusion import LossGate as LossGate
+    from comad.distill.fusion import Mean as Mean
+    from comad.distill.fusion import Pair as Pair
+    from comad.distill.fusion import Sum as Sum
+    from comad.distill.masking import Disjoint as Disjoint
+    from comad.distill.masking import HidingPatches as HidingPatches
+    from comad.distill.masking import Independent as Independent
+    from comad.distill.masking import Masking as Masking
+    from comad.distill.masking import Masks as Masks
+    from comad.distill.masking import Shared as Shared
+    from comad.distill.masking import Superset as Superset
+    from comad.distill.masking import WholeImages as WholeImages
     from comad.distill.method import Method as Method
+    from comad.distill.normalizers import L2 as L2
+    from comad.distill.normalizers import PHIS as PHIS
+    from comad.distill.normalizers import LayerNorm as LayerNorm
+    from comad.distill.normalizers import NoNormalizer as NoNormalizer
+    from comad.distill.normalizers import Normalizer as Normalizer
+    from comad.distill.normalizers import Standardize as Standardize
+    from comad.distill.objectives import DISTANCES as DISTANCES
+    from comad.distill.objectives import AttentionLoss as AttentionLoss
+    from comad.distill.objectives import FeatureLoss as FeatureLoss
+    from comad.distill.objectives import Objective as Objective
+    from comad.distill.objectives import PixelLoss as PixelLoss
+    from comad.distill.objectives import QueueLoss as QueueLoss
+    from comad.distill.objectives import RelationLoss as RelationLoss
+    from comad.distill.results import DistillResult as DistillResult
+    from comad.evaluate.command import evaluate as evaluate
+    from comad.evaluate.embed import EmbedConfig as EmbedConfig
+    from comad.evaluate.embed import embed as embed
+    from comad.evaluate.evaluation import Evaluation as Evaluation
+    from comad.export.command import ExportConfig as ExportConfig
+    from comad.export.command import export_model as export_model
+    from comad.models.backbone import Backbone as Backbone
+    from comad.models.backbone import Tokens as Tokens
+    from comad.models.teachers import Teacher as Teacher
+    from comad.models.teachers import TeacherCard as TeacherCard
     from comad.models.teachers import load_teacher as load_teacher
+    from comad.models.timm_backbone import VitConfig as VitConfig
     from comad.presets import METHODS as METHODS
+    from comad.report.page import write_report as write_report
+    from comad.runtime.slots import Slot as Slot
+    from comad.runtime.slots import load_plugins as load_plugins
+    from comad.runtime.trainer import Job as Job
+    from comad.runtime.trainer import Trainer as Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'comad' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from comad import presets
+from comad.compare.config import CompareConfig
+from comad.compare.run import compare as run_comparison
 from comad.data.images import Splits, load_images
 from comad.distill.method import Method
 from comad.distill.results import DistillResult
 from comad.distill.run import distill as run_distillation
 from comad.distill.setup import Inputs
+from comad.evaluate.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluate.finetune import check as check_finetune
+from comad.evaluate.tuning import FinetuneConfig
+from comad.evaluate.tuning import recipe as tuning_recipe
+from comad.evaluate.views import load_one
 from comad.models.backbone import Backbone
+from comad.models.files import sha256_of
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.models.timm_backbone import TimmBackbone, VitConfig
+from comad.plan.distillation import plan_distillation
+from comad.plan.forecast import Plan
+from comad.presets import recipe as preset_recipe
+from comad.pretrain.config import recipe as pretrain_recipe
+from comad.pretrain.run import pretrain as run_pretraining
 from comad.recipes import SLOTS
 from comad.runtime.spelling import hint
 
@@ -62,7 +75,7 @@ def distill(
         torch.Size([1, 96])
     """
     bundled = isinstance(data, str) and data == "stamps"
-    config = presets.recipe(preset, demo=bundled)
+    config = preset_recipe(preset, demo=bundled)
     if isinstance(data, str | Path):
         config = replace(config, data=str(data))
     names = tuple(spec for spec in teachers if isinstance(spec, str))
@@ -88,7 +101,8 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
         return replace(default, name=student, width=None, depth=None, heads=None)
     if not isinstance(student, VisionTransformer):
         raise ValueError(f"{type(student).__name__} is no Vision Transformer of timm; give one, or its name.")
-    known, block = student.pretrained_cfg or {}, student.blocks[0]
+    known: Any = student.pretrained_cfg or {}
+    block = cast(Any, student.blocks)[0]
     return VitConfig(
         name=known.get("architecture", "vit_tiny_patch16_224"),
         image_size=student.patch_embed.img_size[0],
@@ -178,3 +192,104 @@ def load_backbone(spec: str, image_size: int = 224) -> Backbone:
         ValueError: see `load_teacher`.
     """
     return load_teacher(spec, image_size).backbone
+
+
+def finetune(
+    backbone: str | Backbone | Teacher, data: Any = "stamps", out: str | Path = "runs/finetune", **overrides: Any
+) -> Finetuned:
+    """Train the whole of a backbone with labels, as `comad evaluate finetune` does.
+
+    Args:
+        backbone: a name, or a network, of which a copy learns.
+        data: a folder with one sub-folder per label, a bundled name, a `Dataset`, or `Splits`.
+        out: folder of the run.
+        overrides: any option of the command by its name.
+
+    Returns:
+        The score, and the classifier that was chosen.
+
+    Raises:
+        ValueError: the data has no labels, or an option is wrong.
+    """
+    splits = data if isinstance(data, Splits) else load_images(data)
+    named = str(data) if isinstance(data, str | Path) else ""
+    config = FinetuneConfig(backbone="", data=named, tuning=tuning_recipe("", named))
+    config = override(replace(config, run=replace(config.run, out=str(out))), overrides)
+    check_finetune(config, splits)
+    if isinstance(backbone, str):
+        backbone = load_one(backbone, named, config.image_size)
+    network = backbone.backbone if isinstance(backbone, Teacher) else backbone
+    name = backbone.name if isinstance(backbone, Teacher) else type(backbone).__name__
+    done = finetune_backbone(
+        config, PretrainedModel(name, "teacher", network, {"sha256": sha256_of(network.state_dict())}), splits
+    )
+    assert done is not None, "only the first of several processes has a result"
+    return done
+
+
+def compare(
+    presets: Sequence[str],
+    data: str | Path = "stamps",
+    teachers: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    out: str | Path = "runs/compare",
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Methods, teacher sets and seeds side by side, as `comad compare` does. The same call again goes on.
+
+    Args:
+        presets: the methods, each a preset with options of `comad distill`: ``"comad --masking.mask-ratio 0.8"``.
+        data: a folder of images, or the name of a bundled set.
+        teachers: names.
+        seeds: every row is trained once for each.
+        out: folder of the comparison.
+        overrides: any option of the command by its name.
+
+    Returns:
+        What ``comparison.json`` holds: rows with means, paired differences and intervals.
+
+    Raises:
+        ValueError: nothing to compare, an unknown name, no labels, or the folder of another comparison.
+    """
+    base = preset_recipe("comad", demo=str(data) == "stamps")
+    base = replace(base, data=str(data), teachers=tuple(teachers) or base.teachers, run=replace(base.run, out=str(out)))
+    config = CompareConfig(presets=tuple(presets), seeds=tuple(seeds), recipe=base, tuning=tuning_recipe("", str(data)))
+    run_comparison(override(config, overrides))
+    return json.loads((Path(out) / "comparison.json").read_text(encoding="utf-8"))
+
+
+def pretrain(method: str, data: str | Path = "stamps", out: str | Path | None = None, **overrides: Any) -> Path:
+    """Train a teacher from scratch, as `comad pretrain` does.
+
+    Args:
+        method: ``mae``, ``mocov3`` or ``ibot``.
+        data: a folder of images, or the name of a bundled set.
+        out: folder of the run.
+        overrides: any option of the command by its name.
+
+    Returns:
+        The folder of the teacher: a name that ``teachers=`` takes.
+
+    Raises:
+        ValueError: an unknown method, or an option is wrong.
+    """
+    config = replace(pretrain_recipe(method), data=str(data))
+    if out is not None:
+        config = replace(config, run=replace(config.run, out=str(out)))
+    folder = run_pretraining(override(config, overrides))
+    assert folder is not None, "only the first of several processes has a result"
+    return folder
+
+
+def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str = "comad", **overrides: Any) -> Plan:
+    """What a distillation will cost, measured by a few of its steps, as `comad plan` does. Nothing is left behind.
+
+    Args:
+        data, teachers, preset: see `distill`.
+        overrides: any option of `comad distill` by its name.
+
+    Raises:
+        ValueError: see `distill`.
+    """
+    config = replace(preset_recipe(preset, demo=str(data) == "stamps"), data=str(data))
+    return plan_distillation(override(replace(config, teachers=tuple(teachers) or config.teachers), overrides))

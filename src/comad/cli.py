@@ -168,6 +168,30 @@ def plan_command(arguments: list[str]) -> None:
     _print(plan(task, config))
 
 
+def export_command(arguments: list[str]) -> None:
+    """Write a student for other programs: comad export RUN|BACKBONE --to timm onnx int8 openvino ...
+
+    Each file is opened by its own runtime and compared with the student on real images.
+    """
+    from comad.export.command import ExportConfig, export
+
+    _print(export(parse(ExportConfig, None, _backbone_first(arguments), "comad export", _about(export_command))))
+
+
+def embed_command(arguments: list[str]) -> None:
+    """Write features of a folder of images: comad embed BACKBONE --data FOLDER --out features.parquet."""
+    from comad.evaluate.embed import EmbedConfig, embed
+
+    _print(embed(parse(EmbedConfig, None, _backbone_first(arguments), "comad embed", _about(embed_command))))
+
+
+def report_command(arguments: list[str]) -> None:
+    """Write one HTML page about runs and comparisons: comad report RUN..."""
+    from comad.report.page import ReportConfig, report
+
+    _print(report(parse(ReportConfig, None, arguments, "comad report", _about(report_command))))
+
+
 def data_command(arguments: list[str]) -> None:
     """Make data: comad data scenes --out FOLDER composes images of the bundled cut-outs, for segment and detect."""
     from comad.data.scene_files import ScenesConfig, write_scenes
@@ -205,6 +229,9 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "plan": ("what a run will cost, before it: time, memory, disk, FLOPs, here and on GPUs", plan_command),
     "data": ("make images with many objects: scenes", data_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
+    "export": ("write a student for other programs: timm, transformers, ONNX, 8 bits, ...", export_command),
+    "embed": ("features of a folder of images as a table", embed_command),
+    "report": ("one HTML page about runs and comparisons", report_command),
     "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
 }
 

@@ -53,8 +53,8 @@ class DistillConfig:
         cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
         teachers_in: ``memory`` keeps all teachers there; ``offload`` keeps one at a time, and the others in a file on
             the disk of the run (beside a GPU in host memory), for the same result in less memory.
-        teacher_image_size: pixels on the side of the teachers' views, which show the same crop as the student's: ``own``
-            is what each was made for; ``grid`` as many as give it the student's grid, so that a Vision Transformer can
+        teacher_image_size: pixels on the side of the teachers' views, which show the student's crop: ``own`` is what
+            each was made for; ``grid`` as many as give it the student's grid, so that a Vision Transformer can
             leave out masked patches; or a number. ``:size=`` behind a teacher's name goes before it.
         compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
             for long runs on a GPU. On a CPU it gains nothing by itself.

@@ -21,7 +21,8 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from comad.data.folders import FolderImages, ImageSet, Splits, UnreadableImageError, load_images
+from comad.data.folders import FolderImages
+from comad.data.images import ImageSet, Splits, UnreadableImageError, load_images
 from comad.data.loader import LoaderConfig
 from comad.data.transforms import evaluation_view
 from comad.evaluate.features import evaluating, pool_tokens
