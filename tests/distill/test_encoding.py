@@ -44,7 +44,7 @@ def test_depths_are_shares_of_the_blocks():
     [
         (Blocks(), {"tokens"}, 6),
         (Blocks(teacher=2 / 3, student=2 / 3), {"tokens"}, 4),
-        (Blocks(qkv=0.5), {"qkv"}, 3),
+        (Blocks(qkv=0.5), {"qkv"}, 2),  # and the queries, keys and values of the third
         (Blocks(qkv=0.5), {"tokens", "qkv"}, 6),
         (Blocks(teacher=2 / 3, qkv=1 / 3), {"tokens", "qkv"}, 4),
     ],
