@@ -8,7 +8,7 @@ import pytest
 
 from comad.cli import VERBS, main
 from comad.models.teachers import load_teacher
-from comad.runtime.train import Interrupted
+from comad.runtime.run import Interrupted
 
 RANDOM = "vit_tiny_patch16_224:random"
 

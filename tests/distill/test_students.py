@@ -132,7 +132,8 @@ def test_one_goes_on_by_itself(command, alone, together, capfd):
 
 def test_each_takes_over_the_heads_of_the_teacher(command, teacher_specs, tmp_path, capfd):
     options = ["--teachers", teacher_specs[0], "--preset", "tinymim", "--optim.epochs=0.2"]
-    assert main(command(tmp_path / "run", "--student", SMALL, "--student", TINY, *options)) == 0
+    given = command(tmp_path / "run", "--student", SMALL, "--student", TINY, *options)
+    assert main([option for option in given if not option.startswith("--aligner")]) == 0
     recipe = read_distillation(tmp_path / "run" / "config.yaml")
     assert [student.heads for student in recipe.students] == [2, 2]
     student = timm.create_model(f"local-dir:{tmp_path / 'run' / TINY / 'student'}", pretrained=True)
