@@ -8,7 +8,10 @@ import yaml
 
 from comad import presets
 from comad.distill.config import DistillConfig
+from comad.distill.features import Blocks
 from comad.distill.fusion import Mean
+from comad.distill.masking import Superset, WholeImages
+from comad.distill.objectives import QueueLoss
 from comad.models.timm_backbone import VitConfig
 from comad.pretrain.config import METHODS, PretrainConfig
 from comad.pretrain.config import recipe as pretrain_recipe
@@ -69,7 +72,7 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(tmp_path, n
     config, path = CONFIGS[name], tmp_path / "config.yaml"
     write_recipe(config, path)
     tree = yaml.safe_load(path.read_text())
-    paths = [keys for keys in leaves(tree) if keys[:-1] != ("method", "objectives") and keys[-1] != "name"]
+    paths = [keys for keys in leaves(tree) if keys[:-1] != ("method", "objectives")]
     assert max(map(len, paths)) >= 2
     for keys in paths:
         path.write_text(yaml.safe_dump(misspelt(tree, keys)))
@@ -131,13 +134,35 @@ def test_recipes_of_the_first_version_are_there():
 
 
 @pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("masking: {student: 0.9}", {"masking": Superset(mask_ratio=0.9)}),
+        ("masking: {policy: none, student: 0.9}", {"masking": WholeImages()}),
+        ("decoder_depth: 2", {"masking": Superset(decoder_depth=2)}),
+        ("fusion: {kind: mean}", {"fusion": Mean()}),
+        ("tap: {qkv: 0.5}\n  fusion: mean", {"features": Blocks(qkv=0.5), "fusion": Mean()}),
+        ("queue: 7\n  terms: {q: {over: queue, weight: 2}}", {"objectives": {"q": QueueLoss(size=7, weight=2.0)}}),
+    ],
+)
+def test_a_part_of_a_recipe_of_the_first_version_leaves_the_rest_as_it_is(tmp_path, text, changed):
+    (tmp_path / "r.yaml").write_text(f"method:\n  {text}\n")
+    assert read_distillation(tmp_path / "r.yaml").method == replace(presets.COMAD, **changed)
+
+
+def test_students_of_a_recipe_of_the_first_version(tmp_path):
+    (tmp_path / "r.yaml").write_text("beside: [{width: 96}]\n")
+    assert read_distillation(tmp_path / "r.yaml").extra_students == (VitConfig(width=96),)
+
+
+@pytest.mark.parametrize(
     ("part", "words"),
     [
         ("masking: {policy: superset, studnt: 0.8}", "unknown key 'studnt'"),
         ("fusion: {kind: gate, temprature: 1}", "unknown key 'temprature'; did you mean 'temperature'"),
         ("fusion: {kind: gat}", "no fusion 'gat'; did you mean 'gate'"),
         ("terms: {token: {over: channles}}", "no objective 'channles'"),
-        ("terms: 3", "method"),
+        ("terms: 3", "method.objectives"),
+        ("terms: {token: 3}", "method.objectives"),
     ],
 )
 def test_a_mistake_in_a_recipe_of_the_first_version_is_told(tmp_path, part, words):

@@ -36,7 +36,7 @@ Fused = tuple[list[Pair], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fusion(Slot, slot="fusion"):
+class Fusion(Slot, slot="fusion", default="gate"):
     """Makes of one pair per teacher one pair with a fused target (``one_target``), or weighs the pairs.
 
     Attributes:

@@ -39,7 +39,7 @@ class Shapes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(Slot, slot="objective"):
+class Objective(Slot, slot="objective", default="feature"):
     """One term of the loss: ``weight`` times the mean distance over the positions that it compares.
 
     Attributes:
