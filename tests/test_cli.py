@@ -186,6 +186,17 @@ def test_an_unknown_option_names_the_nearest(capsys):
     assert "--optim.epochs" in capsys.readouterr().err
 
 
+def test_options_of_the_first_version_still_work(capsys, labelled_folder):
+    """They are told, once each, before anything else."""
+    old = ["--method.masking.policy=shared", "--method.masking.student", "0.5", "--cache-teachers"]
+    data = ["--data", str(labelled_folder), "--teachers", RANDOM, "--optim.batch-size=8"]
+    assert main(["distill", *old, *data]) == 1
+    first, second, error = capsys.readouterr().err.splitlines()
+    assert first == "comad: --method.masking.policy is called --masking now."
+    assert second == "comad: --method.masking.student is called --masking.mask-ratio now."
+    assert "--loader.fixed-views" in error
+
+
 def test_evaluate_scores_a_backbone(capsys, labelled_folder, teacher_specs, tmp_path):
     path = teacher_specs[0].split("=")[1]
     assert main(["evaluate", path, "--data", str(labelled_folder), "--image-size", "16", "--out", "s.json"]) == 0
