@@ -1,6 +1,6 @@
 """An objective of your own, with parameters: tokens pooled by a learnt query are compared.
 
-comad distill --plugin docs/adding/attention_pooling.py --objectives.pooled attention-pooled --objectives.pooled.weight 0.5
+comad distill --plugin docs/adding/attention_pooling.py --objectives.pool attention-pooled --objectives.pool.weight 0.5
 """
 
 from __future__ import annotations

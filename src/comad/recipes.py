@@ -116,8 +116,8 @@ def choose_members(method: Method, arguments: list[str]) -> Method:
     """Take ``--fusion mean`` and the like away, and ``--objectives.NAME MEMBER``; member ``none`` removes one."""
     chosen: dict[str, Any] = {}
     for field, slot in SLOTS.items():
-        if name := pop_flag(arguments, f"--{field}"):
-            chosen[field] = slot.choose(name)
+        if names := pop_all(arguments, f"--{field}"):
+            chosen[field] = slot.choose(names[-1])
     objectives = dict(method.objectives)
     for flag in [argument for argument in arguments if re.fullmatch(r"--objectives\.[\w-]+(=.*)?", argument)]:
         key = flag.partition("=")[0]
@@ -143,8 +143,8 @@ def choices_help() -> str:
         f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
         f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
         "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
-        "architecture; several times, for several students that share the teachers' passes, each in a folder of its own. The options "
-        "of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, those for own images."
+        "architecture; several times, for several students that share the teachers' passes, each in a folder of its "
+        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, those for own images."
     )
 
 
@@ -159,15 +159,28 @@ def read_distillation(path: Path) -> DistillConfig:
 
 def rename_flags(arguments: list[str]) -> list[str]:
     """Options of the first version by the names of today; each is told once."""
-    return [_renamed_flag(argument) if argument.startswith("--method.") else argument for argument in arguments]
+    renamed, values = [], {}
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--method."):
+            renamed.append(values.get(argument, argument))
+            values = {}
+            continue
+        name, values = _renamed_flag(flag)
+        renamed.append(f"{name}{equals}{values.get(value, value)}")
+        values = {} if equals else values
+    return renamed
 
 
-def _renamed_flag(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    dotted = _rename(flag.removeprefix("--").replace("-", "_"))
-    new = "--" + dotted.removeprefix("method.").removesuffix(".name").replace("_", "-")
-    _tell(flag, new)
-    return f"{new}{equals}{value}"
+def _renamed_flag(flag: str) -> tuple[str, dict[str, Any]]:
+    """Its name of today, and its values that are called otherwise now."""
+    head, _, last = flag.removeprefix("--").replace("-", "_").rpartition(".")
+    negated = "no-" if last.startswith("no_") else ""
+    name = _rename(f"{head}.{last.removeprefix('no_')}")
+    head, _, last = name.removeprefix("method.").removesuffix(".name").replace("_", "-").rpartition(".")
+    new = f"--{head}{'.' * bool(head)}{negated}{last}"
+    sys.stderr.write(f"comad: {flag} is called {new} now.\n")
+    return new, {old: value or "none" for old, value in RENAMED_VALUES.get(name, {}).items()}
 
 
 def _rename(dotted: str) -> str:
@@ -177,10 +190,6 @@ def _rename(dotted: str) -> str:
         if (old := ".".join(head)) in RENAMED:
             return ".".join([RENAMED[old], *tail])
     return dotted
-
-
-def _tell(old: str, new: str) -> None:
-    sys.stderr.write(f"comad: {old} is called {new} now.\n")
 
 
 def upgrade(plain: Any) -> Any:

@@ -125,7 +125,9 @@ def test_where_targets_are_fused_the_loss_to_each_teacher_alone_is_logged(small_
         distances = (p * (p / q).log()).sum(dim=-1)
         for name, counts in (("spatial", torch.ones_like(visible)), ("token", visible)):
             counts = torch.cat([torch.full_like(counts[:, :1], name == "token"), counts], dim=1) & pair.valid
-            assert float(numbers[f"loss/teacher-{m}/{name}"]) == pytest.approx(float(distances[counts].mean()), rel=1e-3)
+            assert float(numbers[f"loss/teacher-{m}/{name}"]) == pytest.approx(
+                float(distances[counts].mean()), rel=1e-3
+            )
 
 
 @pytest.mark.parametrize("masking", MASKINGS.values(), ids=MASKINGS)
@@ -174,7 +176,7 @@ def test_forgetting_to_calibrate_is_an_error_and_the_state_knows(small_distillat
     setting = small_distillation(METHODS[name])
     fresh = Distiller(setting.vit(0, 32), setting.teachers, METHODS[name])
     batch = setting.batch(4)
-    with pytest.raises(ValueError, match="calibrated before it is trained: call distiller.calibrate"):
+    with pytest.raises(ValueError, match=r"calibrated before it is trained: call distiller\.calibrate"):
         fresh(*batch)
     with pytest.raises(ValueError, match="calibrated before"):
         fresh.load_state_dict(Distiller(setting.vit(0, 32), setting.teachers, METHODS[name]).state_dict())
@@ -218,7 +220,9 @@ def test_student_never_sees_hidden_pixels(small_distillation, hidden):
 @pytest.mark.parametrize("hidden", ["drop", "token", "zero"])
 @torch.no_grad()
 def test_hiding_nothing_is_the_plain_student(small_distillation, hidden):
-    setting = small_distillation(replace(COMAD, masking=Superset(mask_ratio=0.0, teacher_mask_ratios=(0.0,), hidden=hidden)))
+    setting = small_distillation(
+        replace(COMAD, masking=Superset(mask_ratio=0.0, teacher_mask_ratios=(0.0,), hidden=hidden))
+    )
     images = setting.images[:3]
     masks = masks_of(images, setting.distiller.method.masking, 3)
     cls, patches = rows(setting.distiller, images, masks)

@@ -32,7 +32,9 @@ def as_sets(visible: torch.Tensor) -> list[set[int]]:
 )
 def test_superset_shows_every_teacher_what_the_student_sees(ratios, batch_size, num_patches, seed):
     *teachers, student = sorted(ratios)
-    masks = Superset(mask_ratio=student, teacher_mask_ratios=tuple(teachers))(noise(batch_size, len(teachers), num_patches, seed))
+    masks = Superset(mask_ratio=student, teacher_mask_ratios=tuple(teachers))(
+        noise(batch_size, len(teachers), num_patches, seed)
+    )
     for visible in masks.teachers:
         assert all(own <= more for own, more in zip(as_sets(masks.student), as_sets(visible), strict=True))
 

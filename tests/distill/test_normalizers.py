@@ -44,7 +44,9 @@ def calibrated(normalizer: Normalizer, *given: Tokens) -> nn.Module:
 
 def test_functions_of_one_token():
     given = tokens()
-    none, norm, unit = (normalizer(normalizer.build([12]), given, 0) for normalizer in (NoNormalizer(), LayerNorm(), L2()))
+    none, norm, unit = (
+        normalizer(normalizer.build([12]), given, 0) for normalizer in (NoNormalizer(), LayerNorm(), L2())
+    )
     assert none is given
     torch.testing.assert_close(norm.patches, F.layer_norm(given.patches, (12,)))
     torch.testing.assert_close(unit.cls.norm(dim=-1), torch.ones(40))

@@ -158,7 +158,9 @@ def test_the_sum_is_divided_by_the_number_of_positions_that_count(name):
         for n in range(5)
         if counts[b, n]
     ]
-    assert float(loss_of(FeatureLoss(distance=name), student, target, counts)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert float(loss_of(FeatureLoss(distance=name), student, target, counts)) == pytest.approx(
+        sum(each) / len(each), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", DISTANCES)

@@ -19,7 +19,6 @@ from comad.distill.relations import (
     with_class_token,
 )
 
-
 EVERYWHERE = torch.ones(2, 5, dtype=torch.bool)
 
 

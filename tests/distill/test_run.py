@@ -117,7 +117,8 @@ def test_the_log_has_losses_and_health(finished):
     lines = steps(finished)
     assert [line["step"] for line in lines] == list(range(1, 16))
     assert lines[-1]["loss"] < lines[0]["loss"]
-    for name in ("loss/token", "loss/spatial", "loss/first/token", "loss/second/spatial", "student_information", "target_information", "student_cosine", "target_cosine",
+    for name in ("loss/token", "loss/spatial", "loss/first/token", "loss/second/spatial",
+                 "student_information", "target_information", "student_cosine", "target_cosine",
                  "student_rank", "target_rank", "student_std", "target_std", "gate_entropy", "share_first",
                  "share_second", "lr", "grad_norm", "images_per_s", "data_wait"):  # fmt: skip
         assert isinstance(lines[-1][name], float)
@@ -185,7 +186,9 @@ def test_cached_teachers_need_masks_that_repeat(command, tmp_path, capfd):
 def test_mixup_blends_what_student_and_teachers_see_alike(command, tmp_path, monkeypatch):
     see, ask = Distiller.forward, Distiller.forward_teacher
     shown, taught = [], []
-    monkeypatch.setattr(Distiller, "forward", lambda self, images, *rest: shown.append(images) or see(self, images, *rest))
+    monkeypatch.setattr(
+        Distiller, "forward", lambda self, images, *rest: shown.append(images) or see(self, images, *rest)
+    )
     monkeypatch.setattr(
         Distiller,
         "forward_teacher",

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from comad.cli import main
+from comad.distill.aligners import AutoencoderAdapter
 from comad.distill.config import DistillConfig
 from comad.distill.fusion import Fusion, Gate, Mean
 from comad.distill.masking import Superset
@@ -83,20 +84,18 @@ def test_a_run_with_members_of_your_own_records_them(finished):
         "fusion": "router",
     }
     assert method["fusion"]["temperature"] == 2.0 and method["masking"]["mask_ratio"] == 0.6
-    assert method["objectives"]["pooled"] == {
+    assert method["objectives"]["pool"] == {
         "name": "attention-pooled", "teachers": "all", "weight": 0.5, "queries": 1
     }  # fmt: skip
     assert method["objectives"]["token"]["distance"] == "largest"
     numbers = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert numbers[0]["loss/pooled"] > 0 and 0 < numbers[0]["share_first"] < 1
+    assert numbers[0]["loss/pool"] > 0 and 0 < numbers[0]["share_first"] < 1
 
 
 def test_their_parameters_are_trained_and_in_the_checkpoint_and_a_run_goes_on_bitwise(finished, command):
     student = (finished / "student" / "model.safetensors").read_bytes()
-    first, *_, last = (
-        torch.load(path, weights_only=False)["module"] for path in checkpoints(finished / "checkpoints")
-    )
-    for name in ("fusion.weight", "objectives.pooled.0"):
+    first, *_, last = (torch.load(path, weights_only=False)["module"] for path in checkpoints(finished / "checkpoints"))
+    for name in ("fusion.weight", "objectives.pool.0"):
         assert not torch.equal(first[name], last[name])
     assert torch.equal(first["aligner.0.weight"], last["aligner.0.weight"])
     checkpoints(finished / "checkpoints")[-1].unlink()
@@ -187,6 +186,14 @@ def test_choosing_a_member_keeps_the_other_slots_of_the_preset():
     assert replace(method, fusion=METHODS["unic"].fusion) == METHODS["unic"] and method.fusion.name == "sum"
 
 
+SPATIAL_TWICE = {
+    "objectives": {
+        **METHODS["comad"].objectives,
+        "spatial": replace(METHODS["comad"].objectives["spatial"], weight=2.0),
+    }
+}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -194,12 +201,17 @@ def test_choosing_a_member_keeps_the_other_slots_of_the_preset():
         ("--method.fusion.kind=mean", "--fusion", {"fusion": Mean()}),
         ("--method.fusion.renormalise", "--fusion.renormalize", {"fusion": Gate(renormalize=True)}),
         ("--method.masking.unmasked-share=0.1", "--masking.unmasked-share", {"masking": Superset(unmasked_share=0.1)}),
+        ("--method.fusion.no-detached", "--fusion.no-detached", {"fusion": Gate(detached=False)}),
+        ("--method.aligner.kind=anchor", "--aligner", {"aligner": AutoencoderAdapter()}),
+        ("--method.aligner.kind anchor", "--aligner", {"aligner": AutoencoderAdapter()}),
+        ("--method.normalize.kind plain", "--normalizer", {}),
+        ("--method.terms.spatial.weight 2", "--objectives.spatial.weight", SPATIAL_TWICE),
         ("--method.decoder-depth=2", "--masking.decoder-depth", {"masking": Superset(decoder_depth=2)}),
     ],
 )
 def test_options_of_the_first_version_are_understood_and_told(old, new, expected, capsys):
-    assert parse_distillation([old]).method == replace(METHODS["comad"], **expected)
-    assert capsys.readouterr().err == f"comad: {old.partition('=')[0]} is called {new} now.\n"
+    assert parse_distillation(old.split()).method == replace(METHODS["comad"], **expected)
+    assert capsys.readouterr().err == f"comad: {re.split('[= ]', old)[0]} is called {new} now.\n"
 
 
 def test_whether_an_option_changes_the_result_is_said_once_on_its_field():
@@ -212,7 +224,7 @@ def test_whether_an_option_changes_the_result_is_said_once_on_its_field():
     class Outer:
         inner: Inner = Inner()
         many: tuple[Inner, ...] = (Inner(), Inner(ratio=1.0))
-        fusion: Fusion = Gate()
+        fusion: Fusion = field(default_factory=Gate)
         where: str = field(default="here", metadata=NO_EFFECT)
 
     found = identity_of(Outer())
@@ -244,7 +256,9 @@ def options_of(value: object, prefix: str = "") -> dict[str, tuple[type, str]]:
 def test_every_option_has_a_sentence():
     kinds = {kind for method in METHODS.values() for kind, _ in options_of(DistillConfig(method=method)).values()}
     kinds |= {member for slot in (*SLOTS.values(), Objective) for member in slot.members.values()} | {Method}
-    missing = [f"{kind.__name__}.{part.name}" for kind in kinds for part in fields(kind) if not docs_of(kind).get(part.name)]
+    missing = [
+        f"{kind.__name__}.{part.name}" for kind in kinds for part in fields(kind) if not docs_of(kind).get(part.name)
+    ]
     assert not missing
 
 

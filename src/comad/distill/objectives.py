@@ -270,7 +270,7 @@ class AttentionLoss(Objective, name="attention"):
     def build(self, shapes: Shapes) -> nn.Module:
         """Nothing is trained; the number of heads is kept."""
         state = nn.Module()
-        state.num_heads = shapes.num_heads  # pyright: ignore[reportAttributeAccessIssue]
+        state.num_heads = shapes.num_heads  # pyright: ignore[reportArgumentType]
         return state
 
     def pairs(

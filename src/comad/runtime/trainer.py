@@ -46,13 +46,18 @@ from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
 class TrainingData(Protocol):
     """Training images in a deterministic order; `comad.data.loader.TrainingBatches` is one."""
 
-    num_images: int
+    @property
+    def num_images(self) -> int:
+        """Of the training set."""
+        ...
 
     def load(self, first: int, last: int, rank: int, world_size: int) -> Any:
         """The share of one process in the batches from ``first`` up to ``last``, counted from the start of the run."""
 
-    def image_name(self, index: int) -> str:
-        """The file of an image, for the list of unreadable ones."""
+    @property
+    def image_name(self) -> Callable[[int], str]:
+        """Number of an image → its file, for the list of unreadable ones."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
