@@ -144,7 +144,8 @@ def choices_help() -> str:
         f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
         "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
         "architecture; several times, for several students that share the teachers' passes, each in a folder of its "
-        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, those for own images."
+        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, "
+        "those for own images."
     )
 
 

@@ -153,7 +153,7 @@ class FeatureLoss(TokenObjective, name="feature"):
     @property
     def distance_key(self) -> Hashable:
         """See `Objective`."""
-        return None if self.projection else (self.teachers, self.distance, self.temperature)
+        return None if self.projection else (type(self), self.teachers, self.distance, self.temperature)
 
     def build(self, shapes: Shapes) -> nn.Module:
         """φ or ψ as a small MLP (arXiv:2508.04816, "Fusion and Distillation Losses"), if asked for."""

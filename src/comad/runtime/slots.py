@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 from pydantic_core import core_schema
@@ -49,7 +49,7 @@ class Slot(ABC):
             cls.members[name] = cls
 
     @classmethod
-    def choose(cls, name: str) -> Self:
+    def choose(cls, name: str) -> Any:
         """The member of that name, with its defaults.
 
         Raises:
