@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from comad.distill.features import StudentOutput
 from comad.distill.fusion import Pair
 from comad.distill.objectives import DISTANCES, FeatureLoss, Objective, RelationLoss, mean_over
 
@@ -186,7 +187,7 @@ def test_a_distance_at_a_position_that_one_of_two_teachers_saw_counts_once(kind)
     nobody = torch.zeros_like(seen)
     pairs = [Pair(tokens, draw(2, 4, 3, seed=1), part, part) for part in (seen, nobody)]
     objective = kind(where="all", cls=True)
-    compared, positions = objective.pairs(None, pairs, None, [], seen[:, 1:])
+    compared, positions = objective.pairs(None, pairs, StudentOutput(tokens, tokens, (), None, None), [], seen[:, 1:])
     assert torch.equal(positions, seen)
     distances = torch.stack([objective.distance_of(pair) for pair in compared])
     found = mean_over(distances, compared, positions)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from comad.distill.features import StudentOutput
 from comad.distill.fusion import Pair
 from comad.distill.objectives import DISTANCES, AttentionLoss, QueueLoss, RelationLoss, Shapes
 from comad.distill.relations import (
@@ -147,8 +148,9 @@ def test_a_queue_compares_class_tokens_with_past_targets_and_follows_only_in_tra
     state = objective.build(Shapes(3, (3,), 1))
     before = state[0].directions.clone()
     pair = Pair(draw(2, 5, 3).float(), draw(2, 5, 3, seed=1).float(), EVERYWHERE, EVERYWHERE)
+    output = StudentOutput(pair.prediction, pair.prediction, (), None, None)
     for training in (False, True):
-        (compared,), positions = objective.pairs(state.train(training), [pair], None, [], EVERYWHERE)
+        (compared,), positions = objective.pairs(state.train(training), [pair], output, [], EVERYWHERE[:, 1:])
         assert positions.tolist() == [[True], [True]]
         found = objective.distance_of(compared)
         for b in range(2):
