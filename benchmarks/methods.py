@@ -44,7 +44,7 @@ class Question:
 
 def both(option: str, value: str) -> str:
     """An option of both terms."""
-    return " ".join(f"--method.terms.{term}.{option} {value}" for term in ("token", "spatial"))
+    return " ".join(f"--objectives.{term}.{option} {value}" for term in ("token", "spatial"))
 
 
 def warm(temperature: float) -> str:
@@ -75,7 +75,7 @@ QUESTIONS = {
         title="What it is worth that the student sees a part",
         split="val",
         seeds=(0, 1, 2),
-        rows=("comad", "comad --method.masking.unmasked-share 0.5", "comad --method.masking.policy none"),
+        rows=("comad", "comad --masking.unmasked-share 0.5", "comad --masking none"),
     ),
     "repairs": Question(
         title="Other masks, aligners and rules",
@@ -83,11 +83,11 @@ QUESTIONS = {
         seeds=(0, 1, 2),
         rows=(
             "comad",
-            "comad --method.masking.policy independent",
-            "comad --method.masking.hidden token",
-            "comad --method.masking.student-end 0.5 --no-cache-teachers",
-            "comad --method.terms.token.no-cls",
-            "comad --method.fusion.renormalise",
+            "comad --masking independent",
+            "comad --masking.hidden token",
+            "comad --masking.mask-ratio-end 0.5 --no-cache-teachers",
+            "comad --objectives.token.no-cls",
+            "comad --fusion.renormalize",
             "comad-anchor",
         ),
     ),
@@ -101,7 +101,7 @@ QUESTIONS = {
         title="A softer gate",
         split="val",
         seeds=(0, 1, 2),
-        rows=("comad", "comad --method.fusion.temperature 1", "mean"),
+        rows=("comad", "comad --fusion.temperature 1", "mean"),
     ),
     "default": Question(
         title="The gate against the mean, and three teachers against one",

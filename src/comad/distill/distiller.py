@@ -308,6 +308,19 @@ class Distiller(nn.Module):
 
         return losses
 
+    @torch.no_grad()
+    def teacher_shares(
+        self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
+    ) -> Float[Tensor, "M B N"]:
+        """Each teacher's share of the target at every patch: the weights of the gate; arguments as of `forward`."""
+        self._check_calibrated()
+        images, teachers, masks = repeat_for_masks(images, teachers, masks)
+        pairs, _ = self.align(self.encode(images, masks), teachers, masks)
+        shares = images.new_zeros(len(self.teacher_names), len(images), self.student.num_patches)
+        for subset in self.subsets.values():
+            shares[list(subset)] += self.method.fusion(self.fusion, [pairs[m] for m in subset])[1][..., 1:]
+        return shares / shares.sum(dim=0).clamp(min=1)
+
     def forward_teachers(
         self,
         teachers: Sequence[Teacher],
