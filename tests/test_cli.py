@@ -186,6 +186,17 @@ def test_an_unknown_option_names_the_nearest(capsys):
     assert "--optim.epochs" in capsys.readouterr().err
 
 
+def test_options_of_the_first_version_still_work(capsys, labelled_folder):
+    """They are told, once each, before anything else."""
+    old = ["--method.masking.policy=shared", "--method.masking.student", "0.5", "--cache-teachers"]
+    data = ["--data", str(labelled_folder), "--teachers", RANDOM, "--optim.batch-size=8"]
+    assert main(["distill", *old, *data]) == 1
+    first, second, error = capsys.readouterr().err.splitlines()
+    assert first == "comad: --method.masking.policy is called --masking now."
+    assert second == "comad: --method.masking.student is called --masking.mask-ratio now."
+    assert "--loader.fixed-views" in error
+
+
 def test_evaluate_scores_a_backbone(capsys, labelled_folder, teacher_specs, tmp_path):
     path = teacher_specs[0].split("=")[1]
     assert main(["evaluate", path, "--data", str(labelled_folder), "--image-size", "16", "--out", "s.json"]) == 0
@@ -222,11 +233,11 @@ def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypat
     )
     network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
     length = ["--optim.epochs=1", "--optim.batch-size=16", "--loader.workers=0", "--run.no-tensorboard"]
-    scored = []
-    real = run_module.train
-    monkeypatch.setattr(run_module, "train", lambda *arguments: scored.append(real(*arguments)) or scored[0])
+    states, real = [], run_module.train_steps
+    monkeypatch.setattr(run_module, "train_steps", lambda trainer: states.extend(trainer.states) or real(trainer))
     main(["pretrain", "mae", f"--data={labelled_folder}", *network, *length, "--optim.ema=0.9", "--run.out=r"])
-    assert exported == [scored[0].backbone]
+    (state,) = states
+    assert exported == [state.average.module.trained] != [state.job.module.trained]
 
 
 def test_kinds_of_evaluation_and_data_are_told(capsys):

@@ -82,7 +82,7 @@ def distill(
     config = replace(config, teachers=names if teachers else config.teachers, run=replace(config.run, out=str(out)))
     if method is not None:
         config = config.with_method(method, preset)
-    module = student if isinstance(student, nn.Module) else None
+    module = student if isinstance(student, VisionTransformer) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
     config = override(config, overrides)

@@ -38,7 +38,8 @@ class Crop:
 
     def at_sizes(self, image: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """The same part of the image, flipped alike and on the same backdrop, once for each size."""
-        box = _cropper(self.size, self.scale).make_params([image]).values()
+        top, left, height, width = _cropper(self.size, self.scale).make_params([image]).values()
+        box = (top, left, height, width)
         views = [F.resized_crop_image(image, *box, [size, size], BICUBIC, antialias=True) for size in sizes]
         if torch.rand(()).item() < self.flip:
             views = [view.flip(-1) for view in views]

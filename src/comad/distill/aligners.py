@@ -24,7 +24,7 @@ Head = Literal["identity", "linear", "mlp", "multi-layer", "transformer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aligner(Slot, slot="aligner"):
+class Aligner(Slot, slot="aligner", default="procrustes"):
     """Maps teacher tokens and student tokens to what is compared; what it trains or fits is kept in ``state``."""
 
     @property

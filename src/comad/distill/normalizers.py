@@ -19,7 +19,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalizer(Slot, slot="normalizer"):
+class Normalizer(Slot, slot="normalizer", default="none"):
     """A fixed function of a teacher's tokens, or one with statistics, which are kept in ``state``."""
 
     @property

@@ -53,12 +53,13 @@ def leave_samples(
         if distiller.method.fusion.one_target and pairs:
             features["target"] = distiller.method.fusion(distiller.fusion, list(pairs.values()))[0][0].target[:, 1:]
         neighbours = _neighbours(distiller.student, teachers, splits.train, images)
-    seen = {"student": masks.student_sees(len(images), shape[2], device)}
+    own = None if masks.student is None else masks.student[: len(images)]  # the first of several of an image
+    seen = {"student": masks._replace(student=own).student_sees(len(images), shape[2], device)}
     seen |= {t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)}
     collect(
         out,
         (255 * images).byte().permute(0, 2, 3, 1).cpu(),
-        masks={name: part[: len(images)] for name, part in seen.items()},
+        masks=seen,
         gate={teacher.name: part for teacher, part in zip(teachers, shares, strict=True)},
         features={name: part.float() for name, part in features.items() if part.isfinite().all()},
         neighbours=neighbours,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -52,7 +53,7 @@ class Inputs:
 
     splits: Splits | None = None
     teachers: Sequence[str | nn.Module | Teacher] | None = None
-    student: nn.Module | None = None
+    student: VisionTransformer | None = None
 
 
 class Student(NamedTuple):
@@ -234,7 +235,7 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         fabric.seed_everything(config.run.seed, verbose=False)
         rng = RngState()
         with rng.use():
-            built.append((TimmBackbone(cast(Any, inputs.student)) if inputs.student is not None else vit.build(), rng))
+            built.append((TimmBackbone(inputs.student) if inputs.student is not None else vit.build(), rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):

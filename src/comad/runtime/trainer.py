@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
@@ -43,6 +43,7 @@ from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """Training images in a deterministic order; `comad.data.loader.TrainingBatches` is one."""
 
@@ -342,7 +343,7 @@ class Trainer:
         """Of a clock that stands still while the weights are scored."""
         return self.now() - sum(self.spent["probe"])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trainer:
         span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
         with ExitStack() as context:
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
