@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from comad.distill.config import DistillConfig
-from comad.distill.run import distill
+from comad.distillation.config import DistillConfig
+from comad.distillation.run import distill
 from comad.presets import recipe
 from pictures import write_pictures
 

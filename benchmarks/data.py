@@ -24,7 +24,7 @@ from comad.data.decoding import jpeg_library
 from comad.data.folders import FolderImages
 from comad.data.loader import ViewDataset
 from comad.data.transforms import ColourChange, Crop
-from comad.distill.setup import DistillViews
+from comad.distillation.setup import DistillViews
 from pictures import write_pictures
 
 SCALE, STRENGTH, HUE, SIZE = (0.25, 1.0), 0.4, 0.1, 224

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from comad.distill.config import DistillConfig
-from comad.distill.run import distill
-from comad.evaluate.intervals import paired_interval
-from comad.evaluate.scoreboard import Score
+from comad.distillation.config import DistillConfig
+from comad.distillation.run import distill
+from comad.evaluation.intervals import paired_interval
+from comad.evaluation.scoreboard import Score
 from comad.presets import recipe
 
 RESULTS = Path(__file__).parent / "results"

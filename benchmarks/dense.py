@@ -32,12 +32,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from comad.data.scene_files import ScenesConfig, write_scenes
-from comad.distill.run import distill
-from comad.evaluate.detection import config as detection
-from comad.evaluate.detection.run import detect
-from comad.evaluate.segmentation import config as segmentation
-from comad.evaluate.segmentation.run import segment
-from comad.export.package import ModelCard, export_backbone
+from comad.distillation.run import distill
+from comad.evaluation.detection import config as detection
+from comad.evaluation.detection.run import detect
+from comad.evaluation.segmentation import config as segmentation
+from comad.evaluation.segmentation.run import segment
+from comad.exporting.package import ModelCard, export_backbone
 from comad.models.timm_backbone import VitConfig
 from comad.presets import recipe
 

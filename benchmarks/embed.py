@@ -21,8 +21,8 @@ from torch import Tensor
 
 from comad.data.images import ImageSet, Splits, load_images
 from comad.data.loader import LoaderConfig
-from comad.evaluate.embed import EmbedConfig, EvaluationViews, embed_images
-from comad.evaluate.views import view_size
+from comad.evaluation.embed import EmbedConfig, EvaluationViews, embed_images
+from comad.evaluation.views import view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_teacher
 from pictures import write_pictures

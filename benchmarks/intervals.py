@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from comad.evaluate.intervals import paired_interval
+from comad.evaluation.intervals import paired_interval
 
 RESULTS = Path(__file__).parent / "results"
 TRUTH = 1.4

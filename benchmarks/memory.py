@@ -43,7 +43,7 @@ def measure(mode: str, batch_size: int, steps: int) -> dict[str, float]:
 
     floor = resident_gib()
 
-    from comad.distill.config import DistillConfig
+    from comad.distillation.config import DistillConfig
     from comad.presets import METHODS
     from comad.runtime.log import memory_gib
     from steps import TimedStep, load

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from comad.distill.config import DistillConfig
-from comad.distill.run import distill
-from comad.plan import profile
-from comad.plan.distillation import plan_distillation
+from comad.distillation.config import DistillConfig
+from comad.distillation.run import distill
+from comad.planning import profile
+from comad.planning.distillation import plan_distillation
 from comad.presets import recipe
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

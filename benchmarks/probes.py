@@ -40,7 +40,7 @@ def everything(images: int, *evaluations: Any) -> None:
     """Score one pool of so many training images, half of a hundredth of them to choose and to test on."""
     import torch
 
-    from comad.evaluate.features import Features, FeatureSplits
+    from comad.evaluation.features import Features, FeatureSplits
 
     def draw(count: int) -> Features:
         labels = {"fine": torch.arange(count) % 100}
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the parts and of the whole, and the peak of memory with all images but few classes and steps."""
     import torch
 
-    from comad.evaluate import knn, linear
+    from comad.evaluation import knn, linear
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -14,11 +14,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from comad.distill.distiller import Distiller
-from comad.distill.features import TeacherOutput
-from comad.distill.masking import Masks, drop_unused_masks
-from comad.distill.method import Method
-from comad.distill.setup import SHORT
+from comad.distillation.distiller import Distiller
+from comad.distillation.features import TeacherOutput
+from comad.distillation.masking import Masks, drop_unused_masks
+from comad.distillation.method import Method
+from comad.distillation.setup import SHORT
 from comad.models.backbone import Backbone
 from comad.models.compiling import compile_blocks
 from comad.models.offload import offload

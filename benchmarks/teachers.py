@@ -22,16 +22,16 @@ from torch.nn import functional as F
 
 from comad.data.images import Splits, load_images
 from comad.data.loader import evaluation_batches
-from comad.evaluate.features import Features, FeatureSplits, View, extract_features, split_features
-from comad.evaluate.intervals import paired_interval
-from comad.evaluate.knn import KNN
-from comad.evaluate.linear import LinearProbe
-from comad.evaluate.scoreboard import Score, score
-from comad.evaluate.similarity import linear_cka
+from comad.evaluation.features import Features, FeatureSplits, View, extract_features, split_features
+from comad.evaluation.intervals import paired_interval
+from comad.evaluation.knn import KNN
+from comad.evaluation.linear import LinearProbe
+from comad.evaluation.scoreboard import Score, score
+from comad.evaluation.similarity import linear_cka
 from comad.models.backbone import Backbone
 from comad.models.sources import BUNDLED
 from comad.models.teachers import load_teacher
-from comad.pretrain.config import METHODS, PretrainConfig
+from comad.pretraining.config import METHODS, PretrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE_SIZE = 48

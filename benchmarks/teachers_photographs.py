@@ -22,9 +22,9 @@ from torch import Tensor
 
 from comad.data.images import ImageSet, load_images
 from comad.data.loader import evaluation_batches
-from comad.evaluate.features import Features, FeatureSplits
-from comad.evaluate.linear import LinearProbe
-from comad.evaluate.views import readable
+from comad.evaluation.features import Features, FeatureSplits
+from comad.evaluation.linear import LinearProbe
+from comad.evaluation.views import readable
 from comad.models.backbone import Backbone, Tokens
 from comad.models.networks import gives_tokens
 from comad.models.teachers import Teacher, load_teacher

@@ -31,8 +31,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import settings
-from comad.distill.method import Method
-from comad.distill.run import distill
+from comad.distillation.method import Method
+from comad.distillation.run import distill
 from comad.models.quantized import quantize
 from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS

@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from comad.distill.features import Blocks, forward_teacher
+from comad.distillation.features import Blocks, forward_teacher
 from comad.models.embedding import PatchProjection
 from comad.models.onednn_linear import use_onednn_linear
 from steps import load

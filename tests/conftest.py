@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distill.distiller import Distiller
-from comad.distill.features import MAEDecoder, TeacherOutput
-from comad.distill.health import CollapseDetector
-from comad.distill.masking import Masks
-from comad.distill.method import Method
-from comad.export.package import ModelCard, export_backbone
+from comad.distillation.distiller import Distiller
+from comad.distillation.features import MAEDecoder, TeacherOutput
+from comad.distillation.health import CollapseDetector
+from comad.distillation.masking import Masks
+from comad.distillation.method import Method
+from comad.exporting.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher, TeacherCard
 from comad.models.timm_backbone import TimmBackbone, VitConfig

@@ -225,7 +225,7 @@ def test_pretraining_leaves_a_teacher_and_goes_on_after_a_stop(labelled_folder, 
 
 
 def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypatch):
-    from comad.pretrain import run as run_module
+    from comad.pretraining import run as run_module
 
     exported = []
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from comad.distill.method import Method
+from comad.distillation.method import Method
 from comad.presets import DEMO, IMAGES, METHODS, recipe
 
 CHANGES: dict[str, dict[str, Any]] = {

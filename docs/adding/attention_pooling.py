@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from comad.distill.features import StudentOutput, TeacherOutput
-from comad.distill.fusion import Pair
-from comad.distill.objectives import Compared, Objective, Shapes, cosine
+from comad.distillation.features import StudentOutput, TeacherOutput
+from comad.distillation.fusion import Pair
+from comad.distillation.objectives import Compared, Objective, Shapes, cosine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from comad.distill.masking import HidingPatches, Masks
+from comad.distillation.masking import HidingPatches, Masks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.distill.normalizers import Normalizer
+from comad.distillation.normalizers import Normalizer
 from comad.models.backbone import Tokens, map_tokens
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comad.distill.objectives import DISTANCES
+from comad.distillation.objectives import DISTANCES
 
 
 def largest(student: Tensor, target: Tensor, temperature: float) -> Tensor:

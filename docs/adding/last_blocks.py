@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from comad.distill.features import FeatureSpec, TeacherOutput, num_blocks
-from comad.distill.masking import Visible
+from comad.distillation.features import FeatureSpec, TeacherOutput, num_blocks
+from comad.distillation.masking import Visible
 from comad.models.backbone import Backbone, Hidden
 
 

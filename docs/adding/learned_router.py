@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from comad.distill.fusion import Fused, Fusion, Pair, fuse, stack_pairs
+from comad.distillation.fusion import Fused, Fusion, Pair, fuse, stack_pairs
 
 
 @dataclass(frozen=True, kw_only=True)

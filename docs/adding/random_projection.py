@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.distill.aligners import Aligner
-from comad.distill.normalizers import fixed_linears
+from comad.distillation.aligners import Aligner
+from comad.distillation.normalizers import fixed_linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,16 +31,16 @@ PUBLIC = {
         "report",
     ),
     "comad.data.images": ("ImageSet", "Splits", "load_images"),
-    "comad.distill.aligners": (
+    "comad.distillation.aligners": (
         "Aligner",
         "AutoencoderAdapter",
         "ProcrustesAligner",
         "StudentProjector",
         "TrainedAdapter",
     ),
-    "comad.distill.config": ("DistillConfig",),
-    "comad.distill.distiller": ("Distiller",),
-    "comad.distill.features": (
+    "comad.distillation.config": ("DistillConfig",),
+    "comad.distillation.distiller": ("Distiller",),
+    "comad.distillation.features": (
         "Blocks",
         "FeatureSpec",
         "MAEDecoder",
@@ -48,8 +48,8 @@ PUBLIC = {
         "TeacherOutput",
         "forward_teacher",
     ),
-    "comad.distill.fusion": ("DropEasiest", "Fusion", "Gate", "LossGate", "Mean", "Pair", "Sum"),
-    "comad.distill.masking": (
+    "comad.distillation.fusion": ("DropEasiest", "Fusion", "Gate", "LossGate", "Mean", "Pair", "Sum"),
+    "comad.distillation.masking": (
         "Disjoint",
         "HidingPatches",
         "Independent",
@@ -59,9 +59,9 @@ PUBLIC = {
         "Superset",
         "WholeImages",
     ),
-    "comad.distill.method": ("Method",),
-    "comad.distill.normalizers": ("L2", "PHIS", "LayerNorm", "NoNormalizer", "Normalizer", "Standardize"),
-    "comad.distill.objectives": (
+    "comad.distillation.method": ("Method",),
+    "comad.distillation.normalizers": ("L2", "PHIS", "LayerNorm", "NoNormalizer", "Normalizer", "Standardize"),
+    "comad.distillation.objectives": (
         "DISTANCES",
         "AttentionLoss",
         "FeatureLoss",
@@ -70,16 +70,16 @@ PUBLIC = {
         "QueueLoss",
         "RelationLoss",
     ),
-    "comad.distill.results": ("DistillResult",),
-    "comad.evaluate.command": ("evaluate",),
-    "comad.evaluate.embed": ("EmbedConfig", "embed"),
-    "comad.evaluate.evaluation": ("Evaluation",),
-    "comad.export.command": ("ExportConfig", "export_model"),
+    "comad.distillation.results": ("DistillResult",),
+    "comad.evaluation.command": ("evaluate",),
+    "comad.evaluation.embed": ("EmbedConfig", "embed"),
+    "comad.evaluation.evaluation": ("Evaluation",),
+    "comad.exporting.command": ("ExportConfig", "export_model"),
     "comad.models.backbone": ("Backbone", "Tokens"),
     "comad.models.teachers": ("Teacher", "TeacherCard", "load_teacher"),
     "comad.models.timm_backbone": ("VitConfig",),
     "comad.presets": ("METHODS",),
-    "comad.report.page": ("write_report",),
+    "comad.reporting.page": ("write_report",),
     "comad.runtime.slots": ("Slot", "load_plugins"),
     "comad.runtime.trainer": ("Job", "Trainer"),
 }
@@ -100,55 +100,55 @@ if TYPE_CHECKING:
     from comad.data.images import ImageSet as ImageSet
     from comad.data.images import Splits as Splits
     from comad.data.images import load_images as load_images
-    from comad.distill.aligners import Aligner as Aligner
-    from comad.distill.aligners import AutoencoderAdapter as AutoencoderAdapter
-    from comad.distill.aligners import ProcrustesAligner as ProcrustesAligner
-    from comad.distill.aligners import StudentProjector as StudentProjector
-    from comad.distill.aligners import TrainedAdapter as TrainedAdapter
-    from comad.distill.config import DistillConfig as DistillConfig
-    from comad.distill.distiller import Distiller as Distiller
-    from comad.distill.features import Blocks as Blocks
-    from comad.distill.features import FeatureSpec as FeatureSpec
-    from comad.distill.features import MAEDecoder as MAEDecoder
-    from comad.distill.features import StudentOutput as StudentOutput
-    from comad.distill.features import TeacherOutput as TeacherOutput
-    from comad.distill.features import forward_teacher as forward_teacher
-    from comad.distill.fusion import DropEasiest as DropEasiest
-    from comad.distill.fusion import Fusion as Fusion
-    from comad.distill.fusion import Gate as Gate
-    from comad.distill.fusion import LossGate as LossGate
-    from comad.distill.fusion import Mean as Mean
-    from comad.distill.fusion import Pair as Pair
-    from comad.distill.fusion import Sum as Sum
-    from comad.distill.masking import Disjoint as Disjoint
-    from comad.distill.masking import HidingPatches as HidingPatches
-    from comad.distill.masking import Independent as Independent
-    from comad.distill.masking import Masking as Masking
-    from comad.distill.masking import Masks as Masks
-    from comad.distill.masking import Shared as Shared
-    from comad.distill.masking import Superset as Superset
-    from comad.distill.masking import WholeImages as WholeImages
-    from comad.distill.method import Method as Method
-    from comad.distill.normalizers import L2 as L2
-    from comad.distill.normalizers import PHIS as PHIS
-    from comad.distill.normalizers import LayerNorm as LayerNorm
-    from comad.distill.normalizers import NoNormalizer as NoNormalizer
-    from comad.distill.normalizers import Normalizer as Normalizer
-    from comad.distill.normalizers import Standardize as Standardize
-    from comad.distill.objectives import DISTANCES as DISTANCES
-    from comad.distill.objectives import AttentionLoss as AttentionLoss
-    from comad.distill.objectives import FeatureLoss as FeatureLoss
-    from comad.distill.objectives import Objective as Objective
-    from comad.distill.objectives import PixelLoss as PixelLoss
-    from comad.distill.objectives import QueueLoss as QueueLoss
-    from comad.distill.objectives import RelationLoss as RelationLoss
-    from comad.distill.results import DistillResult as DistillResult
-    from comad.evaluate.command import evaluate as evaluate
-    from comad.evaluate.embed import EmbedConfig as EmbedConfig
-    from comad.evaluate.embed import embed as embed
-    from comad.evaluate.evaluation import Evaluation as Evaluation
-    from comad.export.command import ExportConfig as ExportConfig
-    from comad.export.command import export_model as export_model
+    from comad.distillation.aligners import Aligner as Aligner
+    from comad.distillation.aligners import AutoencoderAdapter as AutoencoderAdapter
+    from comad.distillation.aligners import ProcrustesAligner as ProcrustesAligner
+    from comad.distillation.aligners import StudentProjector as StudentProjector
+    from comad.distillation.aligners import TrainedAdapter as TrainedAdapter
+    from comad.distillation.config import DistillConfig as DistillConfig
+    from comad.distillation.distiller import Distiller as Distiller
+    from comad.distillation.features import Blocks as Blocks
+    from comad.distillation.features import FeatureSpec as FeatureSpec
+    from comad.distillation.features import MAEDecoder as MAEDecoder
+    from comad.distillation.features import StudentOutput as StudentOutput
+    from comad.distillation.features import TeacherOutput as TeacherOutput
+    from comad.distillation.features import forward_teacher as forward_teacher
+    from comad.distillation.fusion import DropEasiest as DropEasiest
+    from comad.distillation.fusion import Fusion as Fusion
+    from comad.distillation.fusion import Gate as Gate
+    from comad.distillation.fusion import LossGate as LossGate
+    from comad.distillation.fusion import Mean as Mean
+    from comad.distillation.fusion import Pair as Pair
+    from comad.distillation.fusion import Sum as Sum
+    from comad.distillation.masking import Disjoint as Disjoint
+    from comad.distillation.masking import HidingPatches as HidingPatches
+    from comad.distillation.masking import Independent as Independent
+    from comad.distillation.masking import Masking as Masking
+    from comad.distillation.masking import Masks as Masks
+    from comad.distillation.masking import Shared as Shared
+    from comad.distillation.masking import Superset as Superset
+    from comad.distillation.masking import WholeImages as WholeImages
+    from comad.distillation.method import Method as Method
+    from comad.distillation.normalizers import L2 as L2
+    from comad.distillation.normalizers import PHIS as PHIS
+    from comad.distillation.normalizers import LayerNorm as LayerNorm
+    from comad.distillation.normalizers import NoNormalizer as NoNormalizer
+    from comad.distillation.normalizers import Normalizer as Normalizer
+    from comad.distillation.normalizers import Standardize as Standardize
+    from comad.distillation.objectives import DISTANCES as DISTANCES
+    from comad.distillation.objectives import AttentionLoss as AttentionLoss
+    from comad.distillation.objectives import FeatureLoss as FeatureLoss
+    from comad.distillation.objectives import Objective as Objective
+    from comad.distillation.objectives import PixelLoss as PixelLoss
+    from comad.distillation.objectives import QueueLoss as QueueLoss
+    from comad.distillation.objectives import RelationLoss as RelationLoss
+    from comad.distillation.results import DistillResult as DistillResult
+    from comad.evaluation.command import evaluate as evaluate
+    from comad.evaluation.embed import EmbedConfig as EmbedConfig
+    from comad.evaluation.embed import embed as embed
+    from comad.evaluation.evaluation import Evaluation as Evaluation
+    from comad.exporting.command import ExportConfig as ExportConfig
+    from comad.exporting.command import export_model as export_model
     from comad.models.backbone import Backbone as Backbone
     from comad.models.backbone import Tokens as Tokens
     from comad.models.teachers import Teacher as Teacher
@@ -156,7 +156,7 @@ if TYPE_CHECKING:
     from comad.models.teachers import load_teacher as load_teacher
     from comad.models.timm_backbone import VitConfig as VitConfig
     from comad.presets import METHODS as METHODS
-    from comad.report.page import write_report as write_report
+    from comad.reporting.page import write_report as write_report
     from comad.runtime.slots import Slot as Slot
     from comad.runtime.slots import load_plugins as load_plugins
     from comad.runtime.trainer import Job as Job

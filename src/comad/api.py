@@ -12,27 +12,27 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from comad.compare.config import CompareConfig
-from comad.compare.run import compare as run_comparison
+from comad.comparison.config import CompareConfig
+from comad.comparison.run import compare as run_comparison
 from comad.data.images import Splits, load_images
-from comad.distill.method import Method
-from comad.distill.results import DistillResult
-from comad.distill.run import distill as run_distillation
-from comad.distill.setup import Inputs
-from comad.evaluate.finetune import Finetuned, PretrainedModel, finetune_backbone
-from comad.evaluate.finetune import check as check_finetune
-from comad.evaluate.tuning import FinetuneConfig
-from comad.evaluate.tuning import recipe as tuning_recipe
-from comad.evaluate.views import load_one
+from comad.distillation.method import Method
+from comad.distillation.results import DistillResult
+from comad.distillation.run import distill as run_distillation
+from comad.distillation.setup import Inputs
+from comad.evaluation.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluation.finetune import check as check_finetune
+from comad.evaluation.tuning import FinetuneConfig
+from comad.evaluation.tuning import recipe as tuning_recipe
+from comad.evaluation.views import load_one
 from comad.models.backbone import Backbone
 from comad.models.files import sha256_of
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.models.timm_backbone import TimmBackbone, VitConfig
-from comad.plan.distillation import plan_distillation
-from comad.plan.forecast import Plan
+from comad.planning.distillation import plan_distillation
+from comad.planning.forecast import Plan
 from comad.presets import recipe as preset_recipe
-from comad.pretrain.config import recipe as pretrain_recipe
-from comad.pretrain.run import pretrain as run_pretraining
+from comad.pretraining.config import recipe as pretrain_recipe
+from comad.pretraining.run import pretrain as run_pretraining
 from comad.recipes import SLOTS
 from comad.runtime.spelling import hint
 

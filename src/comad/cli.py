@@ -51,7 +51,7 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def distill_command(arguments: list[str]) -> None:
     """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
-    from comad.distill.run import distill
+    from comad.distillation.run import distill
     from comad.recipes import parse_distillation
 
     distill(parse_distillation(arguments, "comad distill", _about(distill_command)))
@@ -59,8 +59,8 @@ def distill_command(arguments: list[str]) -> None:
 
 def pretrain_command(arguments: list[str]) -> None:
     """Train a teacher from scratch: comad pretrain mae|mocov3|ibot. --recipe FILE.yaml runs a recorded one again."""
-    from comad.pretrain.config import METHODS, PretrainConfig, recipe
-    from comad.pretrain.run import pretrain
+    from comad.pretraining.config import METHODS, PretrainConfig, recipe
+    from comad.pretraining.run import pretrain
 
     method = _first_word(arguments)
     if method is None and not {"-h", "--help", "--help-all"} & set(arguments):
@@ -79,8 +79,8 @@ def evaluate_command(arguments: list[str]) -> None:
     """
     if arguments and arguments[0] in EVALUATIONS:
         return EVALUATIONS[arguments[0]](arguments[1:])
-    from comad.evaluate.command import EvaluateConfig
-    from comad.evaluate.command import evaluate_command as score
+    from comad.evaluation.command import EvaluateConfig
+    from comad.evaluation.command import evaluate_command as score
 
     _load_plugins(arguments)
     config = parse(EvaluateConfig, None, _backbone_first(arguments), "comad evaluate", _about(evaluate_command))
@@ -89,8 +89,8 @@ def evaluate_command(arguments: list[str]) -> None:
 
 def finetune_command(arguments: list[str]) -> None:
     """Fine-tune a backbone with labels: comad evaluate finetune BACKBONE --data FOLDER."""
-    from comad.evaluate.finetune import finetune
-    from comad.evaluate.tuning import RECIPES, FinetuneConfig, recipe
+    from comad.evaluation.finetune import finetune
+    from comad.evaluation.tuning import RECIPES, FinetuneConfig, recipe
 
     tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
     about = f"{_about(finetune_command)} --preset {{{','.join(RECIPES)}}} chooses the values that the options change."
@@ -100,9 +100,9 @@ def finetune_command(arguments: list[str]) -> None:
 
 def segment_command(arguments: list[str]) -> None:
     """Train UPerNet or a linear head on a backbone: comad evaluate segment BACKBONE --data FOLDER [--preset scenes]."""
-    from comad.evaluate.segmentation.config import RECIPES, SegmentConfig
-    from comad.evaluate.segmentation.run import segment
-    from comad.report.dense import draw_segmentation
+    from comad.evaluation.segmentation.config import RECIPES, SegmentConfig
+    from comad.evaluation.segmentation.run import segment
+    from comad.reporting.dense import draw_segmentation
 
     config = _dense(SegmentConfig, _segmentation(arguments), arguments, _about(segment_command, RECIPES))
     _finish_dense(config, segment(config), draw_segmentation)
@@ -110,9 +110,9 @@ def segment_command(arguments: list[str]) -> None:
 
 def detect_command(arguments: list[str]) -> None:
     """Train Cascade Mask R-CNN on a backbone: comad evaluate detect BACKBONE --data FOLDER [--preset scenes]."""
-    from comad.evaluate.detection.config import RECIPES, DetectConfig
-    from comad.evaluate.detection.run import detect
-    from comad.report.dense import draw_detection
+    from comad.evaluation.detection.config import RECIPES, DetectConfig
+    from comad.evaluation.detection.run import detect
+    from comad.reporting.dense import draw_detection
 
     config = _dense(DetectConfig, _detection(arguments), arguments, _about(detect_command, RECIPES))
     _finish_dense(config, detect(config), draw_detection)
@@ -133,9 +133,9 @@ def compare_command(arguments: list[str]) -> None:
     command again goes on where it was stopped.
     """
     from comad import presets
-    from comad.compare.config import CompareConfig
-    from comad.compare.run import compare
-    from comad.evaluate import tuning
+    from comad.comparison.config import CompareConfig
+    from comad.comparison.run import compare
+    from comad.evaluation import tuning
     from comad.recipes import take_defaults
 
     rest, students, recipe = take_defaults(arguments)
@@ -155,7 +155,7 @@ def plan_command(arguments: list[str]) -> None:
     tasks = {"distill": None, "segment": _segmentation, "detect": _detection}
     if task not in tasks:
         raise ValueError(f"no plan of {task!r}; say what to plan: comad plan {'|'.join(tasks)}.")
-    from comad.plan.command import TASKS, plan
+    from comad.planning.command import TASKS, plan
     from comad.recipes import choices_help, take_defaults, with_students
 
     kind, about, default = TASKS[task].kind, _about(plan_command), tasks[task]
@@ -173,21 +173,21 @@ def export_command(arguments: list[str]) -> None:
 
     Each file is opened by its own runtime and compared with the student on real images.
     """
-    from comad.export.command import ExportConfig, export
+    from comad.exporting.command import ExportConfig, export
 
     _print(export(parse(ExportConfig, None, _backbone_first(arguments), "comad export", _about(export_command))))
 
 
 def embed_command(arguments: list[str]) -> None:
     """Write features of a folder of images: comad embed BACKBONE --data FOLDER --out features.parquet."""
-    from comad.evaluate.embed import EmbedConfig, embed
+    from comad.evaluation.embed import EmbedConfig, embed
 
     _print(embed(parse(EmbedConfig, None, _backbone_first(arguments), "comad embed", _about(embed_command))))
 
 
 def report_command(arguments: list[str]) -> None:
     """Write one HTML page about runs and comparisons: comad report RUN..."""
-    from comad.report.page import ReportConfig, report
+    from comad.reporting.page import ReportConfig, report
 
     _print(report(parse(ReportConfig, None, arguments, "comad report", _about(report_command))))
 
@@ -210,7 +210,7 @@ def teachers_command(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments[:1]):
         _print(f"{_about(teachers_command)}\n\n`comad teachers inspect --help` lists the options of inspect.")
         return
-    from comad.evaluate.teachers import COMMANDS
+    from comad.evaluation.teachers import COMMANDS
 
     name, *rest = arguments or [""]
     if name not in COMMANDS:
@@ -261,14 +261,14 @@ def _recorded(kind: type, arguments: list[str]) -> Any:
 
 
 def _segmentation(arguments: list[str]) -> Any:
-    from comad.evaluate.segmentation.config import SegmentConfig, recipe
+    from comad.evaluation.segmentation.config import SegmentConfig, recipe
 
     default = recipe(pop_flag(arguments, "--preset") or "ade20k", get_flag(arguments, "--head") or "upernet")
     return _recorded(SegmentConfig, arguments) or default
 
 
 def _detection(arguments: list[str]) -> Any:
-    from comad.evaluate.detection.config import DetectConfig, recipe
+    from comad.evaluation.detection.config import DetectConfig, recipe
 
     return _recorded(DetectConfig, arguments) or recipe(pop_flag(arguments, "--preset") or "coco")
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from comad.data.loader import LoaderConfig
-from comad.distill.aligners import AutoencoderAdapter, StudentProjector, TrainedAdapter
-from comad.distill.config import DistillConfig
-from comad.distill.features import Blocks, MAEDecoder
-from comad.distill.fusion import DropEasiest, Gate, LossGate, Mean, Sum
-from comad.distill.masking import Disjoint, Independent, Shared, WholeImages
-from comad.distill.method import Method
-from comad.distill.normalizers import L2, PHIS, LayerNorm, Standardize
-from comad.distill.objectives import AttentionLoss, FeatureLoss, Objective, PixelLoss, QueueLoss, RelationLoss
+from comad.distillation.aligners import AutoencoderAdapter, StudentProjector, TrainedAdapter
+from comad.distillation.config import DistillConfig
+from comad.distillation.features import Blocks, MAEDecoder
+from comad.distillation.fusion import DropEasiest, Gate, LossGate, Mean, Sum
+from comad.distillation.masking import Disjoint, Independent, Shared, WholeImages
+from comad.distillation.method import Method
+from comad.distillation.normalizers import L2, PHIS, LayerNorm, Standardize
+from comad.distillation.objectives import AttentionLoss, FeatureLoss, Objective, PixelLoss, QueueLoss, RelationLoss
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import RunConfig

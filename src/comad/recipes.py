@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from comad import presets
-from comad.distill.config import DistillConfig
-from comad.distill.method import Method
-from comad.distill.objectives import Objective
+from comad.distillation.config import DistillConfig
+from comad.distillation.method import Method
+from comad.distillation.objectives import Objective
 from comad.runtime.command import parse, pop_all, pop_flag
 from comad.runtime.recipe import read_recipe
 from comad.runtime.slots import Slot, load_plugins

@@ -7,14 +7,14 @@ import tyro
 import yaml
 
 from comad import presets
-from comad.distill.config import DistillConfig
-from comad.distill.features import Blocks
-from comad.distill.fusion import Mean
-from comad.distill.masking import Superset, WholeImages
-from comad.distill.objectives import QueueLoss
+from comad.distillation.config import DistillConfig
+from comad.distillation.features import Blocks
+from comad.distillation.fusion import Mean
+from comad.distillation.masking import Superset, WholeImages
+from comad.distillation.objectives import QueueLoss
 from comad.models.timm_backbone import VitConfig
-from comad.pretrain.config import METHODS, PretrainConfig
-from comad.pretrain.config import recipe as pretrain_recipe
+from comad.pretraining.config import METHODS, PretrainConfig
+from comad.pretraining.config import recipe as pretrain_recipe
 from comad.recipes import read_distillation
 from comad.runtime.optim import OptimConfig
 from comad.runtime.recipe import flags, read_recipe, write_recipe

@@ -1,0 +1,237 @@
+"""One row and one seed: train what is to be trained, score it, keep the result. What is done is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from comad.comparison.config import CompareConfig
+from comad.comparison.entries import ComparisonRow, Kind
+from comad.data.images import Splits
+from comad.distillation.config import DistillConfig
+from comad.distillation.run import distill
+from comad.evaluation.evaluation import Evaluation
+from comad.evaluation.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluation.scoreboard import Role, Score, score
+from comad.evaluation.scores import Scores, read_scores, write_scores
+from comad.evaluation.tuning import FinetuneConfig, Tuning
+from comad.evaluation.views import device, view_size
+from comad.models.backbone import Backbone
+from comad.models.teachers import load_on_grid, load_teacher
+from comad.runtime.checkpoint import checkpoints
+from comad.runtime.log import hours_of_training
+from comad.runtime.options import identity_of
+from comad.runtime.provenance import code_version
+from comad.runtime.run import RunConfig
+
+ROLES: dict[Kind, Role] = {
+    "student": "student",
+    "teacher": "teacher",
+    "untrained": "untrained",
+    "supervised": "student",
+    "pixels": "pixels",
+}
+
+
+class TrainedModel(NamedTuple):
+    """A network to be scored, and facts about its training."""
+
+    backbone: Backbone | None
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """A row for one seed.
+
+    Attributes:
+        entry, seed: which.
+        config: of the comparison.
+        splits: the images.
+        hashes: teacher as named on the command line → hash of its weights and of how they are read.
+        pictures: hash of the images and labels.
+    """
+
+    entry: ComparisonRow
+    seed: int
+    config: CompareConfig
+    splits: Splits
+    hashes: dict[str, str]
+    pictures: str
+
+    @cached_property
+    def row_folder(self) -> Path:
+        """Named by everything that the result depends on but the seed: what changed is a new row."""
+        identity = {
+            "kind": self.entry.kind,
+            "config": _plain(self.entry.config, self.entry.kind),
+            "teachers": [self.hashes[spec] for spec in self.entry.teachers],
+            "pictures": self.pictures,
+            "tuning": asdict(_tuning(self)) if self.entry.kind == "supervised" else None,
+        }
+        name = "untrained" if self.entry.kind == "untrained" else self.entry.preset.split()[0]
+        return Path(self.config.recipe.run.out) / "runs" / f"{name}-{digest_of(identity)}"
+
+    @property
+    def folder(self) -> Path:
+        """Of this seed."""
+        return self.row_folder / f"seed-{self.seed}"
+
+    def run(self, name: str) -> RunConfig:
+        """A run in a sub-folder of the unit, resumed if it has begun.
+
+        What was killed before its first checkpoint is removed and begins again.
+        """
+        out = self.folder / name
+        resume = any(checkpoints(folder / "checkpoints") for folder in (out, *out.glob("*/")))
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        return replace(self.config.recipe.run, out=str(out), seed=self.seed, resume=resume)
+
+
+def measure(unit: RowRun) -> Scores:
+    """kNN, linear probe and, if wanted, fine-tuning of one row for one seed: one score, and the facts of its training.
+
+    Raises:
+        ValueError, Interrupted, TrainingError: see `comad.distillation.run.distill`.
+    """
+    kind = unit.entry.kind
+    constant = kind in ("teacher", "pixels")  # the same for every seed
+    path = (unit.row_folder if constant else unit.folder) / f"scores-{unit.config.recipe.split}.json"
+    found = read_scores(path)
+    if found is None or not Evaluation.members.keys() <= set(found.facts.get("evaluations", ())):
+        made = MAKERS[kind](unit)
+        facts = made.facts | {"evaluations": list(Evaluation.members)}
+        found = Scores((_score(unit, made.backbone),), facts)
+        write_scores(path, *found)
+    (frozen,), facts = found
+    if kind == "pixels" or not (unit.config.finetune or kind == "supervised"):
+        return Scores((frozen,), facts)
+    return Scores((frozen.joined((_learnt(unit) or _learn(unit).score).found),), facts)
+
+
+def _score(unit: RowRun, backbone: Backbone | None) -> Score:
+    """KNN and linear probe on the split that is asked for."""
+    recipe, splits = unit.config.recipe, unit.splits
+    scored = splits._replace(test=getattr(splits, recipe.split))
+    dtype = torch.bfloat16 if recipe.run.precision == "bf16" else None
+    if backbone is None:
+        return score(unit.entry.label, "pixels", None, scored, unit.entry.config.student.image_size)
+    return score(unit.entry.label, ROLES[unit.entry.kind], backbone.to(device()), scored, view_size(backbone), dtype)
+
+
+def _distilled(unit: RowRun) -> TrainedModel:
+    """Distil the student, or go on, or find it done."""
+    student, config = unit.folder / "run" / "student", unit.entry.config
+    if not (student / "config.json").is_file():
+        shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
+        distill(replace(config, run=unit.run("run"), split="none", cache_folder=shared))
+    card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
+    seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
+    facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 1), "code": card["code"]}
+    return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
+
+
+def _teacher(unit: RowRun) -> TrainedModel:
+    student = _untrained(unit).backbone
+    assert student is not None
+    (teacher,) = load_on_grid(unit.entry.teachers, student.grid[0], student.patch_size)
+    return TrainedModel(teacher.backbone, _no_training())
+
+
+def _untrained(unit: RowRun) -> TrainedModel:
+    """The student as a run of this seed begins."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(unit.seed)
+        return TrainedModel(unit.entry.config.student.build(), _no_training())
+
+
+def _supervised(unit: RowRun) -> TrainedModel:
+    """The untrained student, trained with labels."""
+    done, written = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json")
+    assert written is not None
+    facts = written.facts
+    return TrainedModel(
+        done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")}
+    )
+
+
+def _pixels(unit: RowRun) -> TrainedModel:
+    return TrainedModel(None, _no_training())
+
+
+MAKERS: dict[Kind, Callable[[RowRun], TrainedModel]] = {
+    "student": _distilled,
+    "teacher": _teacher,
+    "untrained": _untrained,
+    "supervised": _supervised,
+    "pixels": _pixels,
+}
+
+
+def _learn(unit: RowRun) -> Finetuned:
+    """Fine-tune the network of the unit, or go on, or score again what is trained."""
+    recipe, supervised = unit.config.recipe, unit.entry.kind == "supervised"
+    backbone = (_untrained if supervised else MAKERS[unit.entry.kind])(unit).backbone
+    assert backbone is not None
+    config = FinetuneConfig(
+        backbone=unit.entry.label,
+        data=recipe.data,
+        tuning=_tuning(unit),
+        split="val" if recipe.split == "val" else "test",
+        loader=recipe.loader if supervised else replace(recipe.loader, fixed_views=0),
+        run=unit.run(_tuned_folder(unit).name),
+    )
+    identity = {"row": unit.row_folder.name, "seed": unit.seed}
+    done = finetune_backbone(
+        config, PretrainedModel(unit.entry.label, ROLES[unit.entry.kind], backbone, identity), unit.splits
+    )
+    assert done is not None
+    return done
+
+
+def _learnt(unit: RowRun) -> Score | None:
+    """What `_learn` has written, if it is there and of the same split."""
+    written = read_scores(_tuned_folder(unit) / "finetune.json")
+    return written.scores[0] if written and written.facts["split"] == unit.config.recipe.split else None
+
+
+def _tuning(unit: RowRun) -> Tuning:
+    """The fine-tuning that is asked for; a supervised row has the students' views and schedule, all layers alike."""
+    if unit.entry.kind != "supervised":
+        return unit.config.tuning
+    own = unit.entry.config
+    views = {"crop_scale": own.augment.crop_scale, "jitter": own.augment.jitter}
+    return replace(unit.config.tuning, optim=own.optim, layer_decay=1.0, **views)
+
+
+def _tuned_folder(unit: RowRun) -> Path:
+    if unit.entry.kind == "supervised":
+        return unit.folder / "supervised"
+    return unit.folder / f"finetune-{digest_of(asdict(unit.config.tuning))}"
+
+
+def _no_training() -> dict[str, Any]:
+    return {"images_seen": 0, "seconds": 0.0, "code": code_version()}
+
+
+def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
+    """What a result depends on, as nested plain values; teachers apart, by their weights."""
+    plain = identity_of(config)
+    del plain["run"]["seed"]
+    if not config.cache_teachers:
+        plain["cache_storage"] = "computed"
+    return plain if kind == "student" else {name: plain[name] for name in ("student", "run")}
+
+
+def digest_of(plain: Any) -> str:
+    """Name plain values."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,124 @@
+"""The verb `comad compare`: measure every row for every seed, then set them side by side."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comad.comparison.config import CompareConfig
+from comad.comparison.entries import ComparisonRow, list_entries
+from comad.comparison.measure import RowRun, digest_of, measure
+from comad.comparison.table import markdown, tabulate, write_table
+from comad.data.images import Splits, load_images
+from comad.evaluation.evaluation import title_of
+from comad.evaluation.finetune import check as check_finetune
+from comad.evaluation.scoreboard import shortage
+from comad.evaluation.scores import Scores
+from comad.evaluation.tuning import FinetuneConfig
+from comad.models.teachers import load_on_grid
+from comad.reporting.figures import comparison_figure
+from comad.runtime.checkpoint import differences
+from comad.runtime.options import identity_of
+from comad.runtime.recipe import read_recipe, write_recipe
+
+RECORD = "comparison.yaml"
+
+
+def compare(config: CompareConfig) -> str:
+    """Measure all rows, and write ``comparison.json``, ``.md`` and ``.png``, anew after each seed. Returns the table.
+
+    The same command again goes on: what is done is skipped, a run that was stopped is resumed. Rows and seeds may be
+    added. Runs lie in ``runs`` below ``--run.out``, named by all that their result depends on.
+
+    Raises:
+        ValueError: nothing to compare, an unknown name, no labels, or the folder of another comparison.
+        Interrupted: a signal came; what was trained is kept.
+        TrainingError: the loss of a run is not finite.
+    """
+    entries, reference = list_entries(config)
+    splits = load_images(config.recipe.data)
+    _check_data(config, splits)
+    for entry in entries:
+        if entry.kind == "student":
+            entry.config.check(len(splits.train))
+    hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
+    out = _open(config)
+    results: list[dict[int, Scores]] = [{} for _ in entries]
+    table: dict[str, Any] = {}
+    for number, seed in enumerate(config.seeds):
+        for position, entry in enumerate(entries):
+            done = number * len(entries) + position + 1
+            _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
+            start = time.monotonic()
+            results[position][seed] = measure(RowRun(entry, seed, config, splits, hashes, pictures))
+            _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
+        table = tabulate(config, entries, results, reference)
+        write_table(table, out)
+    figure = comparison_figure(out)
+    return f"{markdown(table)}\n\nin {out}: comparison.json, comparison.md, {figure.name}"
+
+
+def _check_data(config: CompareConfig, splits: Splits) -> None:
+    recipe = config.recipe
+    if reason := shortage(splits, "fine"):
+        raise ValueError(f"{recipe.data!r} cannot be compared on: {reason} Put images into one sub-folder per label.")
+    if config.finetune:
+        check_finetune(FinetuneConfig(backbone="", data=recipe.data, tuning=config.tuning), splits)
+    if "supervised" in config.baselines:
+        tuning = replace(config.tuning, optim=recipe.optim)
+        check_finetune(FinetuneConfig(backbone="", data=recipe.data, tuning=tuning), splits)
+
+
+def _hashes(entries: Sequence[ComparisonRow]) -> dict[str, str]:
+    """Teacher → hash of what it computes; so that a wrong name is told at once, and not after hours."""
+    wanted = {(spec, entry.config.student) for entry in entries for spec in entry.teachers}
+    hashes = {}
+    for spec, config in sorted(wanted, key=str):
+        with torch.random.fork_rng(devices=[]):
+            student = config.build()
+        (teacher,) = load_on_grid((spec,), student.grid[0], student.patch_size)
+        hashes[spec] = digest_of(asdict(replace(teacher.card, name="", source="")))
+    return hashes
+
+
+def _open(config: CompareConfig) -> Path:
+    """Make the folder, or find it to be of the same comparison, which may have gained rows and seeds."""
+    out = Path(config.recipe.run.out)
+    record = out / RECORD
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; pass --run.out with a folder for the comparison.")
+    if record.is_file():
+        changed = differences(_shared(read_recipe(CompareConfig, record)), _shared(config))
+        if changed:
+            raise ValueError(
+                f"{str(out)!r} holds another comparison: {'; '.join(changed)}; pass --run.out for a new folder."
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{str(out)!r} is not empty and holds no comparison; pass --run.out for a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_recipe(config, record)
+    return out
+
+
+def _shared(config: CompareConfig) -> dict[str, Any]:
+    """What all rows have in common, as plain values."""
+    plain = identity_of(config.recipe)
+    del plain["run"]["seed"]
+    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers)}
+    return {**plain, **own, "ablation": config.ablation or "none"}
+
+
+def _scores(measured: Scores) -> str:
+    scores = measured.scores[0].row.scores
+    return ", ".join(f"{title_of(name)} {value:.1f}" for name, value in scores.items() if "_coarse" not in name)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,464 @@
+"""The method on one screen: mask, encode, align, fuse, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comad.distillation.features import StudentOutput, TeacherOutput, block_at, forward_teacher
+from comad.distillation.fusion import Pair
+from comad.distillation.health import central_patches, health_metrics, mean_shares
+from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks
+from comad.distillation.method import Method, num_heads
+from comad.distillation.objectives import FeatureLoss, Objective, Shapes, mean_over
+from comad.models.backbone import Tokens, gather_patches, map_tokens, normalised_patches, scatter_patches
+from comad.models.decoder import MaskedDecoder
+from comad.models.teachers import Teacher
+from comad.models.timm_backbone import TimmBackbone
+
+LOGGED_IMAGES = 32
+"""Images of a batch whose loss is logged for each teacher where the targets are fused."""
+
+
+class Distiller(nn.Module):
+    """Student, decoders, projectors, statistics: exactly what training changes. Teachers stay outside.
+
+    Args:
+        student: the network to train. It takes over the teachers' number of heads where attention is compared
+            (arXiv:2301.01296 asks it of the last block; timm's config has one number for all), and blocks that no
+            objective reads are frozen, see `freeze_unread`.
+        teachers: the frozen networks that it will learn from; they are read for their shapes and not kept.
+        method: what fills the slots; see `comad.METHODS`.
+
+    Raises:
+        ValueError: the method does not fit the student and these teachers.
+
+    Example:
+        >>> import comad, torch
+        >>> student = comad.load_student("vit_tiny_patch16_224", image_size=48, patch_size=8, depth=2)
+        >>> teachers = comad.load_teachers(["mae-stamps", "ibot-stamps"], student)
+        >>> distiller = comad.Distiller(student, teachers, comad.METHODS["mean"])
+        >>> images = torch.rand(8, 3, 48, 48)
+        >>> distiller.calibrate(teachers, [images])
+        >>> outputs, masks = distiller.forward_teachers(teachers, images)
+        >>> loss, metrics = distiller(images, outputs, masks)
+        >>> loss.backward()
+    """
+
+    def __init__(self, student: TimmBackbone, teachers: Sequence[Teacher], method: Method):
+        super().__init__()
+        method.check(student, teachers)
+        self.method, self.student, self.calibrated = method, student, not method.num_calibration_images
+        self.teacher_names = tuple(teacher.name for teacher in teachers)
+        if heads := method.compared_heads(teachers):
+            set_heads(student, heads)
+        self._build_student_side()
+
+        features, objectives = method.features, method.active
+        self.subsets = {o.teachers: o.subset(len(teachers)) for o in objectives.values() if "tokens" in o.needs}
+        self.used = sorted({m for subset in self.subsets.values() for m in subset})
+        self.has_cls = tuple(features.has_cls(teacher.backbone) for teacher in teachers)
+        widths = [features.width(teachers[m].backbone) for m in self.used]
+        with_cls = [self.has_cls[m] and any(o.uses_cls for o in objectives.values()) for m in self.used]
+        self.normalizer = method.normalizer.build(widths)
+        self.aligner = method.aligner.build(widths, student.width, with_cls, method.fusion.one_target)
+        compared = method.aligner.compared_widths(widths, student.width)
+        self.fusion = method.fusion.build(compared)
+        self.objectives = nn.ModuleDict(
+            {name: objective.build(self._shapes(objective, compared)) for name, objective in objectives.items()}
+        )
+
+    def _build_student_side(self) -> None:
+        """What fills in and reconstructs hidden patches, and the depths at which the student is read."""
+        method, student, masking = self.method, self.student, self.method.masking
+        self.decoder = self.pixel_decoder = self.mask_token = None
+        if isinstance(masking, HidingPatches):
+            size = masking.decoder_width, masking.decoder_depth, masking.decoder_heads
+            terms = [o for o in method.active.values() if "tokens" in o.needs]
+            hidden = any(getattr(term, "where", "all") not in ("visible", "cls") for term in terms)
+            if masking.hidden == "drop" and (hidden or masking.decoder_output == "all"):
+                self.decoder = MaskedDecoder(student.width, student.grid, student.width, *size)
+            if method.needs("pixels"):
+                self.pixel_decoder = MaskedDecoder(student.width, student.grid, 3 * student.patch_size**2, *size)
+            if masking.hidden == "token":
+                self.mask_token = nn.Parameter(torch.zeros(student.width))
+        depth, features, taps = len(student.vit.blocks), method.features, method.aligner.num_taps
+        self.compared_block = block_at(features.student_depth, depth) if features.student_depth < 1 else 0
+        self.tap_blocks = [block_at(tap / taps, depth) for tap in range(1, taps)]
+        self.qkv_block = block_at(features.qkv_depth, depth) if method.needs("qkv") else 0
+        freeze_unread(student, method, self.qkv_block)
+
+    def _shapes(self, objective: Objective, compared: Sequence[int]) -> Shapes:
+        """Channels of the pairs that an objective gets."""
+        chosen = [compared[self.used.index(m)] for m in objective.subset(len(self.teacher_names)) if m in self.used]
+        own = tuple(chosen[:1] if self.method.fusion.one_target else chosen)
+        return Shapes(self.student.width, own, num_heads(self.student))
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
+    ) -> tuple[Float[Tensor, ""], Callable[[], dict[str, Tensor]]]:
+        """One step of arXiv:2508.04816: encode the student's view, align and fuse the teachers, compare.
+
+        Args:
+            images: the student's view, values in [0, 1].
+            teachers: what each teacher gives, see `forward_teachers`.
+            masks: which patches everyone sees.
+
+        Returns:
+            The loss, and a function that computes the numbers to log.
+
+        Raises:
+            ValueError: something must be calibrated first, or an objective gives no gradient.
+        """
+        self._check_calibrated()
+        images, teachers, masks = repeat_for_masks(images, teachers, masks)
+        student = self.encode(images, masks)
+        pairs, losses = self.align(student, teachers, masks)
+        fused = {
+            name: self.method.fusion(self.fusion, [pairs[m] for m in subset]) for name, subset in self.subsets.items()
+        }
+        visible = masks.student_sees(len(images), self.student.num_patches, images.device)
+        parts: dict[str, Tensor] = {}  # name → what each pair and each image adds to the loss
+        distances: dict[Hashable, Tensor] = {}
+        positions: dict[str, Tensor] = {}
+        shown: list[Pair] = []
+        for name, objective in self.method.active.items():
+            tokens = fused[objective.teachers][0] if "tokens" in objective.needs else []
+            own = [teachers[m] for m in objective.subset(len(teachers))]
+            compared, positions[name] = objective.pairs(self.objectives[name], tokens, student, own, visible)
+            key = objective.distance_key or name
+            if key not in distances:
+                distances[key] = torch.stack([objective.distance_of(pair) for pair in compared])
+            parts[name] = mean_over(distances[key], compared, positions[name])
+            shown = compared if isinstance(objective, FeatureLoss) else shown
+        self._reweigh(parts, pairs, masks)
+        loss = sum(losses.values(), student.last.new_zeros(()))
+        for name, objective in self.method.active.items():
+            losses[name] = parts[name].sum()
+            loss = loss + objective.weight * losses[name]
+            if self.training and not parts[name].requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"objective {name!r} gives no gradient, so it trains nothing; leave it out.")
+        evidence = self._evidence(
+            student, teachers, masks, shown or [p for part in fused.values() for p in part[0]], fused
+        )
+        teacher_losses = self._teacher_losses(parts, pairs, positions)
+        logged = {f"loss/{name}": part.detach() for name, part in losses.items()}
+
+        def metrics() -> dict[str, Tensor]:
+            shares = zip(self.teacher_names, mean_shares(evidence[2]), strict=True)
+            named = {f"share_{name}": share for name, share in shares}
+            return logged | teacher_losses() | health_metrics(*evidence) | named
+
+        return loss, metrics
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise ValueError(
+                "this method is calibrated before it is trained: call distiller.calibrate(teachers, images)."
+            )
+
+    def _reweigh(self, parts: dict[str, Tensor], pairs: Mapping[int, Pair], masks: Masks) -> None:
+        """Let the fusion weigh the teachers by their losses, once for all objectives that use the same teachers."""
+        for name, subset in self.subsets.items():
+            mine = [
+                key for key, o in self.method.active.items() if o.teachers == name and len(parts[key]) == len(subset)
+            ]
+            if self.method.fusion.one_target or not mine or masks.noise is None:
+                continue
+            total = torch.stack([self.method.active[key].weight * parts[key].detach() for key in mine]).sum(dim=0)
+            has_target = torch.stack([pairs[m].valid.any(dim=1) for m in subset])
+            factors = self.method.fusion.reweigh(total, has_target, masks.noise[:, list(subset)])
+            if factors is not None:
+                parts |= {key: parts[key] * factors for key in mine}
+
+    def encode(self, images: Float[Tensor, "B 3 H W"], masks: Masks) -> StudentOutput:
+        """Run the student and read it wherever the method does."""
+        compared = [self.compared_block] if self.compared_block else []
+        blocks = sorted({*self.tap_blocks, *compared})
+        tokens = self.student(
+            images,
+            masks.student,
+            self.method.masking.modes[0],
+            self.mask_token,
+            intermediates=blocks,
+            qkv=self.qkv_block,
+        )
+        at = dict(zip(blocks, tokens.intermediates, strict=True))
+        read = self._all_positions(at[self.compared_block] if self.compared_block else tokens, masks, fill=True)
+        return StudentOutput(
+            last=self._all_positions(tokens, masks) if self.compared_block else read,
+            compared=read,
+            intermediates=tuple(self._all_positions(at[number], masks) for number in self.tap_blocks),
+            qkv=tokens.qkv,
+            pixels=self._reconstruct(images, tokens, masks),
+        )
+
+    def _all_positions(self, tokens: Tokens, masks: Masks, fill: bool = False) -> Float[Tensor, "B N1 D"]:
+        """Class token, or the mean of the patches in its place, and the whole map; by ``fill`` with the decoder's."""
+        cls, patches, masking = tokens.cls, tokens.patches, self.method.masking
+        if self.method.features.pooled:
+            cls = patches.mean(dim=1)
+        whole = isinstance(masking, HidingPatches) and masking.decoder_output == "all"
+        if fill and self.decoder is not None and (masks.student is not None or whole):
+            visible = masks.student
+            if visible is None:
+                visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)
+            filled = self.decoder(tokens.cls, patches, visible)
+            patches = filled if whole else scatter_patches(patches, visible, filled)
+        elif masking.modes[0] == "drop" and masks.student is not None:
+            nothing = patches.new_zeros(self.student.num_patches, patches.shape[2])
+            patches = scatter_patches(patches, masks.student, nothing)
+        assert cls is not None
+        return torch.cat([cls.unsqueeze(1), patches], dim=1).float()
+
+    def _reconstruct(
+        self, images: Float[Tensor, "B 3 H W"], tokens: Tokens, masks: Masks
+    ) -> tuple[Float[Tensor, "B N P"], Float[Tensor, "B N P"]] | None:
+        """The pixel decoder's patches, and the image's own, normalised."""
+        if self.pixel_decoder is None or masks.student is None:
+            return None
+        reconstructed = self.pixel_decoder(tokens.cls, tokens.patches, masks.student).float()
+        return reconstructed, normalised_patches(images, self.student.patch_size)
+
+    def align(
+        self, student: StudentOutput, teachers: Sequence[TeacherOutput], masks: Masks
+    ) -> tuple[dict[int, Pair], dict[str, Tensor]]:
+        """Student and teacher tokens at one width and at their positions, by teacher; and the aligner's own loss."""
+        pairs, own = {}, []
+        features, aligner = self.method.features, self.method.aligner
+        seen = masks.teachers_see(len(student.last), self.student.num_patches, student.last.device)
+        seen = seen | features.every_position
+        for place, m in enumerate(self.used):
+            cls, patches = teachers[m][:2]
+            cls = patches.float().mean(dim=1) if features.pooled else cls if self.has_cls[m] else None
+            tokens = self.method.normalizer(self.normalizer, Tokens(cls, patches), place)
+            own.append(aligner.own_loss(self.aligner, tokens.patches, place))
+            target = self._target(tokens, masks.teachers[m], place).float()
+            valid = torch.cat([torch.full_like(seen[m][:, :1], tokens.cls is not None), seen[m]], dim=1)
+            pairs[m] = Pair(aligner.student(self.aligner, student, place), target, valid, valid)
+        trained = [loss for loss in own if loss is not None]
+        return pairs, {aligner.name: torch.stack(trained).mean()} if trained else {}
+
+    def _target(self, tokens: Tokens, visible: Tensor | None, place: int) -> Float[Tensor, "B N1 K"]:
+        """Aligned tokens of one teacher at their positions, the class token first; 0 where there is none."""
+        aligner, count = self.method.aligner, self.student.num_patches
+        patches = aligner.teacher(self.aligner, tokens.patches, place)
+        first = torch.zeros_like(patches[:, :1])
+        if tokens.cls is not None:
+            first = aligner.teacher(self.aligner, tokens.cls.unsqueeze(1), place)
+        rows = torch.cat([first, patches], dim=1)
+        if visible is None or patches.shape[1] == count:
+            return rows
+        return scatter_patches(rows, F.pad(visible + 1, (1, 0)), rows.new_zeros(1 + count, rows.shape[2]))
+
+    @torch.no_grad()
+    def _evidence(
+        self,
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        masks: Masks,
+        shown: Sequence[Pair],
+        fused: Mapping[str, tuple[list[Pair], Tensor]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What health is told from: one token of each image of student and targets, and the teachers' shares.
+
+        Where only attention or pixels are compared, the targets are the teachers' tokens as they are.
+        """
+        last = student.last
+        if shown:
+            target = torch.cat([pair.target for pair in shown], dim=-1)[:, 1:]
+            valid = torch.stack([pair.weight > 0 for pair in shown]).all(dim=0)[:, 1:]
+        else:
+            target = torch.cat([F.layer_norm(o.patches.float(), o.patches.shape[-1:]) for o in teachers], dim=-1)
+            valid = torch.ones_like(target[..., 0], dtype=torch.bool)
+        if self.decoder is None and self.method.masking.modes[0] == "drop":
+            valid = valid & masks.student_sees(len(valid), valid.shape[1], valid.device)
+        shares = last.new_full((len(self.teacher_names), *last.shape[:2]), 0.0 if fused else 1.0)
+        for name, (_, own) in fused.items():
+            shares[list(self.subsets[cast(Any, name)])] += own.detach().float()
+        shares = shares / shares.sum(dim=0).clamp(min=1)
+        ours, theirs = central_patches(valid, last[:, 1:], target)
+        return ours, theirs, shares
+
+    def _teacher_losses(
+        self, parts: Mapping[str, Tensor], pairs: Mapping[int, Pair], positions: Mapping[str, Tensor]
+    ) -> Callable[[], dict[str, Tensor]]:
+        """For the log, the loss of each teacher in each objective; where targets are fused, to its own target."""
+        own: dict[str, Tensor] = {}
+        for name, objective in self.method.active.items():
+            subset = objective.subset(len(self.teacher_names))
+            for place, m in enumerate(subset if len(parts[name]) == len(subset) > 1 else ()):
+                own[f"loss/{self.teacher_names[m]}/{name}"] = parts[name][place].detach().sum()
+        few = {m: Pair(*(part[:LOGGED_IMAGES].detach() for part in pair)) for m, pair in pairs.items()}
+
+        @torch.no_grad()
+        def losses() -> dict[str, Tensor]:
+            found = dict(own)
+            for name, objective in self.method.active.items() if self.method.fusion.one_target else ():
+                for m in self.subsets[objective.teachers] if objective.distance_key else ():
+                    counts = positions[name][:LOGGED_IMAGES] & few[m].valid
+                    mean = mean_over(objective.distance_of(few[m]).unsqueeze(0), [few[m]], counts).sum()
+                    found[f"loss/{self.teacher_names[m]}/{name}"] = mean
+            return found
+
+        return losses
+
+    @torch.no_grad()
+    def teacher_shares(
+        self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
+    ) -> Float[Tensor, "M B N"]:
+        """Each teacher's share of the target at every patch: the weights of the gate; arguments as of `forward`."""
+        self._check_calibrated()
+        images, teachers, masks = repeat_for_masks(images, teachers, masks)
+        pairs, _ = self.align(self.encode(images, masks), teachers, masks)
+        shares = images.new_zeros(len(self.teacher_names), len(images), self.student.num_patches)
+        for subset in self.subsets.values():
+            shares[list(subset)] += self.method.fusion(self.fusion, [pairs[m] for m in subset])[1][..., 1:]
+        return shares / shares.sum(dim=0).clamp(min=1)
+
+    def forward_teachers(
+        self,
+        teachers: Sequence[Teacher],
+        images: Float[Tensor, "B 3 H W"],
+        progress: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> tuple[list[TeacherOutput], Masks]:
+        """Draw masks and run every teacher on the patches that it may see.
+
+        Args:
+            teachers: as this was built for, in their order.
+            images: the teachers' view, values in [0, 1].
+            progress: share of the training that is done, for masks that move.
+            noise: (B, 1 + M, N) uniform in [0, 1), of which masks are drawn; None draws it too.
+        """
+        if noise is None:
+            noise = torch.rand(len(images), 1 + len(teachers), self.student.num_patches, device=images.device)
+        masks = drop_unused_masks(self.method.masking(noise, progress), teachers)
+        outputs = [self.forward_teacher(teacher, m, images, masks) for m, teacher in enumerate(teachers)]
+        return outputs, masks
+
+    def forward_teacher(self, teacher: Teacher, number: int, images: Tensor, masks: Masks) -> TeacherOutput:
+        """Run one of the teachers, see `forward_teachers`."""
+        method, needs = self.method, self.method.teacher_needs(number, len(self.teacher_names))
+        visible, hidden = masks.teachers[number], method.masking.modes[1]
+        return forward_teacher(method.features, teacher.backbone, images, visible, hidden, needs)
+
+    @torch.no_grad()
+    def fit(self, tokens: Sequence[Tokens]) -> None:
+        """Fit normaliser and aligner on tokens of the same positions: (n, E) and (n, k, E), one entry per teacher."""
+        chosen = [tokens[m] for m in self.used]
+        if self.method.features.pooled:
+            chosen = [part._replace(cls=part.patches.mean(dim=1)) for part in chosen]
+        training = self.training
+        self.method.normalizer.calibrate(self.normalizer, chosen)
+        self.eval()
+        normal = [self.method.normalizer(self.normalizer, part, m).patches for m, part in enumerate(chosen)]
+        self.method.aligner.calibrate(self.aligner, [part.flatten(0, 1) for part in normal])
+        self.train(training)
+        self.calibrated = True
+
+    def calibrate(self, teachers: Sequence[Teacher], images: Iterable[Tensor | Sequence[Tensor]]) -> None:
+        """Fit normaliser and aligner on what the teachers give for whole images, a few hundred, in batches.
+
+        Args:
+            teachers: as this was built for.
+            images: batches (B, 3, H, W) with values in [0, 1]; or of each batch a view for every teacher.
+        """
+        calibrate([self], teachers, images, torch.Generator().manual_seed(0))
+
+    def get_extra_state(self) -> dict[str, bool]:
+        """A part of the state dict: whether it was calibrated."""
+        return {"calibrated": self.calibrated}
+
+    def set_extra_state(self, state: Mapping[str, bool]) -> None:
+        """See `get_extra_state`."""
+        self.calibrated = bool(state["calibrated"])
+
+    @property
+    def token_types(self) -> tuple[str, ...]:
+        """Tokens of the student's last layer that an objective trains: patches, and the class token if one reads it."""
+        features, count = self.method.features, len(self.teacher_names)
+        reading = [o.subset(count) for o in self.method.active.values() if "tokens" in o.needs and o.uses_cls]
+        at_end = features.student_depth == 1 and not features.pooled and not features.every_position
+        trained = at_end and any(self.has_cls[m] for subset in reading for m in subset)
+        return ("cls", "patch") if trained else ("patch",)
+
+
+CALIBRATION_TOKENS = 16
+"""Patches per image that aligners are fitted on."""
+
+
+def calibrate(
+    distillers: Sequence[Distiller],
+    teachers: Sequence[Teacher],
+    images: Iterable[Tensor | Sequence[Tensor]],
+    generator: torch.Generator,
+) -> None:
+    """Fit distillers of one method, on one grid, on the same teacher outputs; a random few patches of each image."""
+    distiller, found = distillers[0], [[] for _ in teachers]
+    count, device = distiller.student.num_patches, distiller.student.pixel_mean.device
+    whole = Masks(None, (None,) * len(teachers))
+    for batch in images:
+        views = [batch] * len(teachers) if isinstance(batch, Tensor) else batch
+        rows = torch.rand(len(views[0]), count, generator=generator).argsort(dim=1)[:, :CALIBRATION_TOKENS].to(device)
+        for m, teacher in enumerate(teachers):
+            output = distiller.forward_teacher(teacher, m, views[m].to(device), whole)
+            found[m].append(map_tokens(Tensor.float, Tokens(output.cls, gather_patches(output.patches, rows))))
+    tokens = [
+        Tokens(None if p[0].cls is None else torch.cat([t.cls for t in p]), torch.cat([t.patches for t in p]))
+        for p in found
+    ]
+    for distiller in distillers:
+        distiller.fit(tokens)
+
+
+def repeat_for_masks(
+    images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
+) -> tuple[Float[Tensor, "B2 3 H W"], Sequence[TeacherOutput], Masks]:
+    """Repeat images and teacher outputs where the student sees each image under several masks."""
+    if masks.student is None or len(masks.student) == len(images):
+        return images, teachers, masks
+    times = len(masks.student) // len(images)
+
+    def again(part: Tensor) -> Tensor:
+        return part.repeat(times, *(1,) * (part.ndim - 1))
+
+    outputs = [map_tokens(again, o)._replace(qkv=o.qkv and map_tokens(again, o.qkv)) for o in teachers]
+    visible = tuple(None if part is None else again(part) for part in masks.teachers)
+    noise = None if masks.noise is None else again(masks.noise)
+    return again(images), outputs, Masks(masks.student, visible, noise)
+
+
+def set_heads(student: TimmBackbone, heads: int) -> None:
+    """Let all blocks attend with so many heads."""
+    for block in cast(Any, student.vit.blocks):
+        attention = block.attn
+        attention.num_heads, attention.head_dim = heads, student.width // heads
+        attention.scale = attention.head_dim**-0.5
+
+
+def freeze_unread(student: TimmBackbone, method: Method, qkv_block: int) -> None:
+    """Freeze the blocks that no objective reads, so that they let pass what comes from below unchanged.
+
+    A loss on queries, keys and values alone (TinyMIM) leaves what follows them without gradient: the output projection
+    and MLP of that block, and the final norm. Their last layers are set to 0: the exported student then gives the
+    tokens that its last trained block does, and fine-tuning can train the block from there.
+    """
+    blocks, depth = cast(Any, student.vit.blocks), method.features.student_depth
+    if method.needs("pixels") or (method.needs("tokens") and depth == 1):
+        return
+    read = block_at(depth, len(blocks)) if method.needs("tokens") else 0
+    for number, block in enumerate(blocks, start=1):
+        if number > read and number >= qkv_block:
+            rest = [block.attn.proj, block.norm2, block.mlp] if number == qkv_block else [block]
+            for part in rest:
+                part.requires_grad_(False)
+            for layer in (block.attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    cast(nn.Module, student.vit.norm).requires_grad_(False)

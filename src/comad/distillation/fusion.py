@@ -1,0 +1,229 @@
+"""Slot `fusion`: how teachers become one target, or their losses one loss. Yours: subclass `Fusion`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comad.distillation.relations import cosine_rows
+from comad.runtime.slots import Slot
+
+
+class Pair(NamedTuple):
+    """What the student gives and what it is to give.
+
+    Attributes:
+        prediction, target: (B, n, K); K may be several axes.
+        valid: where there is a target.
+        weight: of the comparison, by the fusion; 0 where it is not valid.
+    """
+
+    prediction: Float[Tensor, "B n *K"]
+    target: Float[Tensor, "B n *K"]
+    valid: Bool[Tensor, "B n"]
+    weight: Float[Tensor, "B n"] | Bool[Tensor, "B n"]
+
+
+Fused = tuple[list[Pair], Tensor]
+"""The pairs to compare, one if the targets were fused, else one per teacher; and each teacher's share, (M, B, n)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion(Slot, slot="fusion", default="gate"):
+    """Makes of one pair per teacher one pair with a fused target (``one_target``), or weighs the pairs.
+
+    Attributes:
+        one_target: all teachers are compared with the same prediction.
+    """
+
+    one_target: ClassVar[bool] = False
+
+    def build(self, widths: Sequence[int]) -> nn.Module:
+        """What it trains; ``widths`` are the channels of what is compared, one entry per teacher."""
+        return nn.Module()
+
+    @abstractmethod
+    def __call__(self, state: Any, pairs: Sequence[Pair]) -> Fused:
+        """Fuse or weigh. A position that no teacher saw has weight 0."""
+
+    def reweigh(
+        self, losses: Float[Tensor, "M B"], has_target: Bool[Tensor, "M B"], noise: Float[Tensor, "B M"]
+    ) -> Float[Tensor, "M B"] | None:
+        """Factors of the losses of each teacher on each image, from the losses themselves; None: as they are.
+
+        Args:
+            losses: sum of the objectives, without gradient.
+            has_target: whether the teacher has a target there at all.
+            noise: uniform in [0, 1), of the sample.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Fusion, name="mean"):
+    """The plain mean of the teachers that saw the token.
+
+    Args:
+        renormalize: normalise the fused token over its channels again, for a mean of unlike vectors is short.
+    """
+
+    one_target: ClassVar[bool] = True
+    renormalize: bool = False
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """See `Fusion`."""
+        teachers, valid = stack_pairs(pairs)
+        weights = (valid / valid.sum(dim=0).clamp(min=1)).to(teachers.dtype)
+        return fuse(pairs[0].prediction, teachers, weights, valid, self.renormalize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Fusion, name="gate"):
+    """The consensus gate (arXiv:2508.04816, "Joint Teachers Consensus Gating"); it has no parameters.
+
+    Args:
+        affinity: score a teacher by its cosine to the student's token.
+        consensus: score it by its mean cosine to the other teachers that saw the token.
+        temperature: of the softmax over teachers.
+        detached: let no gradient through the weights.
+        renormalize: normalise the fused token over its channels again, for a mean of unlike vectors is short.
+    """
+
+    one_target: ClassVar[bool] = True
+    affinity: bool = True
+    consensus: bool = True
+    temperature: float = 0.1
+    detached: bool = True
+    renormalize: bool = False
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """Weigh the teachers per token. A token that no teacher saw gets target 0 and weights 0."""
+        (teachers, valid), student = stack_pairs(pairs), pairs[0].prediction
+        scores = self.scores(student, teachers, valid) / self.temperature
+        weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=0) * valid  # α
+        return fuse(student, teachers, weights.detach() if self.detached else weights, valid, self.renormalize)
+
+    def scores(
+        self, student: Float[Tensor, "B n D"], teachers: Float[Tensor, "M B n D"], valid: Bool[Tensor, "M B n"]
+    ) -> Float[Tensor, "M B n"]:
+        """e = s + c: affinity to the student plus agreement with the other teachers."""
+        rows = torch.cat([student.unsqueeze(0), teachers]).permute(1, 2, 0, 3)  # the student first
+        cosines = cosine_rows(rows).permute(2, 3, 0, 1)
+        scores = torch.zeros_like(valid, dtype=teachers.dtype)
+        if self.affinity:
+            scores = scores + cosines[0, 1:]  # s
+        if self.consensus:
+            others = valid & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)[:, :, None, None]  # k ≠ m
+            scores = scores + (cosines[1:, 1:] * others).sum(dim=1) / others.sum(dim=1).clamp(min=1)  # c
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Fusion, name="sum"):
+    """The sum of the teachers' losses, each where it saw the token."""
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """See `Fusion`."""
+        return weigh(pairs, torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossGate(Fusion, name="loss-gate"):
+    """The consensus gate as weights of the losses: each teacher is met in its own space, which needs no common basis.
+
+    A teacher's score is the cosine of the student's prediction to its token, plus its agreement with the others: the
+    mean cosine between its and their row of cosines from this token to the tokens that both saw. No gradient passes
+    through the weights.
+
+    Args:
+        affinity: score a teacher by its cosine to the student's prediction.
+        consensus: score it by its agreement with the other teachers.
+        temperature: of the softmax over teachers.
+    """
+
+    affinity: bool = True
+    consensus: bool = True
+    temperature: float = 0.1
+
+    @torch.no_grad()
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """Weights of the losses, 0 where a teacher did not see the token, else with sum 1 over the teachers."""
+        valid = torch.stack([pair.valid for pair in pairs])
+        scores = torch.zeros(valid.shape, dtype=pairs[0].target.dtype, device=valid.device)
+        if self.affinity:
+            scores = scores + torch.stack([F.cosine_similarity(pair.prediction, pair.target, dim=-1) for pair in pairs])
+        if self.consensus:
+            scores = scores + agreement([pair.target for pair in pairs], valid)
+        scores = (scores / self.temperature).masked_fill(~valid, torch.finfo(scores.dtype).min)
+        return weigh(pairs, scores.softmax(dim=0) * valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropEasiest(Fusion, name="drop-easiest"):
+    """Teacher dropping (arXiv:2408.05088): of each image the teacher with the largest loss stays, others by chance.
+
+    The loss is the mean over those that stay, so that its size does not depend on the chance.
+
+    Args:
+        probability: of leaving out a teacher that is not the hardest.
+    """
+
+    probability: float = 0.5
+
+    def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
+        """Weight 1 where a teacher saw the token."""
+        return weigh(pairs, torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype))
+
+    def reweigh(
+        self, losses: Float[Tensor, "M B"], has_target: Bool[Tensor, "M B"], noise: Float[Tensor, "B M"]
+    ) -> Float[Tensor, "M B"] | None:
+        """One decision per image: factors with sum 1 over the teachers that stay."""
+        if len(losses) == 1:
+            return None
+        hardest = losses.masked_fill(~has_target, -1.0).argmax(dim=0)
+        stays = (self.probability <= noise.T).scatter(0, hardest.unsqueeze(0), True) & has_target
+        return stays / stays.sum(dim=0).clamp(min=1)
+
+
+def stack_pairs(pairs: Sequence[Pair]) -> tuple[Float[Tensor, "M B n D"], Bool[Tensor, "M B n"]]:
+    """Targets, in float32 at least, and validity of all teachers, for a fusion of targets."""
+    targets = torch.stack([pair.target for pair in pairs])
+    targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
+    return targets, torch.stack([pair.valid for pair in pairs])
+
+
+def fuse(student: Tensor, teachers: Tensor, weights: Tensor, valid: Tensor, renormalize: bool = False) -> Fused:
+    """One pair, whose target is the weighted sum over the teachers."""
+    target = (weights.unsqueeze(-1) * teachers).sum(dim=0)  # not einsum: autocast would round it to bfloat16
+    target = F.layer_norm(target, target.shape[-1:]) if renormalize else target
+    anywhere = valid.any(dim=0)
+    return [Pair(student, target, anywhere, anywhere)], weights
+
+
+def weigh(pairs: Sequence[Pair], weights: Float[Tensor, "M B n"]) -> Fused:
+    """One pair per teacher, with these weights."""
+    weighed = [pair._replace(weight=weight) for pair, weight in zip(pairs, weights, strict=True)]
+    return weighed, weights / weights.sum(dim=0).clamp(min=1e-12)
+
+
+def agreement(targets: Sequence[Tensor], valid: Bool[Tensor, "M B n"]) -> Float[Tensor, "M B n"]:
+    """Mean cosine of a teacher's token-token row to those of the other teachers that saw the token; 0 if none did."""
+    rows = [cosine_rows(target) for target in targets]  # (B, n, n) each
+    itself = torch.eye(valid.shape[2], dtype=torch.bool, device=valid.device)
+    total, count = torch.zeros_like(valid, dtype=rows[0].dtype), torch.zeros_like(valid, dtype=rows[0].dtype)
+    for m in range(len(rows)):
+        for k in range(m):
+            both = valid[m] & valid[k]
+            columns = both.unsqueeze(1) & ~itself
+            cosine = F.cosine_similarity(rows[m] * columns, rows[k] * columns, dim=-1)
+            for teacher in (m, k):
+                total[teacher] += cosine * both
+                count[teacher] += both
+    return total / count.clamp(min=1)

@@ -1,0 +1,362 @@
+"""Slot `objective`: what is compared, and by which distance. Yours: subclass `Objective`, give it `pairs`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from comad.distillation.features import StudentOutput, TeacherOutput
+from comad.distillation.fusion import Pair
+from comad.distillation.relations import Queue, attention_logits, mean_of_maps, token_logits, with_class_token
+from comad.runtime.slots import Slot
+from comad.runtime.spelling import hint
+
+Teachers = Literal["all", "first", "rest"]
+"""The teachers that an objective uses."""
+Compared = tuple[list[Pair], Bool[Tensor, "B n"]]
+"""The pairs that an objective compares, and the positions at which it does."""
+
+
+class Shapes(NamedTuple):
+    """What objectives are built for.
+
+    Attributes:
+        student: channels of the student's tokens.
+        compared: channels of what is compared, one entry per pair.
+        num_heads: of the student's attention.
+    """
+
+    student: int
+    compared: tuple[int, ...]
+    num_heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Slot, slot="objective", default="feature"):
+    """One term of the loss: ``weight`` times the mean distance over the positions that it compares.
+
+    Attributes:
+        needs: what it reads: ``tokens`` (fused pairs of tokens), ``qkv`` or ``pixels``.
+
+    Args:
+        teachers: the teachers that this loss uses: ``all``, the ``first``, or the ``rest``.
+        weight: factor of the term; 0 leaves it out.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    teachers: Teachers = "all"
+    weight: float = 1.0
+
+    def subset(self, num_teachers: int) -> range:
+        """Numbers of the teachers that it uses."""
+        first, last = {"all": (0, num_teachers), "first": (0, 1), "rest": (1, num_teachers)}[self.teachers]
+        return range(first, last)
+
+    @property
+    def uses_cls(self) -> bool:
+        """Whether class tokens are compared."""
+        return False
+
+    @property
+    def distance_key(self) -> Hashable:
+        """Objectives with the same key differ in positions alone and share their distances; None: it has its own."""
+        return None
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """What it trains or keeps between steps; a part of the checkpoint."""
+        return nn.Module()
+
+    @abstractmethod
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """What is compared, and where.
+
+        Args:
+            state: what `build` made.
+            pairs: tokens of student and teachers, aligned and fused; class token first.
+            student: everything that is read of the student.
+            teachers: everything that is read of the teachers that it uses.
+            visible: the patches that the student sees.
+        """
+
+    @abstractmethod
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """The distance at every position."""
+
+
+def mean_over(
+    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"]
+) -> Float[Tensor, "P B"]:
+    """Weighted mean over the positions that count, split into what each pair and each image adds to it."""
+    weights = torch.stack([pair.weight for pair in pairs])
+    return (distances * (weights * positions)).sum(dim=2) / positions.sum().clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenObjective(Objective):
+    """Compares tokens.
+
+    Args:
+        where: ``visible``: patches that the student sees; ``hidden``: the others; ``all``: the whole map; ``cls``: no
+            patch. Positions that no teacher saw never count.
+        cls: the class token counts as one more position.
+    """
+
+    where: Literal["visible", "hidden", "all", "cls"] = "visible"
+    cls: bool = True
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return self.cls
+
+    def positions(self, pairs: Sequence[Pair], visible: Bool[Tensor, "B N"]) -> Bool[Tensor, "B N1"]:
+        """Which tokens count: column 0 is the class token, then the patches."""
+        valid = torch.stack([pair.valid for pair in pairs]).any(dim=0)
+        cls, patches = valid[:, :1], valid[:, 1:]
+        shown = {"visible": visible, "hidden": ~visible, "all": patches, "cls": torch.zeros_like(patches)}[self.where]
+        return torch.cat([cls & self.cls, patches & shown], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLoss(TokenObjective, name="feature"):
+    """Distance between tokens (arXiv:2508.04816, L_token and L_spatial).
+
+    Args:
+        distance: ``kl-student-teacher`` is KL(student‖teacher), the printed order; ``kl-teacher-student`` the usual;
+            ``mse``, ``smooth-l1``, ``l1``, ``cosine``.
+        temperature: of the softmax over channels; of ``smooth-l1`` its β.
+        projection: pass both sides through a small trained MLP first, as the paper's φ and ψ may be; it collapses.
+    """
+
+    distance: str = "kl-teacher-student"
+    temperature: float = 1.0
+    projection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.distance not in DISTANCES:
+            raise ValueError(f"no distance {self.distance!r}; {hint(self.distance, DISTANCES)}")
+
+    @property
+    def distance_key(self) -> Hashable:
+        """See `Objective`."""
+        return None if self.projection else (type(self), self.teachers, self.distance, self.temperature)
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """φ or ψ as a small MLP (arXiv:2508.04816, "Fusion and Distillation Losses"), if asked for."""
+        if not self.projection:
+            return nn.Identity()
+        return nn.Sequential(
+            nn.Linear(shapes.student, shapes.student), nn.GELU(), nn.Linear(shapes.student, shapes.student)
+        )
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Tokens, through the projection if there is one."""
+        if self.projection:
+            return [p._replace(prediction=state(p.prediction), target=state(p.target)) for p in pairs], self.positions(
+                pairs, visible
+            )
+        return list(pairs), self.positions(pairs, visible)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return DISTANCES[self.distance](pair.prediction.float(), pair.target.float(), self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationLoss(TokenObjective, name="relation"):
+    """KL(teacher‖student) of each token's softmax of cosines to the other tokens of the image.
+
+    Args:
+        temperature: of that softmax.
+    """
+
+    where: Literal["visible", "hidden", "all"] = "all"
+    cls: bool = False
+    temperature: float = 0.07
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Rows of cosines."""
+        positions = self.positions(pairs, visible)
+        rows = [(token_logits(pair.prediction, positions), token_logits(pair.target, positions)) for pair in pairs]
+        return [p._replace(prediction=a, target=b) for p, (a, b) in zip(pairs, rows, strict=True)], positions
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLoss(Objective, name="queue"):
+    """KL(teacher‖student) of the class token's softmax of cosines to past targets.
+
+    Args:
+        size: targets that are kept.
+        temperature: of that softmax.
+    """
+
+    size: int = 4096
+    temperature: float = 0.07
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return True
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """A queue per pair."""
+        return nn.ModuleList([Queue(self.size, width) for width in shapes.compared])
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Cosines of class tokens to the queue, in which the targets then take the place of the oldest."""
+        found = []
+        for queue, (prediction, target, valid, weight) in zip(state, pairs, strict=True):
+            newest = target[:, 0]
+            found.append(Pair(queue(prediction[:, :1]), queue(target[:, :1]), valid[:, :1], weight[:, :1]))
+            if queue.training:
+                queue.push(newest)
+        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionLoss(Objective, name="attention"):
+    """KL(teacher‖student) of rows of attention, mean over heads and teachers (TinyMIM, arXiv:2301.01296).
+
+    Args:
+        relation: softmax(QKᵀ/√d) or softmax(VVᵀ/√d).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"qkv"})
+    relation: Literal["queries-keys", "values-values"] = "queries-keys"
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Nothing is trained; the number of heads is kept."""
+        state = nn.Module()
+        state.num_heads = shapes.num_heads  # pyright: ignore[reportArgumentType]
+        return state
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Logits of rows, before the softmax."""
+        assert student.qkv is not None
+        theirs = [output.qkv for output in teachers if output.qkv is not None]
+        with_cls = student.qkv.cls is not None and all(part.cls is not None for part in theirs)
+        sides = [part if with_cls else part._replace(cls=None) for part in (student.qkv, *theirs)]
+        ours, *maps = (attention_logits(with_class_token(part), state.num_heads, self.relation) for part in sides)
+        everywhere = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
+        return [Pair(ours, mean_of_maps(maps), everywhere, everywhere)], everywhere
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return kl_teacher_student(pair.prediction, pair.target, 1.0).mean(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelLoss(Objective, name="pixels"):
+    """Mean squared error of reconstructed hidden patches to the image's own, normalised (MAE, arXiv:2111.06377)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Pixels of all patches; the hidden ones count."""
+        assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
+        return [Pair(*student.pixels, ~visible, ~visible)], ~visible
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return mse(pair.prediction, pair.target, 1.0)
+
+
+def kl_student_teacher(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL(φ(z_S) ‖ φ(z_T)), φ the softmax over channels (arXiv:2508.04816, L_token and L_spatial): (..., D) → (...)."""
+    if temperature != 1:
+        student, target = student / temperature, target / temperature
+    log_p, log_q = F.log_softmax(student, dim=-1), F.log_softmax(target, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def kl_teacher_student(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """KL(φ(z_T) ‖ φ(z_S)), the order of Hinton's distillation: (..., D) → (...)."""
+    return kl_student_teacher(target, student, temperature)
+
+
+def mse(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean squared difference over channels: (..., D) → (...)."""
+    return (student - target).square().mean(dim=-1)
+
+
+def smooth_l1(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Smooth L1 with β = ``temperature``, mean over channels: (..., D) → (...)."""
+    return F.smooth_l1_loss(student, target, beta=temperature, reduction="none").mean(dim=-1)
+
+
+def l1(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean absolute difference over channels: (..., D) → (...)."""
+    return (student - target).abs().mean(dim=-1)
+
+
+def cosine(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """1 - cosine: (..., D) → (...)."""
+    return 1 - F.cosine_similarity(student, target, dim=-1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "kl-student-teacher": kl_student_teacher,
+    "kl-teacher-student": kl_teacher_student,
+    "mse": mse,
+    "smooth-l1": smooth_l1,
+    "l1": l1,
+    "cosine": cosine,
+}
+"""Distance → function of (student, target, temperature)."""

@@ -1,0 +1,172 @@
+"""The end of a run: scores of everyone on one board, and the student as a folder to take away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from lightning_fabric import Fabric
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from comad.data.images import Splits
+from comad.distillation.config import DistillConfig
+from comad.distillation.distiller import Distiller
+from comad.distillation.samples import leave_samples
+from comad.evaluation.scoreboard import Candidate, Score, Scoreboard, score_all
+from comad.evaluation.scores import write_scores
+from comad.exporting.package import ModelCard, export_backbone, snippet
+from comad.models.teachers import Teacher, inherited_licence
+from comad.models.timm_backbone import TimmBackbone
+from comad.reporting.page import write_report
+from comad.runtime.log import hours_of_training
+from comad.runtime.provenance import code_version, hardware
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run leaves behind.
+
+    Attributes:
+        folder: of the run.
+        scores: every row of the scoreboard, with the result on each test image.
+        scoreboard: the student beside its teachers, itself untrained, and pixels.
+        others: the results of the further students, if there are any.
+    """
+
+    folder: Path
+    scores: tuple[Score, ...]
+    scoreboard: Scoreboard
+    others: tuple[DistillResult, ...] = ()
+
+    @property
+    def student_folder(self) -> Path:
+        """The exported student: timm and transformers load it without comad."""
+        return self.folder / "student"
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student as timm's model, in eval mode: normalised images (B, 3, H, W) → features (B, D)."""
+        return timm.create_model(f"local-dir:{self.student_folder}", pretrained=True).eval()
+
+    @cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """From a PIL image to what ``student`` takes."""
+        return cast(Any, create_transform(**resolve_model_data_config(self.student)))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The log: one dictionary for each logged step, probe or warning."""
+        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class TrainedStudent(NamedTuple):
+    """A student at the end of training: the config that it would have alone, itself before, and what was trained."""
+
+    config: DistillConfig
+    untrained: TimmBackbone
+    distiller: Distiller
+
+
+def finish(
+    students: Sequence[TrainedStudent], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric
+) -> DistillResult:
+    """Score everything on the wanted part, write scoreboard, export and report of each student, and say how to use it.
+
+    Pixels and teachers are scored once and stand on the board of every student.
+    """
+    config, scores, others = students[0].config, (), ()
+    scored = splits if config.split == "none" else splits._replace(test=getattr(splits, config.split))
+    for trained in students:
+        trained.distiller.to(fabric.device)
+    if config.split != "none":
+        rows = [candidates(trained) for trained in students]
+        shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
+        shared += [Candidate(t.name, "teacher", t.backbone, t.backbone.image_size) for t in teachers]
+        dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+        scores = score_all([*shared, *(row for own in rows for row in own)], scored, dtype)
+        others, scores = scores[: len(shared)], scores[len(shared) :]
+    results, each = [], len(scores) // len(students)
+    for number, trained in enumerate(students):
+        own = (*others, *_with_untrained(trained.config, scores[number * each : (number + 1) * each]))
+        results.append(_leave(trained, scored, teachers, own, fabric))
+    return replace(results[0], others=tuple(results[1:]))
+
+
+def _leave(
+    trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
+) -> DistillResult:
+    """Write what one student leaves behind. Whoever loads it reads no token that nothing trained."""
+    config, out = trained.config, Path(trained.config.run.out)
+    trained.distiller.student.token_types = trained.distiller.token_types
+    board = Scoreboard(tuple(part.row for part in scores))
+    board.write(out / "scoreboard.json")
+    write_scores(out / "scores.json", scores, {"split": config.split})
+    if scores:
+        fabric.print(board.table())
+    folder = export_backbone(
+        trained.distiller.student,
+        out / "student",
+        model_args=config.student.arguments,
+        card=_card(trained, splits, teachers, board, fabric),
+    )
+    leave_samples(trained.distiller, teachers, splits, scores, out)
+    fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
+    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    return DistillResult(out, scores, board)
+
+
+def candidates(trained: TrainedStudent) -> list[Candidate]:
+    """Rows to be scored: the student without any training where it began with some, at its start, and trained."""
+    config, size = trained.config, trained.config.student.image_size
+    rows = [
+        Candidate("init-only", "init_only", trained.untrained, size),
+        Candidate("student", "student", trained.distiller.student, size),
+    ]
+    if config.student.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            random = replace(config.student, pretrained=False).build()
+        rows.insert(0, Candidate("untrained", "untrained", random, size))
+    return rows
+
+
+def _with_untrained(config: DistillConfig, scores: Sequence[Score]) -> tuple[Score, ...]:
+    """A student from scratch is untrained at its start, and is scored once."""
+    if config.student.pretrained or not scores:
+        return tuple(scores)
+    first = scores[0]
+    return first._replace(row=replace(first.row, name="untrained", role="untrained")), *scores
+
+
+def _card(
+    trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
+) -> ModelCard:
+    config = trained.config
+    names = ", ".join(teacher.name for teacher in teachers)
+    return ModelCard(
+        name=f"{config.preset} student of {names}",
+        licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
+        about=f"Distilled from the frozen teachers {names} by comad.",
+        architecture=config.student.name,
+        token_types=trained.distiller.token_types,
+        preset=config.preset,
+        seed=config.run.seed,
+        images_seen=config.optim.images_seen(len(splits.train)),
+        code=code_version(),
+        hardware=hardware(fabric.device, config.run.threads),
+        hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),
+        data=config.data if config.data == "stamps" else Path(config.data).name,
+        data_licence=splits.licence,
+        eval_crop=splits.train.eval_crop,
+        teachers=tuple(teacher.card for teacher in teachers),
+        scores=tuple(board.as_dict()["rows"]) if config.split == "test" else (),
+    )

@@ -1,0 +1,151 @@
+"""One distillation run: from a config to a scored and exported student."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comad.data.loader import Batch
+from comad.distillation.agreement import held_out_agreement
+from comad.distillation.cache import TeacherCache
+from comad.distillation.config import DistillConfig
+from comad.distillation.distiller import Distiller, calibrate
+from comad.distillation.features import TeacherOutput
+from comad.distillation.health import CollapseDetector
+from comad.distillation.masking import Masks, drop_unused_masks
+from comad.distillation.results import DistillResult, TrainedStudent, finish
+from comad.distillation.samples import leave_facts
+from comad.distillation.setup import Inputs, Setup, Student, prepare
+from comad.evaluation.probe import KnnProbe
+from comad.models.compiling import eager_mode
+from comad.models.teachers import licence_notice
+from comad.runtime.log import first_metrics
+from comad.runtime.options import identity_of
+from comad.runtime.recipe import write_recipe
+from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
+from comad.runtime.trainer import Job, Trainer
+
+
+def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResult | None:
+    """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
+
+    Several students share images, views and teacher passes; each is trained, scored and exported as it would be
+    alone, in a folder of its own below the run's. Of several processes the first does what comes after training; the
+    others return None.
+
+    Raises:
+        ValueError: bad data, teachers or recipe, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+        TrainingError: the loss is not finite, or the run collapsed and was told to stop.
+    """
+    fabric = start_fabric(config.run)
+    setup = prepare(config, fabric, inputs)
+    config, teachers = setup.config, setup.teachers
+    runs = open_runs(config.run, config.student_folders, fabric)
+    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
+        fabric.print(line)
+    summary = setup.splits.summary()
+    fabric.print(summary.text)
+    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
+    if fabric.is_global_zero:
+        _write_recipes(config, runs)
+        for number, run in enumerate(runs):
+            leave_facts(config.alone(number, run), summary.facts, Path(run.out))
+    if config.compile:
+        setup.compile()
+    with Trainer(make_jobs(setup, runs), setup.data, config.optim, fabric) as trainer:
+        train_students(trainer, setup, cache)
+    if cache and not config.cache_folder:
+        fabric.barrier()
+        shutil.rmtree(config.cache_in, ignore_errors=True)
+    if not fabric.is_global_zero:
+        return None
+    trained = [
+        TrainedStudent(config.alone(number, run), student.start, state.scored)
+        for number, (run, student, state) in enumerate(zip(runs, setup.students, trainer.states, strict=True))
+    ]
+    with eager_mode(config.compile):
+        return finish(trained, setup.splits, teachers, fabric)
+
+
+def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
+    """The training loop: masks, teachers, then student, loss and backward of everyone."""
+    method, teachers, distiller = setup.config.method, setup.teachers, setup.students[0].distiller
+    for step in trainer:
+        for batch in step:
+            views = [method.masking.blend(view.float() / 255, batch.noise) for view in batch.views]
+            masks = drop_unused_masks(method.masking(batch.noise, step.progress), teachers)
+            if cache:
+                outputs = cached_outputs(cache, batch, masks, distiller, setup)
+            else:
+                seen = enumerate(zip(teachers, setup.teacher_views(views), strict=True))
+                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in seen]
+            for state in step.states:
+                with step.microbatch(state):
+                    loss, metrics = state.module(views[-1], outputs, masks)
+                    state.backward(loss, metrics)
+
+
+def cached_outputs(
+    cache: TeacherCache, batch: Batch, masks: Masks, distiller: Distiller, setup: Setup
+) -> list[TeacherOutput]:
+    """The teachers' outputs from the cache; what is not known yet is computed and kept."""
+    views = setup.teacher_views(batch.views)
+
+    def compute(m: int, samples: Tensor) -> TeacherOutput:
+        visible = tuple(None if part is None else part[samples.to(part.device)] for part in masks.teachers)
+        view = views[m][samples.to(views[m].device)].float() / 255
+        return distiller.forward_teacher(setup.teachers[m], m, view, masks._replace(teachers=visible))
+
+    return cache(batch, views, masks, compute)
+
+
+def calibrate_students(setup: Setup, numbers: Sequence[int], limit: int | None = None) -> None:
+    """Calibrate these students on the training images; ``limit`` takes fewer images than the method asks for."""
+    if numbers and setup.config.method.num_calibration_images:
+        generator = torch.Generator().manual_seed(setup.config.run.seed)
+        views = setup.calibration_views(generator, limit)
+        calibrate([setup.students[number].distiller for number in numbers], setup.teachers, views, generator)
+
+
+def make_jobs(setup: Setup, runs: Sequence[RunConfig]) -> list[Job]:
+    """What the trainer needs to know of each student."""
+    cards = {teacher.name: teacher.card.as_dict() for teacher in setup.teachers}
+    data = setup.splits.train.fingerprint()
+    return [
+        Job(
+            module=student.distiller,
+            run=run,
+            identity={**identity_of(setup.config.alone(number, run)), "teacher_cards": cards, "data": data},
+            probe=Probe(setup, student),
+            watch=CollapseDetector(first_metrics(Path(run.out)) if run.resume else None),
+            rng=student.rng,
+        )
+        for number, (run, student) in enumerate(zip(runs, setup.students, strict=True))
+    ]
+
+
+class Probe:
+    """Scores during the run: kNN of the student, and its agreement with the teachers, on validation images."""
+
+    def __init__(self, setup: Setup, student: Student):
+        self.setup, self.knn = setup, KnnProbe(setup.splits, student.start.image_size)
+
+    def __call__(self, module: Distiller) -> Metrics:
+        """Names → numbers."""
+        with eager_mode(self.setup.config.compile):
+            agreement = held_out_agreement(module, self.setup.teachers, self.setup.splits.val)
+            return {**self.knn(module.student), **agreement}
+
+
+def _write_recipes(config: DistillConfig, runs: Sequence[RunConfig]) -> None:
+    """The recipe of the run, and of several students each one's own."""
+    own = [config.alone(number, run) for number, run in enumerate(runs)]
+    for part in (config, *own):
+        if not part.run.resume:
+            write_recipe(part, Path(part.run.out) / "config.yaml")

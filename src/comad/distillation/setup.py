@@ -1,0 +1,283 @@
+"""What a run is made of: images, teachers and students, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from comad.data.images import Splits, load_images
+from comad.data.loader import Sample, TrainingBatches, ViewDataset
+from comad.data.transforms import ColourChange, Crop
+from comad.distillation.cache import CacheSpec, digest_of_names
+from comad.distillation.config import DistillConfig
+from comad.distillation.distiller import Distiller, set_heads
+from comad.distillation.features import Blocks, TeacherOutput, forward_teacher
+from comad.distillation.masking import HidingPatches, drop_unused_masks
+from comad.distillation.method import load_decoders
+from comad.models.backbone import Backbone
+from comad.models.compiling import compile_blocks, need_compiler
+from comad.models.offload import offload
+from comad.models.onednn_linear import use_onednn_linear
+from comad.models.quantized import check_quantized, precision_of, quantize
+from comad.models.teachers import Teacher, load_on_grid
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
+from comad.runtime.checkpoint import RngState
+from comad.runtime.options import identity_of
+
+SHORT = 256
+"""Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
+NEAR = 0.999
+"""Mean cosine to the tokens before, under which 8 bits are warned of."""
+NOT_OF_THE_OUTPUT = ("name", "source", "about", "licence")
+"""Facts on a teacher's card that its outputs do not depend on."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Objects in the place of names: what Python hands to a run. None: what the config names.
+
+    Attributes:
+        splits: the images.
+        teachers: each as a name, or loaded.
+        student: a timm Vision Transformer to train, in the place of ``config.student``.
+    """
+
+    splits: Splits | None = None
+    teachers: Sequence[str | nn.Module | Teacher] | None = None
+    student: VisionTransformer | None = None
+
+
+class Student(NamedTuple):
+    """A student of a run.
+
+    Attributes:
+        start: the network before it learns.
+        distiller: what is to be trained, on the device.
+        rng: generators of its own, as it would have alone.
+    """
+
+    start: TimmBackbone
+    distiller: Distiller
+    rng: RngState
+
+
+@dataclass(frozen=True)
+class DistillViews:
+    """One crop and flip for all, colours changed for the student alone, noise to draw the masks from.
+
+    Attributes:
+        crop: the shared crop, at the student's size.
+        sizes: of the teachers' views, each once.
+        colour: the student's change of colours; None changes nothing.
+        noise_shape: one row for the student and one per teacher; N.
+    """
+
+    crop: Crop
+    sizes: tuple[int, ...]
+    colour: ColourChange | None
+    noise_shape: tuple[int, int]
+
+    def __call__(self, image: Tensor) -> Sample:
+        """uint8 image → (teachers' view of each size, ..., student's view) and uniform noise (1 + M, N)."""
+        *teachers, student = self.crop.at_sizes(image, (*self.sizes, self.crop.size))
+        student = self.colour(student) if self.colour else student
+        return Sample((*teachers, student), torch.rand(*self.noise_shape))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All parts of a run.
+
+    Attributes:
+        config: with the students' options as the method wants them.
+        splits: the images.
+        teachers: frozen, on the device.
+        students: in the order of ``config.students``.
+        fabric: the engine.
+    """
+
+    config: DistillConfig
+    splits: Splits
+    teachers: list[Teacher]
+    students: list[Student]
+    fabric: Fabric
+
+    @property
+    def views(self) -> ViewDataset:
+        """The training images as views for teachers and students."""
+        config, size, jitter = self.config, self.config.student.image_size, self.config.augment.jitter
+        colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
+        crop, sizes = Crop(size=size, scale=config.augment.crop_scale), self.teacher_sizes
+        make = DistillViews(crop, sizes, colour, (1 + len(self.teachers), self.students[0].start.num_patches))
+        return ViewDataset(self.splits.train, make, config.run.seed, 2 * max(size, *sizes))
+
+    @property
+    def teacher_sizes(self) -> tuple[int, ...]:
+        """Pixels on the sides of the teachers' views, each once."""
+        return tuple(dict.fromkeys(teacher.backbone.image_size for teacher in self.teachers))
+
+    def teacher_views(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Of the views of a batch, that of each teacher."""
+        by_size = dict(zip(self.teacher_sizes, views, strict=False))
+        return [by_size[teacher.backbone.image_size] for teacher in self.teachers]
+
+    @property
+    def data(self) -> TrainingBatches:
+        """All batches of the run."""
+        config, images = self.config, self.splits.train
+        return TrainingBatches(
+            self.views, len(images), images.path, config.optim.batch_size, config.run.seed, config.loader
+        )
+
+    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:
+        """Each teacher's whole view of random training images, in batches; as many as the method asks for."""
+        views = self.views
+        count = min(self.config.method.num_calibration_images, len(views.images))
+        chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
+        batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
+        for batch in DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ():
+            yield self.teacher_views([view.float() / 255 for view in batch.views])
+
+    def cache_spec(self) -> CacheSpec:
+        """What a cache of the teachers' outputs is of.
+
+        The number of teachers is not part of a key: masks are drawn row by row, so that a further teacher leaves the
+        others' alone. Its own place is.
+        """
+        config, views, method = self.config, self.views, self.config.method
+        masking: Any = method.masking
+        if isinstance(masking, HidingPatches):  # these are the student's alone
+            masking = replace(masking, hidden="drop", unmasked_share=0.0)
+        shared = {
+            "masking": identity_of(masking),
+            "features": identity_of(method.features),
+            "augment": identity_of(config.augment),
+            "view": [config.student.image_size, self.students[0].start.num_patches],
+            "seed": views.seed,
+            "images": digest_of_names(views.images),
+        }
+        keys = []
+        for place, teacher in enumerate(self.teachers):
+            card = {name: value for name, value in teacher.card.as_dict().items() if name not in NOT_OF_THE_OUTPUT}
+            own = {"teacher": card, "image_size": teacher.backbone.image_size, "dtype": precision_of(teacher.backbone)}
+            needs = sorted(method.teacher_needs(place, len(self.teachers)))
+            keys.append((teacher.name, {**shared, **own, "needs": needs, "place": place}))
+
+        def example(m: int) -> TeacherOutput:
+            sample = views[0, 0]
+            masks = drop_unused_masks(method.masking(sample.noise.unsqueeze(0).to(self.fabric.device)), self.teachers)
+            view = self.teacher_views(sample.views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
+            return self.students[0].distiller.forward_teacher(self.teachers[m], m, view, masks)
+
+        return CacheSpec(
+            config.cache_in, keys, len(views.images), config.loader.fixed_views, config.cache_storage, example
+        )
+
+    def compile(self) -> None:
+        """Compile the blocks that a step runs."""
+        for teacher in self.teachers:
+            if isinstance(teacher.backbone, TimmBackbone):
+                compile_blocks(teacher.backbone.vit)
+        for student in self.students:
+            compile_blocks(student.distiller.student.vit)
+
+
+def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None) -> Setup:
+    """Load and check everything that a run needs; nothing is written.
+
+    Raises:
+        ValueError: bad data, teachers or recipe, or an option that this machine cannot follow.
+    """
+    inputs = inputs or Inputs()
+    splits = inputs.splits or load_images(config.data)
+    config.check(len(splits.train))
+    if config.compile:
+        need_compiler()
+    if config.quantized:
+        check_quantized(config.quantized, fabric.device, config.compile)
+    built = _build_students(config, fabric, inputs)
+    teachers = _load_teachers(config, built[0][0], fabric, inputs)
+    students, vits = [], []
+    for vit, (network, rng) in zip(config.students, built, strict=True):
+        config.method.check(network, teachers)
+        if heads := config.method.compared_heads(teachers):
+            set_heads(network, heads)
+            vit = replace(vit, heads=heads)
+        start = copy.deepcopy(network)
+        with rng.use():
+            distiller = Distiller(network, teachers, config.method)
+        distiller.to(fabric.device)
+        math_attention_on_cpu(distiller, fabric.device)
+        students.append(Student(start, distiller, rng))
+        vits.append(vit)
+    setup = Setup(replace(config, student=vits[0], extra_students=tuple(vits[1:])), splits, teachers, students, fabric)
+    if config.quantized:
+        _quantize_teachers(setup)
+    elif not config.compile and config.offload_to is None:
+        for teacher in teachers:
+            use_onednn_linear(teacher.backbone)
+    return setup
+
+
+def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> list[tuple[TimmBackbone, RngState]]:
+    """The students as they are before the run, each with generators that begin with the seed."""
+    built = []
+    for vit in config.students:
+        fabric.seed_everything(config.run.seed, verbose=False)
+        rng = RngState()
+        with rng.use():
+            built.append((TimmBackbone(inputs.student) if inputs.student is not None else vit.build(), rng))
+    pairs = zip(config.students, built, strict=True)
+    seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
+    for vit, other in zip(config.students, seen, strict=True):
+        if other != seen[0]:
+            raise ValueError(
+                f"students share their views, but {config.student.name} sees {seen[0]}, {vit.name} sees {other}; give "
+                "--student.image-size and --student.patch-size, which hold for every --student NAME."
+            )
+    return built
+
+
+def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric, inputs: Inputs) -> list[Teacher]:
+    """Teachers on the students' grid, with their decoders where the method learns from them."""
+    specs = config.teachers if inputs.teachers is None else inputs.teachers
+    if not specs:
+        raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
+    dtype, device, folder = config.teacher_dtype, fabric.device, config.offload_to
+
+    def place(backbone: Backbone) -> None:
+        if folder:
+            offload(backbone, device, folder)
+        else:
+            backbone.to(device)
+        if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
+            math_attention_on_cpu(backbone, device)
+
+    size = None if config.teacher_image_size == "own" else config.teacher_image_size
+    teachers = load_on_grid(specs, student.grid[0], student.patch_size, dtype, place, size)
+    load_decoders(config.method, [spec for spec in specs if isinstance(spec, str)], teachers, dtype)
+    return teachers
+
+
+def _quantize_teachers(setup: Setup) -> None:
+    """Put teachers into 8 bits, in place, and say of each the mean cosine to its tokens before."""
+    kind, views, fabric = setup.config.quantized, setup.views, setup.fabric
+    assert kind is not None
+    samples = [setup.teacher_views(views[0, index].views) for index in range(min(8, len(views.images)))]
+    for m, teacher in enumerate(setup.teachers):
+        images = torch.stack([sample[m] for sample in samples]).to(fabric.device).float() / 255
+        before = forward_teacher(Blocks(), teacher.backbone, images).patches
+        quantize(teacher.backbone, kind)
+        after = forward_teacher(Blocks(), teacher.backbone, images).patches
+        cosine = float(F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
+        warning = "" if cosine >= NEAR else f"; WARNING: under {NEAR}, --teacher-precision bf16 is nearer"
+        fabric.print(f"{teacher.name}: {kind}, tokens at a cosine of {cosine:.5f} to bf16{warning}")

@@ -1,0 +1,133 @@
+"""The verb `comad teachers compare`: how much several teachers repeat each other on the images they are wanted for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+from jaxtyping import Int
+from torch import Tensor
+
+from comad.data.images import ImageSet, load_images
+from comad.evaluation.similarity import linear_cka
+from comad.evaluation.views import BATCH, device, load_many, readable, sample, token_batches, view_size
+from comad.models.backbone import gather_patches
+from comad.models.teachers import Teacher, licence_notice
+
+ADDS_LITTLE = 0.95
+"""Two teachers whose pooled and token CKA are both above this say nearly the same."""
+POSITIONS = 16
+"""Patches per image that the agreement of tokens is measured on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare teachers on images; labels are not used.
+
+    Args:
+        teachers: two or more, each NAME=FILE, a path, an exported folder, a bundled teacher, or a timm model name.
+        data: a folder of images, or the name of a bundled set.
+        image_size: pixels on the side of the student's images, 224 by default, 48 on stamps. Its patches have 16
+            pixels, 8 on stamps; every teacher is loaded for this grid of patches.
+        images: at most so many.
+        out: a JSON file for the numbers; none is written if left out.
+    """
+
+    teachers: tyro.conf.Positional[tuple[str, ...]] = ()
+    data: str = "stamps"
+    image_size: int | None = None
+    images: int = 1000
+    out: str | None = None
+
+
+class Pair(NamedTuple):
+    """How alike two teachers are, 0 to 1.
+
+    Attributes:
+        a, b: their names.
+        pooled_cka: linear CKA of the mean patch token of each image.
+        token_cka: linear CKA of patch tokens at the same positions of the same images, on the common grid.
+    """
+
+    a: str
+    b: str
+    pooled_cka: float
+    token_cka: float
+
+
+def compare(config: CompareConfig) -> str:
+    """Measure how alike teachers are, two by two, on the same images, and say whether one adds little.
+
+    Pooled CKA is of one vector per image. Token CKA is of 16 patches per image, drawn once and the same for all. Vision
+    Transformers get images of the size that gives them the common grid; the map of other networks is resampled to it.
+
+    Raises:
+        ValueError: fewer than two teachers, one that cannot be loaded, unreadable data, or tokens that are not finite.
+    """
+    if len(config.teachers) < 2:
+        raise ValueError("name two teachers or more: comad teachers compare A B; for one use comad teachers inspect.")
+    if config.out and Path(config.out).is_dir():
+        raise ValueError(f"--out {config.out} is a folder; name a file, such as {config.out}/compare.json.")
+    images, indices = sample(readable(load_images(config.data)), config.images)
+    teachers = load_many(config.teachers, config.data, config.image_size)
+    pairs = _pairs(teachers, images, indices)
+    words = _conclusion(pairs)
+    if config.out:
+        _write(Path(config.out), teachers, {"data": images.name, "images": len(indices)}, pairs, words)
+    lines = [*(teacher.card.summary() for teacher in teachers), licence_notice(teachers), *_table(pairs)]
+    widest = max(teacher.backbone.width for teacher in teachers)
+    if len(indices) < widest:
+        lines.append(f"{len(indices)} images for tokens of width {widest} are few: pooled CKA reads too high.")
+    return "\n".join(filter(None, [*lines, words]))
+
+
+def _pairs(teachers: Sequence[Teacher], images: ImageSet, indices: Int[Tensor, " n"]) -> list[Pair]:
+    """Compare each teacher with each that follows."""
+    num_patches = teachers[0].backbone.num_patches
+    noise = torch.rand(len(indices), num_patches, generator=torch.Generator().manual_seed(0))
+    positions = noise.argsort(dim=1)[:, :POSITIONS]
+    pooled, tokens = {}, {}
+    for name, backbone, _ in teachers:
+        batches = zip(token_batches(backbone.to(device()), images, indices), positions.split(BATCH), strict=True)
+        kept = [(patches.mean(dim=1), gather_patches(patches, rows).flatten(0, 1)) for patches, rows in batches]
+        pooled[name], tokens[name] = (torch.cat(part) for part in zip(*kept, strict=True))
+        if not pooled[name].isfinite().all():
+            raise ValueError(f"{name}: its tokens are NaN or infinite; look at it with comad teachers inspect.")
+    return [
+        Pair(a, b, linear_cka(pooled[a], pooled[b]), linear_cka(tokens[a], tokens[b]))
+        for a, b in itertools.combinations(pooled, 2)
+    ]
+
+
+def _conclusion(pairs: Sequence[Pair]) -> str:
+    """Which two are most alike, in words."""
+    most = max(pairs, key=lambda pair: pair.pooled_cka)
+    alike = f"Most alike: {most.a} and {most.b}, pooled CKA {most.pooled_cka:.2f}."
+    little = [pair for pair in pairs if min(pair.pooled_cka, pair.token_cka) > ADDS_LITTLE]
+    if not little:
+        return f"{alike} No teacher repeats another: no pair is above {ADDS_LITTLE} in both numbers."
+    return " ".join([alike, *(f"{b} adds little to {a}: both are above {ADDS_LITTLE}." for a, b, _, _ in little)])
+
+
+def _table(pairs: Sequence[Pair]) -> list[str]:
+    """A line for each pair, numbers to the right."""
+    width = max(len(name) for pair in pairs for name in (pair.a, pair.b))
+    lines = [f"{'pair':{2 * width + 2}}  pooled CKA  token CKA"]
+    return lines + [f"{a:{width}}  {b:{width}}  {pooled:10.3f}  {token:9.3f}" for a, b, pooled, token in pairs]
+
+
+def _write(path: Path, teachers: Sequence[Teacher], facts: dict[str, Any], pairs: Sequence[Pair], words: str) -> None:
+    """Write everything as JSON."""
+    seen = [t.card.as_dict() | {"image_size": view_size(t.backbone), "grid": list(t.backbone.grid)} for t in teachers]
+    content = {**facts, "teachers": seen, "pairs": [pair._asdict() for pair in pairs], "conclusion": words}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another --out.") from error

@@ -1,0 +1,133 @@
+"""The verb `comad evaluate segment`: train a head on a backbone and score it on the validation images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
+from comad.data.dense import DenseDataset, SegmentationView, in_order
+from comad.data.loader import TrainingBatches
+from comad.evaluation.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
+from comad.evaluation.features import evaluating
+from comad.evaluation.segmentation.config import SegmentConfig
+from comad.evaluation.segmentation.scores import count_pixels, score_counts
+from comad.evaluation.segmentation.segmenter import Segmenter, segment_image
+from comad.models.maps import load_maps
+from comad.models.teachers import TeacherCard
+from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.recipe import write_recipe
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job
+
+
+def segment(config: SegmentConfig) -> str:
+    """Train, score and write ``scores.json``, ``counts.npz`` and ``samples.npz`` into the run's folder.
+
+    Of several processes the first scores; the others return an empty text.
+
+    Returns:
+        The scores, to be printed.
+
+    Raises:
+        ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+    """
+    fabric = start_fabric(config.run)
+    job, data, splits, card = prepare(config, fabric)
+    out = open_run(config.run, fabric)
+    if fabric.is_global_zero and not config.run.resume:
+        tell(splits.summary().text)
+        write_recipe(config, out / "config.yaml")
+    trained = train_dense(job, data, config.optim, fabric)
+    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+
+
+def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, SegmentationSplits, TeacherCard]:
+    """Load and check everything that a run needs; nothing is written.
+
+    Raises:
+        ValueError: bad data, or a backbone that cannot be used.
+    """
+    fabric.seed_everything(config.run.seed, verbose=False)
+    splits = load_ade20k(config.data)
+    splits.validation.check_images()
+    splits.train.check_label_maps()
+    model, card = build(config, len(splits.class_names))
+    math_attention_on_cpu(model, fabric.device)
+    view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
+    dataset = DenseDataset(splits.train, view, config.run.seed)
+
+    def probe(module: Any) -> dict[str, float]:
+        counts = count_answers(module, splits.validation, config, limit=PROBED)
+        scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
+        return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
+
+    return *dense_job(config, model, dataset, card, probe), splits, card
+
+
+def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:
+    """The network that a config asks for, its head with random weights, and the card of its backbone."""
+    if not 0 < config.stride <= config.crop:
+        raise ValueError(f"windows of {config.crop} pixels are at least 1 and at most as many apart; change --stride.")
+    linear = config.head == "linear"
+    maps, card = load_maps(config.backbone, config.crop, drop_path=config.drop_path, frozen=linear)
+    return Segmenter(maps, num_classes, 0 if linear else config.channels, config.auxiliary), card
+
+
+def count_answers(
+    module: Segmenter, images: SegmentationImages, config: SegmentConfig, limit: int | None = None
+) -> Int[Tensor, "n 3 C"]:
+    """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
+    counts = []
+    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
+            answer = segment_image(module, image, config.short_side, config.crop, config.stride)
+            counts.append(count_pixels(answer, truth, images.num_classes))
+    return torch.stack(counts)
+
+
+def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path, card: TeacherCard) -> str:
+    """Score the trained network on all validation images."""
+    counts = count_answers(module, splits.validation, config)
+    score = score_counts(counts, splits.class_names)
+    truth = counts[:, 2].sum(dim=0)
+    absent = [name for name, pixels in zip(splits.class_names, truth, strict=True) if not pixels]
+    images = len(splits.validation)
+    write_json(
+        out / "scores.json",
+        {
+            "backbone": card.name,
+            "head": config.head,
+            "images": images,
+            "absent": absent,
+            **score.as_dict(),
+            "data": splits.summary().facts,
+        },
+    )
+    np.savez_compressed(out / "counts.npz", counts=counts.numpy().astype(np.int32))
+    _save_samples(config, splits, module, out)
+    note = f"\n{len(absent)} classes have no pixel in the validation images: {', '.join(absent)}." if absent else ""
+    return f"{card.summary()}\nmIoU {score.miou:.2f} %  aAcc {score.aacc:.2f} %  on {images} images{note}"
+
+
+def _save_samples(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path) -> None:
+    """Keep some images with truth and answer, for figures."""
+    arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
+    images = splits.validation
+    with evaluating(module):
+        for number, index in enumerate(sampled(len(images))):
+            image, truth = images.load(index)
+            answer = segment_image(module, image, config.short_side, config.crop, config.stride)
+            arrays |= {
+                f"image{number}": image.numpy(),
+                f"truth{number}": truth.numpy(),
+                f"answer{number}": answer.numpy(),
+            }
+    np.savez_compressed(out / "samples.npz", **arrays)

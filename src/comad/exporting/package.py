@@ -1,0 +1,255 @@
+"""A folder with weights, config and model card that timm and transformers load without comad."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.data.config import resolve_model_data_config
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from comad.exporting import programs
+from comad.exporting.card import ModelCard, model_card
+from comad.exporting.encoder import Pool, Preprocessing, pool_of, pooled, preprocessing_of
+from comad.exporting.formats import Graph
+from comad.models.backbone import Backbone
+from comad.models.files import read_json, sha256
+from comad.models.networks import gives_tokens
+from comad.runtime.atomic import replacing
+
+__all__ = ["ModelCard", "export_backbone", "snippet", "verify_export", "write_timm"]
+
+TOLERANCE = 1e-4
+"""Largest absolute difference between the tokens of a float32 export and of the backbone."""
+HALF_TOLERANCE = 2e-2
+"""Largest difference for a 16-bit export, relative to the largest token value."""
+
+
+def export_backbone(
+    backbone: Backbone,
+    folder: Path,
+    *,
+    model_args: dict[str, Any],
+    card: ModelCard,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads offline, and verify it.
+
+    The folder holds ``model.safetensors``, ``config.json`` (with the card under the key ``comad``) and ``README.md``.
+    It is written beside its place and renamed when it is verified; an earlier export at its place is replaced.
+    Of a Vision Transformer ``model(images)`` then gives the class token, or the mean of the patches if the class token
+    carries no meaning.
+
+    Args:
+        backbone: the network, on any device; left as it is.
+        folder: where to.
+        model_args: arguments that make ``card.architecture`` this network: ``{"img_size": 48, "patch_size": 8, …}``.
+        card: about the model.
+        dtype: of the weights in the file.
+
+    Raises:
+        ValueError: timm knows no such architecture, or the place is taken by something else than an export.
+        RuntimeError: timm does not give the same tokens as the backbone; nothing is written.
+    """
+    check_architecture(card.architecture)
+    check_place(folder)
+    with replacing(folder) as partial:
+        card = write_timm(backbone, partial, model_args=model_args, card=card, dtype=dtype)
+        graph = replace(timm_facts(backbone, preprocessing_of(backbone, card.eval_crop)), labels=card.labels)
+        (partial / "README.md").write_text(model_card(card, both_programs(graph, folder.name)), encoding="utf-8")
+        verify_export(backbone, partial, dtype)
+    return folder
+
+
+def write_timm(
+    backbone: Backbone,
+    folder: Path,
+    *,
+    model_args: dict[str, Any],
+    card: ModelCard,
+    dtype: torch.dtype = torch.float32,
+    head: tuple[nn.Linear, Pool] | None = None,
+) -> ModelCard:
+    """Write ``model.safetensors`` and ``config.json``; see `export_backbone`.
+
+    Args:
+        head: a linear head on a pool of the tokens, for the classes ``card.labels``.
+
+    Returns:
+        The card with the hash of the weights.
+
+    Raises:
+        ValueError: the network has no place for this head.
+    """
+    network = _save(backbone, folder, model_args, dtype, head)
+    card = replace(card, sha256=sha256(folder / "model.safetensors"))
+    _complete_config(folder / "config.json", _pretrained_cfg(backbone, network, card), card)
+    return card
+
+
+def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Load a folder by timm and compare the tokens of a random image, and what they are pooled to, with the backbone's.
+
+    Raises:
+        RuntimeError: they differ by more than `TOLERANCE`, or in 16 bits by more than `HALF_TOLERANCE`.
+    """
+    network = copy.deepcopy(backbone).cpu().float().eval()
+    height, width = (side * backbone.patch_size for side in backbone.grid)
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens, is_map = network(image), not gives_tokens(next(backbone.children()))
+        prefix = [] if tokens.cls is None or is_map else [tokens.cls.unsqueeze(1)]
+        first = [] if is_map else [pooled(tokens, pool_of(backbone)).unsqueeze(1)]
+        expected = torch.cat([*first, *prefix, tokens.patches], dim=1)
+        found = _timm_tokens(folder, image, len(prefix))
+    difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * expected.abs().max().item()
+    if not difference <= limit:  # so that NaN fails too
+        raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
+
+
+def snippet(folder: Path) -> str:
+    """Give the Python code that loads an exported Vision Transformer by timm and encodes ``photo.jpg``."""
+    return f"""import timm
+import torch
+from PIL import Image
+
+model = timm.create_model({f"local-dir:{folder}"!r}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
+with torch.inference_mode():
+    feature = model(image)  # (1, width)
+    patches = model.forward_features(image)[:, model.num_prefix_tokens :]  # (1, patches, width)
+"""
+
+
+def both_programs(graph: Graph, folder: str) -> Sequence[tuple[str, str]]:
+    """The ways to use timm's folder, with their titles."""
+    file = "model.safetensors"
+    return [
+        ("With timm", programs.timm(graph, folder, file)),
+        ("With transformers", programs.transformers(graph, folder, file)),
+    ]
+
+
+def timm_facts(backbone: Backbone, preprocessing: Preprocessing) -> Graph:
+    """A graph without a module: how timm's output is read."""
+    network = cast(Any, next(backbone.children()))
+    return Graph(
+        module=nn.Identity(),
+        outputs=("feature", "patches"),
+        preprocessing=preprocessing,
+        num_prefix_tokens=network.num_prefix_tokens if gives_tokens(network) else None,
+        channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC",
+        pool=pool_of(backbone),
+    )
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a network that timm does not know.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r}; give the name the student was built by.")
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place that is taken by something else than an export.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config, rows = folder / "config.json", folder / "exports.json"
+    if rows.is_file() or (config.is_file() and "comad" in read_json(config, "name another folder")):
+        return
+    raise ValueError(f"{folder} exists and is not an export of comad; name another folder.")
+
+
+def _save(
+    backbone: Backbone,
+    folder: Path,
+    model_args: dict[str, Any],
+    dtype: torch.dtype,
+    head: tuple[nn.Linear, Pool] | None,
+) -> nn.Module:
+    """Save weights and config by timm, from a copy that pools what carries meaning."""
+    network = cast(Any, copy.deepcopy(next(backbone.children()))).cpu()
+    linear, chosen = head or (None, pool_of(backbone))
+    classes = 0 if linear is None else linear.out_features
+    model_args = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
+    if isinstance(network, VisionTransformer):
+        pool = "token" if chosen == "cls" else "avg"
+        if network.global_pool != pool:
+            model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
+        network.reset_classifier(classes, pool)
+    else:
+        network.reset_classifier(classes)
+    if linear is not None:
+        own = network.get_classifier()
+        if not isinstance(own, nn.Linear) or own.weight.shape != linear.weight.shape or linear.bias is None:
+            raise ValueError(f"{type(network).__name__} has no linear classifier in timm; export it --to onnx.")
+        own.load_state_dict(linear.state_dict())
+    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    save_for_hf(network, str(folder), model_args=model_args, safe_serialization=True)
+    return network
+
+
+def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:
+    """Describe our weights, and none of the origin, licence and labels that timm keeps for its own weights."""
+    height, width = (side * backbone.patch_size for side in backbone.grid)
+    known, pixels = cast(Any, network).pretrained_cfg or {}, preprocessing_of(backbone, card.eval_crop)
+    fixed = not network.dynamic_img_size if isinstance(network, VisionTransformer) else known.get("fixed_input_size")
+    return {
+        "input_size": [3, height, width],
+        "fixed_input_size": bool(fixed),
+        "interpolation": pixels.interpolation,
+        "crop_pct": card.eval_crop,
+        "crop_mode": "center",
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "num_classes": len(card.labels),
+        "pool_size": known.get("pool_size"),
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier"),
+        "license": card.licence,
+    }
+
+
+def _complete_config(path: Path, pretrained_cfg: dict[str, Any], card: ModelCard) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails if they come twice
+        config["model_args"].pop(key, None)
+    config |= {"architecture": card.architecture, "num_classes": len(card.labels), "pretrained_cfg": pretrained_cfg}
+    if card.labels:
+        config["label_names"] = list(card.labels)
+    config["comad"] = asdict(card)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _timm_tokens(folder: Path, image: Float[Tensor, "1 3 H W"], num_prefix: int) -> Float[Tensor, "1 n E"]:
+    """Encode as a user of timm would, pixels normalised by the config: what is pooled, class token, patches.
+
+    Of a network with a map only its places, row by row.
+    """
+    model = cast(Any, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    features = model.forward_features((image - mean) / std)
+    if not gives_tokens(model):
+        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+    first = model.forward_head(features).unsqueeze(1)
+    return torch.cat([first, features[:, :num_prefix], features[:, model.num_prefix_tokens :]], dim=1)

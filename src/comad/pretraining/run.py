@@ -1,0 +1,171 @@
+"""One pretraining run, from a config to an exported teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+
+from comad.data.images import Splits, load_images
+from comad.data.loader import TrainingBatches, ViewDataset
+from comad.evaluation.probe import KnnProbe
+from comad.evaluation.scoreboard import Scoreboard, score
+from comad.exporting.package import ModelCard, export_backbone
+from comad.models.mae_decoder import save_decoder
+from comad.models.teachers import TeacherCard, inherited_licence, load_teacher
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
+from comad.pretraining.config import PretrainConfig, recipe
+from comad.pretraining.mae import MaeModel
+from comad.pretraining.positions import fix_positions
+from comad.runtime.log import hours_of_training
+from comad.runtime.options import identity_of
+from comad.runtime.provenance import code_version, hardware
+from comad.runtime.recipe import flags, write_recipe
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job, Trainer
+
+
+def pretrain(config: PretrainConfig) -> Path | None:
+    """Train a teacher and export its backbone; returns the folder of the export.
+
+    Of several processes the first does what comes after training; the others return None.
+
+    Raises:
+        ValueError: bad data, a run folder in use, or a resume that does not fit.
+        Interrupted: a signal came; a checkpoint is written.
+    """
+    fabric = start_fabric(config.run)
+    fabric.seed_everything(config.run.seed, verbose=False)
+    splits = load_images(config.data)
+    _check(config, splits)
+    out = open_run(config.run, fabric)
+    backbone = config.vit.build(**config.method.vit_arguments)
+    start = _start_from(config.init, backbone) if config.init else None
+    if start is None and config.method.fixed_positions:
+        fix_positions(backbone.vit)
+    model = config.method.build(backbone)
+    math_attention_on_cpu(model, fabric.device)
+    if fabric.is_global_zero and not config.run.resume:
+        write_recipe(config, out / "config.yaml")
+    seed, size, images = config.run.seed, config.vit.image_size, splits.train
+    views = ViewDataset(images, config.method.views(size, backbone.num_patches), seed, 2 * size)
+    data = TrainingBatches(views, len(images), images.path, config.optim.batch_size, seed, config.loader)
+    knn = KnnProbe(splits, size)
+    job = Job(
+        module=model,
+        run=config.run,
+        identity={
+            **identity_of(config),
+            "init": start.as_dict() if start else None,
+            "data": images.fingerprint(),
+        },
+        probe=lambda module: knn(module.trained),
+    )
+    with Trainer([job], data, config.optim, fabric) as trainer:
+        train_steps(trainer)
+    scored = trainer.states[0].scored
+    if not fabric.is_global_zero:
+        return None
+    folder = export_teacher(config, splits, scored.trained, out, fabric, start)
+    if isinstance(scored, MaeModel):
+        save_decoder(scored.decoder, folder)
+    return folder
+
+
+def train_steps(trainer: Trainer) -> None:
+    """The training loop: the model of a method computes its loss from the views."""
+    for step in trainer:
+        for batch in step:
+            with step.microbatch(trainer.states[0]) as state:
+                state.backward(*state.module(batch, step.progress))
+
+
+def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
+    """Copy the weights of a teacher of the same architecture, and its pixel normalisation."""
+    teacher = load_teacher(spec, backbone.image_size)
+    if _architecture(teacher.backbone) != _architecture(backbone):
+        raise ValueError(
+            f"--init {spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
+            f"{teacher.card.depth}); make --vit.* the same, or start from scratch."
+        )
+    backbone.load_state_dict(teacher.backbone.state_dict())
+    backbone.take_pixels_of(teacher.backbone)
+    return teacher.card
+
+
+def _architecture(backbone: Any) -> Any:
+    """What two networks must share if the weights of one are to mean the same in the other."""
+    shapes = {name: x.shape for name, x in backbone.state_dict().items()}
+    if not isinstance(backbone, TimmBackbone):
+        return shapes
+    block = cast(Any, backbone.vit.blocks[0])
+    return shapes, block.attn.num_heads, str(block.norm1), str(block.mlp.act)
+
+
+def _check(config: PretrainConfig, splits: Splits) -> None:
+    count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
+    if count < batch:
+        raise ValueError(
+            f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
+            f"--optim.batch-size {max(1, count // config.optim.accumulate)}."
+        )
+    if config.optim.ema and config.method.kind == "ibot":
+        raise ValueError("iBOT's teacher is a moving average already; leave out --optim.ema.")
+
+
+def export_teacher(
+    config: PretrainConfig,
+    splits: Splits,
+    backbone: TimmBackbone,
+    out: Path,
+    fabric: Fabric,
+    start: TeacherCard | None,
+) -> Path:
+    """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        untrained = config.vit.build()
+    method, size = config.method.kind, config.vit.image_size
+    plain = config.vit.build()
+    plain.load_state_dict(backbone.state_dict())
+    for network in (untrained, plain):
+        network.take_pixels_of(backbone)
+    plain.token_types = config.method.token_types
+    rows = (
+        score("pixels", "pixels", None, splits, size).row,
+        score("untrained", "untrained", untrained, splits, size).row,
+    )
+    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
+    board.write(out / "scoreboard.json")
+    origin = f", starting from {start.source} ({start.licence}): {start.about}" if start else " from scratch."
+    card = ModelCard(
+        name=f"{method} teacher, {splits.train.name}",
+        licence=inherited_licence([*([start.licence] if start else []), *config.vit.start_licences]),
+        about=f"Trained by `comad pretrain {method}` on {splits.train.name}{origin}",
+        architecture=config.vit.name,
+        token_types=config.method.token_types,
+        preset=method,
+        seed=config.run.seed,
+        images_seen=config.optim.images_seen(len(splits.train)),
+        command=f"comad pretrain {method} {flags(config, recipe(method))}".rstrip(),
+        code=code_version(),
+        hardware=hardware(fabric.device, config.run.threads),
+        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
+        curve=tuple(_curve(out)),
+        data=config.data if config.data == "stamps" else Path(config.data).name,
+        data_licence=splits.licence,
+        eval_crop=splits.train.eval_crop,
+        scores=tuple(board.as_dict()["rows"]),
+    )
+    return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
+
+
+def _curve(out: Path) -> Iterator[dict[str, float]]:
+    """Validation kNN during the run."""
+    for line in map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines()):
+        if "knn" in line:
+            yield {"step": line["step"], "validation_knn": round(line["knn"], 1)}
