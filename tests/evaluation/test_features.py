@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from comad.data.images import FolderImages, ImageSet, Splits
+from comad.data.folders import FolderImages
+from comad.data.images import ImageSet, Splits
 from comad.data.loader import evaluation_batches
 from comad.evaluation.features import (
     View,

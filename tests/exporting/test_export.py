@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import comad
-from comad.data.images import FolderImages, load_images
+from comad.data.folders import FolderImages
+from comad.data.images import load_images
 from comad.data.transforms import evaluation_view
 from comad.exporting import command, fidelity, formats
 from comad.exporting.command import ExportConfig, export, export_classifier, export_model

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from comad.distillation.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from torch import Tensor
 
-from comad.distillation.masking import Masking
+from comad.distillation.features import Blocks, forward_teacher
+from comad.distillation.masking import Superset, drop_unused_masks
 from comad.models import efficientnet_lite
-from comad.models.teachers import load_teacher
+from comad.models.teachers import load_on_grid, load_teacher
 
 
 def names_of_the_package(network: torch.nn.Module) -> dict[str, Tensor]:
@@ -116,14 +116,13 @@ def test_visible_patches_are_picked_from_the_whole_map():
 
 
 def test_masks_of_whole_teachers_are_lifted_and_the_others_kept():
-    teachers = load_teachers(
-        ["resnet18:random", "vit_tiny_patch16_224:random"], 4, 16, torch.float32, torch.device("cpu")
-    )
-    masks = Masking(student=0.75, teachers=(0.5,))(torch.rand(2, 3, 16))
-    lifted = hide_nothing_in_vain(masks, teachers)
+    teachers = load_on_grid(["resnet18:random", "vit_tiny_patch16_224:random"], 4, 16)
+    masks = Superset(mask_ratio=0.75, teacher_mask_ratios=(0.5,))(torch.rand(2, 3, 16))
+    lifted = drop_unused_masks(masks, teachers)
     assert lifted.teachers[0] is None
     assert torch.equal(lifted.teachers[1], masks.teachers[1])
-    cnn, vit = teacher_step(teachers, torch.rand(2, 3, 64, 64), lifted).tokens
+    pairs = zip(teachers, lifted.teachers, strict=True)
+    cnn, vit = (forward_teacher(Blocks(), t.backbone, torch.rand(2, 3, 64, 64), visible) for t, visible in pairs)
     assert (cnn.patches.shape, vit.patches.shape) == ((2, 16, 512), (2, 8, 192))
 
 

@@ -11,10 +11,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from comad.distillation.teaching import teacher_step
 from torch import Tensor, nn
 
-from comad.distillation.masking import Masks
+from comad.distillation.features import Blocks, forward_teacher
 from comad.models import sources
 from comad.models.teachers import load_teacher, teacher_from_module
 
@@ -160,7 +159,7 @@ def test_module_that_gives_a_map_teaches():
     teacher = teacher_from_module("mine", module, 32, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0), licence="MIT")
     images = torch.rand(2, 3, 32, 32)
     pixels = (images - torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1)) / torch.tensor((0.5, 1.0, 2.0)).view(3, 1, 1)
-    tokens = teacher_step([teacher], images, Masks(None, (None,))).tokens[0]
+    tokens = forward_teacher(Blocks(), teacher.backbone, images)
     torch.testing.assert_close(tokens.patches, module(pixels).flatten(2).transpose(1, 2))
     torch.testing.assert_close(tokens.cls, tokens.patches.mean(dim=1))
     card = teacher.card
