@@ -22,7 +22,7 @@ from comad.evaluation.scoreboard import shortage
 from comad.evaluation.scores import Scores
 from comad.evaluation.tuning import FinetuneConfig
 from comad.models.teachers import load_on_grid
-from comad.reporting.figures import comparison_figure
+from comad.reporting.page import write_report
 from comad.runtime.checkpoint import differences
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import read_recipe, write_recipe
@@ -31,7 +31,7 @@ RECORD = "comparison.yaml"
 
 
 def compare(config: CompareConfig) -> str:
-    """Measure all rows, and write ``comparison.json``, ``.md`` and ``.png``, anew after each seed. Returns the table.
+    """Measure all rows, and write ``comparison.json`` and ``.md`` anew after each seed, then a page. Returns the table.
 
     The same command again goes on: what is done is skipped, a run that was stopped is resumed. Rows and seeds may be
     added. Runs lie in ``runs`` below ``--run.out``, named by all that their result depends on.
@@ -60,8 +60,8 @@ def compare(config: CompareConfig) -> str:
             _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
-    figure = comparison_figure(out)
-    return f"{markdown(table)}\n\nin {out}: comparison.json, comparison.md, {figure.name}"
+    page = write_report([out])
+    return f"{markdown(table)}\n\nin {out}: comparison.json, comparison.md, {page.name}"
 
 
 def _check_data(config: CompareConfig, splits: Splits) -> None:

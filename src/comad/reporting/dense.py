@@ -16,10 +16,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from comad.reporting.figures import draw_lines
-
 Samples = Mapping[str, np.ndarray]
 UNLABELLED = 255
+FEW = 12
+"""Fewer points than these are marked on a curve."""
 
 
 def draw_segmentation(folder: Path) -> list[Path]:
@@ -111,9 +111,9 @@ def _curves(folder: Path, keys: list[str]) -> Path:
     """The loss, and the scores during the run."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    draw_lines(axes[0], log, ["loss"], "loss")
-    draw_lines(axes[1], log, ["lr"], "learning rate")
-    draw_lines(axes[2], log, keys, "first validation images, %")
+    _lines(axes[0], log, ["loss"], "loss")
+    _lines(axes[1], log, ["lr"], "learning rate")
+    _lines(axes[2], log, keys, "first validation images, %")
     return _save(figure, folder / "curves.png")
 
 
@@ -121,3 +121,16 @@ def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _lines(axis: Axes, log: list[dict[str, Any]], keys: list[str], title: str) -> None:
+    """Draw values of a log over its steps, few of them with a dot each."""
+    for key in keys:
+        points = [(line["step"], line[key]) for line in log if key in line]
+        if points:
+            dot = "." if len(points) < FEW else ""
+            axis.plot(*zip(*points, strict=True), label=key.removeprefix("share_"), marker=dot)
+    axis.set(title=title, xlabel="step")
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(keys) > 1:
+        axis.legend(frameon=False, fontsize=8)
