@@ -137,7 +137,7 @@ class Distiller(nn.Module):
             key = objective.distance_key or name
             if key not in distances:
                 distances[key] = torch.stack([objective.distance_of(pair) for pair in compared])
-            parts[name] = mean_over(distances[key], compared, positions[name])
+            parts[name] = mean_over(distances[key], compared, positions[name], self.method.fusion.own_positions)
             shown = compared if isinstance(objective, FeatureLoss) else shown
         self._reweigh(parts, pairs, masks)
         loss = sum(losses.values(), student.last.new_zeros(()))
@@ -213,11 +213,13 @@ class Distiller(nn.Module):
             visible = masks.student
             if visible is None:
                 visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)
-            if whole:  # from the last block, before any norm, the class token too
-                decoder = self.decoder
-                decoded = decoder.predict(decoder.decode(tokens.cls, patches, visible, len(decoder.blocks))).float()
-                return decoded if tokens.cls is not None else F.pad(decoded, (0, 0, 1, 0))
-            patches = scatter_patches(patches, visible, self.decoder(tokens.cls, patches, visible))
+            if whole:  # before the norm, and the class token too
+                decoded = self.decoder.decode(tokens.cls, patches, visible, len(self.decoder.blocks))
+                decoded = self.decoder.predict(decoded)
+                patches = decoded[:, -self.student.num_patches :]
+                cls = patches.mean(dim=1) if self.method.features.pooled else decoded[:, 0]
+            else:
+                patches = scatter_patches(patches, visible, self.decoder(tokens.cls, patches, visible))
         elif masking.modes[0] == "drop" and masks.student is not None:
             nothing = patches.new_zeros(self.student.num_patches, patches.shape[2])
             patches = scatter_patches(patches, masks.student, nothing)

@@ -41,9 +41,11 @@ class Fusion(Slot, slot="fusion"):
 
     Attributes:
         one_target: all teachers are compared with the same prediction.
+        own_positions: a teacher's loss is the mean over the positions that it saw, not over those that any saw.
     """
 
     one_target: ClassVar[bool] = False
+    own_positions: ClassVar[bool] = False
 
     def build(self, widths: Sequence[int]) -> nn.Module:
         """What it trains; ``widths`` are the channels of what is compared, one entry per teacher."""
@@ -127,12 +129,13 @@ class Gate(Fusion, name="gate"):
 
 @dataclass(frozen=True, kw_only=True)
 class Sum(Fusion, name="sum"):
-    """The sum of the teachers' losses, each where it saw the token.
+    """The sum of the teachers' losses, each the mean where it saw the token.
 
     Args:
         average: their mean in place of the sum.
     """
 
+    own_positions: ClassVar[bool] = True
     average: bool = False
 
     def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
@@ -182,6 +185,7 @@ class DropEasiest(Fusion, name="drop-easiest"):
         probability: of leaving out a teacher that is not the hardest.
     """
 
+    own_positions: ClassVar[bool] = True
     probability: float = 0.5
 
     def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:

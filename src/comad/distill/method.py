@@ -50,7 +50,7 @@ class Method:
         terms, hides = self.active.values(), isinstance(self.masking, HidingPatches)
         if not terms:
             raise ValueError("no objective has a weight, so nothing would be trained; give one a weight.")
-        if self.needs("qkv") and hides:
+        if self.needs("qkv") and (hides or getattr(self.masking, "shift", 0.0)):
             raise ValueError("attention is compared on whole images; set --masking none.")
         if self.needs("pixels") and not (hides and self.masking.modes[0] == "drop"):
             raise ValueError(

@@ -109,11 +109,17 @@ class Objective(Slot, slot="objective"):
 
 
 def mean_over(
-    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"]
+    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"], own: bool = False
 ) -> Float[Tensor, "P B"]:
-    """Weighted mean over the positions that count, split into what each pair and each image adds to it."""
+    """Weighted mean over the positions that count, split into what each pair and each image adds to it.
+
+    With ``own`` of each pair over those where it has a target.
+    """
     weights = torch.stack([pair.weight for pair in pairs])
-    return (distances * (weights * positions)).sum(dim=2) / positions.sum().clamp(min=1)
+    count = positions.sum()
+    if own:
+        count = torch.stack([(pair.valid & positions).sum() for pair in pairs]).unsqueeze(1)
+    return (distances * (weights * positions)).sum(dim=2) / count.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +413,7 @@ class AngleLoss(Objective, name="angle"):
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceLoss(Objective, name="distances"):
-    """Asymmetric relations of the images of a batch (SigLino, arXiv:2512.20157): smooth L1 of distances of class tokens.
+    """Asymmetric relations of the images of a batch (SigLino, arXiv:2512.20157): smooth L1 of class tokens' distances.
 
     Images nearer in the teacher than the median are drawn together where the student has them further apart, the others
     are pushed apart where it has them nearer. Distances are shares of their mean.
