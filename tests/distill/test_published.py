@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from comad.distill.features import StudentOutput, TeacherOutput
-from comad.distill.masking import Masks
+from comad.distill.features import StudentOutput, TeacherOutput, block_at
+from comad.distill.masking import Independent, Masks
+from comad.distill.relations import Dispersion
 from comad.models.backbone import Tokens, map_tokens
+from comad.models.decoder import MaskedDecoder
 from comad.presets import METHODS
 
 SIZE, PATCHES = 6, 16
@@ -55,7 +56,9 @@ def random_student(distiller: Any, seed: int = 3) -> StudentOutput:
     tokens = draw(copies, 1 + PATCHES, 32)
     qkv = Tokens(draw(copies, 96), draw(copies, PATCHES, 96))
     pixels = draw(copies, PATCHES, 192), torch.rand(copies, PATCHES, 192, generator=generator)
-    return StudentOutput(tokens, tokens, tuple(draw(copies, 1 + PATCHES, 32) for _ in distiller.tap_blocks), qkv, pixels)
+    return StudentOutput(
+        tokens, tokens, tuple(draw(copies, 1 + PATCHES, 32) for _ in distiller.tap_blocks), qkv, pixels
+    )
 
 
 def leaves(student: StudentOutput) -> list[Tensor]:
@@ -219,7 +222,7 @@ def dropped(given: Given, losses: list[Tensor]) -> Tensor:
     """The hardest teacher of an image stays, others with probability ½; the mean over all that stay."""
     coefficients = torch.ones(len(losses), SIZE, dtype=torch.float64)
     for image in range(SIZE):
-        hardest = max(range(len(losses)), key=lambda m, image=image: float(losses[m][image]))
+        hardest = max(range(len(losses)), key=lambda m, image=image: float(losses[m][image].detach()))
         for m in range(len(losses)):
             if m != hardest and float(given.masks.noise[image, m]) < 0.5:
                 coefficients[m, image] = 0
@@ -374,3 +377,127 @@ def test_loss_and_gradients_are_the_published_ones(small_distillation, name: str
     setting = small_distillation(METHODS[name], with_cls=with_cls)
     worst = agrees(setting, PUBLISHED[name], monkeypatch)
     print(f"{name}: largest relative error of a gradient {worst:.1e}")
+
+
+# --- what stands around the losses
+
+
+def test_literal_masks_are_independent_and_zero_what_they_hide_in_student_and_teachers():
+    masking = METHODS["comad-literal"].masking
+    assert masking.name == "independent" and masking.modes == ("zero", "zero") and masking.every_position
+    assert masking.mask_ratio == 0.75 and masking.teacher_mask_ratios == (0.5, 0.4, 0.3)
+    assert not METHODS["comad"].masking.every_position
+    with pytest.raises(ValueError, match=r"set --masking\.teacher-hidden zero"):
+        Independent(count_hidden=True)
+
+
+def test_dmae_reads_block_9_of_12_and_18_of_24():
+    features = METHODS["dmae"].features
+    assert (block_at(features.student, 12), block_at(features.teacher, 24)) == (9, 18)
+
+
+@torch.no_grad()
+def test_g2sd_reads_block_4_of_8_before_the_norm_with_the_class_token(small_distillation):
+    teacher = small_distillation.vit(0, 48).eval()
+    teacher.decoder = decoder = MaskedDecoder(48, (4, 4), 192, width=24, depth=8, heads=2)
+    images, visible = torch.rand(2, 3, 32, 32), torch.tensor([[1, 5, 9], [0, 2, 15]])
+    found = METHODS["g2sd"].features.read(teacher, images, visible, "drop", frozenset({"tokens"}))
+    tokens = teacher(images, visible)
+    x = decoder.mask_token.repeat(2, 16, 1)
+    for image in range(2):
+        x[image, visible[image]] = decoder.embed(tokens.patches[image])
+    x = torch.cat([decoder.embed(tokens.cls).unsqueeze(1), x + decoder.positions], dim=1)
+    for block in list(decoder.blocks)[:4]:
+        x = block(x)
+    torch.testing.assert_close(rows(found), x)
+
+
+def test_dmjd_hides_blocks_of_patches_as_a_whole():
+    masks = METHODS["dmjd"].masking(torch.rand(5, 2, 196, generator=torch.Generator().manual_seed(0)))
+    shown = masks.student_sees(10, 196, torch.device("cpu")).view(10, 7, 2, 7, 2)
+    assert torch.equal(shown.any(dim=4).any(dim=2), shown.all(dim=4).all(dim=2))
+    assert shown.flatten(1).sum(dim=1).tolist() == [4 * 20] * 10  # 40 % of 49 blocks
+    assert not (shown[:5] & shown[5:]).any() and len(shown[:5].unique(dim=0)) == 5
+    with pytest.raises(ValueError, match="blocks of 2 patches do not fill 9 patches"):
+        METHODS["dmjd"].masking(torch.rand(1, 2, 9))
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 0.5005), (1.0, 0.001)])
+def test_unic_moments_come_to_rest_by_a_cosine(small_distillation, progress, share):
+    distiller = small_distillation(METHODS["unic"]).distiller
+    own = distiller.normalizer[0]
+    before, deviation = own.mean_patches.clone(), own.deviation_patches.clone()
+    patches = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(1))
+    standard = distiller.method.normalizer(distiller.normalizer, Tokens(None, patches), 0, progress).patches
+    torch.testing.assert_close(standard, (patches - before) / deviation)
+    after = distiller.normalizer[0].mean_patches
+    torch.testing.assert_close(after, (1 - share) * before + share * patches.mean(dim=(0, 1)))
+    distiller.eval()
+    distiller.method.normalizer(distiller.normalizer, Tokens(None, patches + 5), 0, progress)
+    assert torch.equal(distiller.normalizer[0].mean_patches, after)
+
+
+def test_a_run_tells_its_masks_how_far_it_is():
+    noise = torch.rand(2, 2, 16)
+    assert [METHODS["unic"].masking(noise, progress).progress for progress in (0.0, 0.3)] == [0.0, 0.3]
+
+
+def test_unic_and_dune_read_every_block_before_the_norm_and_their_heads_have_no_norm_of_their_own(small_distillation):
+    for name in ("unic", "dune"):
+        distiller = small_distillation(METHODS[name]).distiller
+        vit = distiller.student.vit
+        assert distiller.compared_block == len(vit.blocks) == 2
+        assert not any(p.requires_grad for p in vit.norm.parameters())
+        kinds = [type(part) for head in distiller.aligner["patches"] for part in head.maps]
+        norms = [part for part in distiller.aligner.modules() if isinstance(part, nn.LayerNorm)]
+        if name == "unic":
+            assert distiller.tap_blocks == [1] and len(kinds) == 2 * 3 and not norms
+            assert [head.maps[1][0].out_features for head in distiller.aligner["patches"]] == [4 * 32] * 3
+        else:
+            assert len(norms) == 2 * 3 and all(norm.eps == 1e-6 for norm in norms)  # a block's two
+            assert {float(x) for head in distiller.aligner["patches"] for x in head.maps[0][0].ls1.gamma} == {
+                float(torch.tensor(1e-4))
+            }
+
+
+def without_positions(backbone: Any) -> Any:
+    nn.init.zeros_(backbone.vit.pos_embed)
+    return backbone.eval()
+
+
+@torch.no_grad()
+def test_patches_of_moved_images_come_back_to_where_they_came_from(small_distillation):
+    setting = small_distillation(METHODS["c-radio"])
+    distiller = setting.distiller
+    for network in (distiller.student, *(teacher.backbone for teacher in setting.teachers)):
+        without_positions(network)
+    images, noise = setting.images[:6], torch.rand(6, 4, 16, generator=torch.Generator().manual_seed(4))
+    outputs, masks = distiller.forward_teachers(setting.teachers, images, noise=noise)
+    assert masks.shifts.shape == (6, 4, 2) and len(masks.shifts.flatten(0, 1).unique(dim=0)) > 4
+    still = masks._replace(shifts=None)
+    for m, teacher in enumerate(setting.teachers):
+        expected = distiller.forward_teacher(teacher, m, images, still)
+        torch.testing.assert_close(outputs[m].patches, expected.patches, atol=1e-4, rtol=1e-4)
+    moved, unmoved = distiller.encode(images, masks), distiller.encode(images, still)
+    torch.testing.assert_close(moved.compared, unmoved.compared, atol=1e-4, rtol=1e-4)
+
+
+def test_shifts_are_whole_patches_normal_and_of_each_network_alone():
+    noise = torch.rand(4000, 3, 9, generator=torch.Generator().manual_seed(0))
+    shifts = METHODS["c-radio"].masking(noise).shifts.double()
+    still = math.erf(0.5 / 0.5 / math.sqrt(2))  # |N(0, ½)| < ½
+    assert float((shifts == 0).double().mean()) == pytest.approx(still, abs=0.01)
+    assert float(shifts.mean()) == pytest.approx(0, abs=0.01)
+    between = torch.corrcoef(shifts.flatten(1).T) - torch.eye(6, dtype=torch.float64)
+    assert float(between.abs().max()) < 0.06
+    assert not METHODS["c-radio"].masking.repeats and METHODS["phi-s"].masking.repeats
+
+
+def test_the_dispersion_is_that_of_all_batches_so_far():
+    spread, targets = Dispersion(5), torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0)) + 2
+    for batch in targets:
+        spread.follow(batch)
+    mean = targets.mean(dim=(0, 1))
+    torch.testing.assert_close(spread.mean, mean)
+    exact = torch.acos(cosine(targets.flatten(0, 1), mean)).square().mean()
+    assert float(spread.angle) == pytest.approx(float(exact), rel=0.05)
