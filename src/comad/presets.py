@@ -119,7 +119,7 @@ DMJD = Method(
 """Disjoint masking with joint distillation (arXiv:2301.00230): two masks of 2 x 2 patches without a common one.
 
 The published code compares with the image's HOG and has no teacher; here the targets are a teacher's tokens of the
-whole image. Both branches share one MLP; published are three layers for what is visible, a linear map behind the decoder.
+whole image. Both branches share one MLP; published are three layers for what is visible, one behind the decoder.
 """
 
 HYBRID = Method(
@@ -236,8 +236,8 @@ SIGLINO_LIKE = replace(
 )
 """After SigLino (arXiv:2512.20157): PHI-S, squared error, and asymmetric relations between images.
 
-Its text was not available, only notes on it: that the class token is compared by squared error, that images from the
-median on are pushed apart, that distances are shares of their mean and squared errors means over channels is our reading.
+Its text was not available, only notes on it. Our reading: the class token is compared by squared error, images from the
+median on are pushed apart, distances are shares of their mean, squared errors means over channels.
 Registers, the attention that pools for SigLIP 2, and packed batches are left out.
 """
 

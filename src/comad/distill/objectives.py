@@ -364,9 +364,9 @@ class MapLoss(TokenObjective, name="map"):
         found = []
         for prediction, target, valid, weight in pairs:
             counts = (positions & (weight > 0)).unsqueeze(-1)
-            maps = ((x * counts).flatten(1).unsqueeze(1) for x in (prediction, target))
+            ours, theirs = ((x * counts).flatten(1).unsqueeze(1) for x in (prediction, target))
             mean = (weight * counts[..., 0]).sum(dim=1, keepdim=True) / counts.sum(dim=1).clamp(min=1)
-            found.append(Pair(*maps, (valid & positions).any(dim=1, keepdim=True), mean))
+            found.append(Pair(ours, theirs, (valid & positions).any(dim=1, keepdim=True), mean))
         return found, positions.any(dim=1, keepdim=True)
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:

@@ -72,9 +72,8 @@ class Queue(nn.Module):
     def forward(self, tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n length"]:
         """Cosines of tokens to the directions kept."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return (
-                F.normalize(tokens.float(), dim=-1) @ self.directions.clone().T
-            )  # `push` may write before the backward
+            kept = self.directions.clone()  # `push` may write before the backward
+            return F.normalize(tokens.float(), dim=-1) @ kept.T
 
     @torch.no_grad()
     def push(self, targets: Float[Tensor, "B D"]) -> None:
