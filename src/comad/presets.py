@@ -175,7 +175,7 @@ trained class token counts half, there once.
 """
 
 DUNE = replace(UNIC, normalizer=Standardize(over="batch"), aligner=StudentProjector(head="transformer"))
-"""DUNE (arXiv:2503.14405): a transformer block per teacher as projector. All teachers see the same images, see docs."""
+"""DUNE (arXiv:2503.14405): a transformer block per teacher as projector."""
 
 RADIO = Method(
     masking=WholeImages(),
