@@ -428,13 +428,22 @@ def test_unic_moments_come_to_rest_by_a_cosine(small_distillation, progress, sha
     own = distiller.normalizer[0]
     before, deviation = own.mean_patches.clone(), own.deviation_patches.clone()
     patches = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(1))
-    standard = distiller.method.normalizer(distiller.normalizer, Tokens(None, patches), 0, progress).patches
+    normalizer, state = distiller.method.normalizer, distiller.normalizer
+    standard = normalizer(state, Tokens(None, patches), 0).patches
     torch.testing.assert_close(standard, (patches - before) / deviation)
+    normalizer.follow(state, Tokens(None, patches), 0, progress)
     after = distiller.normalizer[0].mean_patches
     torch.testing.assert_close(after, (1 - share) * before + share * patches.mean(dim=(0, 1)))
-    distiller.eval()
-    distiller.method.normalizer(distiller.normalizer, Tokens(None, patches + 5), 0, progress)
-    assert torch.equal(distiller.normalizer[0].mean_patches, after)
+
+
+def test_moments_follow_a_training_step_and_no_evaluation(small_distillation):
+    setting = small_distillation(METHODS["unic"])
+    (images, outputs, masks), own = setting.batch(4), setting.distiller.normalizer[1]
+    before = own.mean_cls.clone()
+    setting.distiller.eval()(images, outputs, masks)
+    assert torch.equal(own.mean_cls, before)
+    setting.distiller.train()(images, outputs, masks._replace(progress=0.5))
+    torch.testing.assert_close(own.mean_cls, 0.4995 * before + 0.5005 * outputs[1].cls.mean(dim=0))
 
 
 def test_a_run_tells_its_masks_how_far_it_is():

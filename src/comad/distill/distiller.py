@@ -247,7 +247,9 @@ class Distiller(nn.Module):
         for place, m in enumerate(self.used):
             cls, patches = teachers[m][:2]
             cls = patches.float().mean(dim=1) if features.pooled else cls if self.has_cls[m] else None
-            tokens = self.method.normalizer(self.normalizer, Tokens(cls, patches), place, masks.progress)
+            tokens = self.method.normalizer(self.normalizer, given := Tokens(cls, patches), place)
+            if self.training:
+                self.method.normalizer.follow(self.normalizer, given, place, masks.progress)
             own.append(aligner.own_loss(self.aligner, tokens.patches, place))
             target = self._target(tokens, masks.teachers[m], place).float()
             valid = torch.cat([torch.full_like(seen[m][:, :1], tokens.cls is not None), seen[m]], dim=1)

@@ -38,12 +38,15 @@ class Normalizer(Slot, slot="normalizer"):
         """Fit on these tokens, one entry per teacher: (n, E) and (n, k, E)."""
 
     @abstractmethod
-    def __call__(self, state: Any, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
-        """Normalise the tokens of one teacher.
+    def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
+        """Normalise the tokens of one teacher; ``state`` is in training mode while the student trains."""
+
+    def follow(self, state: Any, tokens: Tokens, teacher: int, progress: float) -> None:
+        """Let statistics follow a batch of the training, after it was normalised.
 
         Args:
-            state: what `build` made; in training mode while the student trains.
-            tokens: where the teacher is read.
+            state: what `build` made.
+            tokens: of the batch, as they came from the teacher.
             teacher: its number.
             progress: share of the run that is done.
         """
@@ -53,7 +56,7 @@ class Normalizer(Slot, slot="normalizer"):
 class NoNormalizer(Normalizer, name="none"):
     """Tokens as they are."""
 
-    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
+    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
         return tokens
 
@@ -62,7 +65,7 @@ class NoNormalizer(Normalizer, name="none"):
 class LayerNorm(Normalizer, name="layer-norm"):
     """Each token to mean 0 and variance 1 over its channels."""
 
-    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
+    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
         return map_tokens(lambda row: F.layer_norm(row.float(), row.shape[-1:], eps=EPSILON), tokens)
 
@@ -71,7 +74,7 @@ class LayerNorm(Normalizer, name="layer-norm"):
 class L2(Normalizer, name="l2"):
     """Each token to length 1."""
 
-    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
+    def __call__(self, state: nn.Module, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
         return map_tokens(lambda row: F.normalize(row.float(), dim=-1), tokens)
 
@@ -131,15 +134,17 @@ class Standardize(Normalizer, name="standardize"):
         for own, part in zip(cast(nn.ModuleList, state), tokens, strict=True):
             cast(Moments, own).follow(part)
 
-    def __call__(self, state: Any, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
-        """See `Normalizer`; while training a moving average then follows the batch."""
+    def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
+        """See `Normalizer`."""
         own = state[teacher]
         cls = None if tokens.cls is None else self._standardize(own, tokens.cls.float(), "cls")
-        normal = Tokens(cls, self._standardize(own, tokens.patches.float(), "patches"))
-        if self.over != "calibration" and own.training:
+        return Tokens(cls, self._standardize(own, tokens.patches.float(), "patches"))
+
+    def follow(self, state: Any, tokens: Tokens, teacher: int, progress: float) -> None:
+        """See `Normalizer`; the moving average does."""
+        if self.over != "calibration":
             rest = 0.5 * (1 + math.cos(math.pi * progress))
-            own.follow(tokens, self.momentum_end + (self.momentum - self.momentum_end) * rest)
-        return normal
+            state[teacher].follow(tokens, self.momentum_end + (self.momentum - self.momentum_end) * rest)
 
     def _standardize(self, own: Moments, x: Tensor, row: str) -> Tensor:
         mean, deviation = getattr(own, f"mean_{row}"), getattr(own, f"deviation_{row}")
@@ -187,7 +192,7 @@ class PHIS(Normalizer, name="phi-s"):
             linear.weight.copy_(matrix)
             linear.bias.copy_(-matrix @ mean)
 
-    def __call__(self, state: Any, tokens: Tokens, teacher: int, progress: float = 0.0) -> Tokens:
+    def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
         with torch.autocast(tokens.patches.device.type, enabled=False):
             own = state[teacher + len(state) // 2] if self.cls else nn.Identity()
