@@ -8,7 +8,7 @@ import pytest
 
 from comad.cli import VERBS, main
 from comad.models.teachers import load_teacher
-from comad.runtime.train import Interrupted
+from comad.runtime.run import Interrupted
 
 RANDOM = "vit_tiny_patch16_224:random"
 
@@ -184,6 +184,17 @@ def test_an_unknown_option_names_the_nearest(capsys):
         main(["distill", "--optim.epoch", "3"])
     assert end.value.code == 2
     assert "--optim.epochs" in capsys.readouterr().err
+
+
+def test_options_of_the_first_version_still_work(capsys, labelled_folder):
+    """They are told, once each, before anything else."""
+    old = ["--method.masking.policy=shared", "--method.masking.student", "0.5", "--cache-teachers"]
+    data = ["--data", str(labelled_folder), "--teachers", RANDOM, "--optim.batch-size=8"]
+    assert main(["distill", *old, *data]) == 1
+    first, second, error = capsys.readouterr().err.splitlines()
+    assert first == "comad: --method.masking.policy is called --masking now."
+    assert second == "comad: --method.masking.student is called --masking.mask-ratio now."
+    assert "--loader.fixed-views" in error
 
 
 def test_evaluate_scores_a_backbone(capsys, labelled_folder, teacher_specs, tmp_path):

@@ -116,8 +116,8 @@ def choose_members(method: Method, arguments: list[str]) -> Method:
     """Take ``--fusion mean`` and the like away, and ``--objectives.NAME MEMBER``; member ``none`` removes one."""
     chosen: dict[str, Any] = {}
     for field, slot in SLOTS.items():
-        if name := pop_flag(arguments, f"--{field}"):
-            chosen[field] = slot.choose(name)
+        if names := pop_all(arguments, f"--{field}"):
+            chosen[field] = slot.choose(names[-1])
     objectives = dict(method.objectives)
     for flag in [argument for argument in arguments if re.fullmatch(r"--objectives\.[\w-]+(=.*)?", argument)]:
         key = flag.partition("=")[0]
@@ -143,8 +143,9 @@ def choices_help() -> str:
         f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
         f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
         "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
-        "architecture; several times, for several students that share the teachers' passes, each in a folder of its own. "
-        "The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, those for own images."
+        "architecture; several times, for several students that share the teachers' passes, each in a folder of its "
+        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, "
+        "those for own images."
     )
 
 
@@ -159,15 +160,28 @@ def read_distillation(path: Path) -> DistillConfig:
 
 def rename_flags(arguments: list[str]) -> list[str]:
     """Options of the first version by the names of today; each is told once."""
-    return [_renamed_flag(argument) if argument.startswith("--method.") else argument for argument in arguments]
+    renamed, values = [], {}
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("--method."):
+            renamed.append(values.get(argument, argument))
+            values = {}
+            continue
+        name, values = _renamed_flag(flag)
+        renamed.append(f"{name}{equals}{values.get(value, value)}")
+        values = {} if equals else values
+    return renamed
 
 
-def _renamed_flag(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    dotted = _rename(flag.removeprefix("--").replace("-", "_"))
-    new = "--" + dotted.removeprefix("method.").removesuffix(".name").replace("_", "-")
-    _tell(flag, new)
-    return f"{new}{equals}{value}"
+def _renamed_flag(flag: str) -> tuple[str, dict[str, Any]]:
+    """Its name of today, and its values that are called otherwise now."""
+    head, _, last = flag.removeprefix("--").replace("-", "_").rpartition(".")
+    negated = "no-" if last.startswith("no_") else ""
+    name = _rename(f"{head}.{last.removeprefix('no_')}")
+    head, _, last = name.removeprefix("method.").removesuffix(".name").replace("_", "-").rpartition(".")
+    new = f"--{head}{'.' * bool(head)}{negated}{last}"
+    sys.stderr.write(f"comad: {flag} is called {new} now.\n")
+    return new, {old: value or "none" for old, value in RENAMED_VALUES.get(name, {}).items()}
 
 
 def _rename(dotted: str) -> str:
@@ -179,35 +193,38 @@ def _rename(dotted: str) -> str:
     return dotted
 
 
-def _tell(old: str, new: str) -> None:
-    sys.stderr.write(f"comad: {old} is called {new} now.\n")
-
-
 def upgrade(plain: Any) -> Any:
     """A recipe of the first version by the names of today; others are left alone."""
-    if isinstance(plain, Mapping):
-        load_plugins(plain.get("plugin") or [])  # its members may be named below
-    method = plain.get("method") if isinstance(plain, Mapping) else None
-    if not isinstance(method, Mapping) or not {"tap", "terms", "normalize"} & method.keys():
+    if not isinstance(plain, Mapping):
+        return plain
+    load_plugins(plain.get("plugin") or [])  # its members may be named below
+    if all(name == _rename(name) for name, _ in _leaves(plain, "")):
         return plain
     sys.stderr.write("comad: this recipe has names of the first version; they are read by those of today.\n")
-    terms = {name: _objective(term) for name, term in dict(method.get("terms") or {}).items()}
-    found: dict[str, Any] = {}
+    renamed = {RENAMED.get(key, key): value for key, value in plain.items()}
+    if isinstance(method := plain.get("method"), Mapping):
+        renamed["method"] = _upgraded_method(method)
+    return renamed
+
+
+def _upgraded_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    found, queue = {}, {}
     for key, value in _leaves({k: v for k, v in method.items() if k != "terms"}, "method."):
         name = _rename(key)
         value = RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
-        if name.startswith("method.") and value is not None:
-            found[name.removeprefix("method.")] = value
-    slots: dict[str, Any] = {name: {} for name in SLOTS}
-    for key, value in found.items():
-        slot, _, option = key.partition(".")
-        if option and slot in slots:
-            slots[slot][option] = value
-    for field, slot in SLOTS.items():
-        slots[field] = _known_options(slot, slots[field])
-    own = {"objectives": terms, "single_teacher": found.get("single_teacher", False)}
-    renamed = {RENAMED.get(key, key): value for key, value in plain.items() if key != "method"}
-    return {**renamed, "method": {**slots, **own}}
+        slot, _, option = name.removeprefix("method.").partition(".")
+        if name == "method.objectives.queue.size":
+            queue = {"size": value}
+        elif slot in SLOTS and value is not None:
+            found.setdefault(slot, {})[option or "name"] = value
+        elif value is not None:
+            found[slot] = value
+    found |= {field: _known_options(slot, found[field]) for field, slot in SLOTS.items() if field in found}
+    if isinstance(terms := method.get("terms"), Mapping):
+        found["objectives"] = {name: _objective(term, queue) for name, term in terms.items()}
+    elif "terms" in method:
+        found["objectives"] = terms
+    return found
 
 
 def _leaves(plain: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
@@ -222,14 +239,17 @@ def _known_options(slot: type[Slot], options: dict[str, Any]) -> dict[str, Any]:
     """The options that a member has; the first version wrote those of others, too."""
     if options.pop("decoder", False):
         options["name"] = "mae-decoder"
-    name = options.get("name") or ("none" if slot.slot == "normalizer" else next(iter(slot.members)))
+    name = str(options.get("name", slot.default))
     known = slot.members.get(name)
-    allowed = {field.name for field in fields(known)} if known else options.keys()
-    return {"name": name, **{key: value for key, value in options.items() if key in allowed}}
+    of_others = {field.name for member in slot.members.values() for field in fields(member)}
+    dropped = of_others - {field.name for field in fields(known)} if known else of_others
+    return {"name": name, **{key: value for key, value in options.items() if key not in dropped}}
 
 
-def _objective(term: Mapping[str, Any]) -> dict[str, Any]:
+def _objective(term: Any, queue: Mapping[str, Any]) -> Any:
     """A term of the first version as an objective."""
+    if not isinstance(term, Mapping):
+        return term
+    options = {key: value for key, value in term.items() if key != "over"}
     over = term.get("over", "channels")
-    options = {**term, "name": OBJECTIVES.get(over, over), "relation": over}
-    return _known_options(Objective, options)
+    return _known_options(Objective, {**queue, **options, "name": OBJECTIVES.get(over, over), "relation": over})

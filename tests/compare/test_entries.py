@@ -1,10 +1,15 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from comad.compare.ablations import ABLATIONS, OURS
 from comad.compare.config import CompareConfig
 from comad.compare.entries import list_entries
+from comad.distill.aligners import ProcrustesAligner
+from comad.distill.fusion import Gate
+from comad.distill.masking import Superset
+from comad.distill.objectives import RelationLoss
 from comad.presets import METHODS, recipe
 
 RECIPE = replace(recipe("comad", demo=True), teachers=("mae=a.pth", "mocov3=b.pth", "ibot=c.pth"))
@@ -35,8 +40,8 @@ def test_only_a_row_whose_pictures_repeat_is_cached():
 
 
 def test_a_row_has_one_student():
-    with pytest.raises(ValueError, match="a row has one student; leave `beside` out"):
-        entries("comad", recipe=replace(RECIPE, beside=(RECIPE.student,)))
+    with pytest.raises(ValueError, match="a row has one student; leave `extra_students` out"):
+        entries("comad", recipe=replace(RECIPE, extra_students=(RECIPE.student,)))
 
 
 def test_one_teacher_set_is_not_named():
@@ -44,11 +49,28 @@ def test_one_teacher_set_is_not_named():
 
 
 def test_a_row_may_change_options_of_its_preset():
-    text = "mean --method.masking.student 0.8 --method.masking.teachers 0.1 0.2 --optim.epochs 3"
+    text = "mean --masking.mask-ratio 0.8 --masking.teacher-mask-ratios 0.1 0.2 --optim.epochs 3"
     (first, second), reference = entries(text, "comad")
     assert first.label == first.preset == first.config.preset == text and reference is second
-    assert first.config.method.masking.student == 0.8 and first.config.method.masking.teachers == (0.1, 0.2)
+    assert first.config.method.masking == Superset(mask_ratio=0.8, teacher_mask_ratios=(0.1, 0.2))
     assert first.config.method.fusion == METHODS["mean"].fusion and first.config.optim.epochs == 3
+
+
+def test_a_row_may_choose_members_of_slots():
+    text = "unic --fusion gate --fusion.temperature 2 --aligner procrustes --objectives.gram relation"
+    (entry,), _ = entries(text)
+    method = entry.config.method
+    assert method.fusion == Gate(temperature=2.0) and method.aligner == ProcrustesAligner()
+    assert method.normalizer == METHODS["unic"].normalizer and method.objectives["gram"] == RelationLoss()
+    with pytest.raises(ValueError, match="no fusion 'gat'; did you mean 'gate'"):
+        entries("unic --fusion gat")
+
+
+def test_a_row_may_choose_a_member_from_a_plugin():
+    file = Path(__file__).parents[2] / "docs" / "adding" / "learned_router.py"
+    (entry, _), reference = entries(f"comad --plugin {file} --fusion router --fusion.temperature 2", "comad")
+    assert entry.config.method.fusion.name == "router" and entry.config.method.fusion.temperature == 2.0
+    assert reference.label == "comad" and reference.config.method == METHODS["comad"]
 
 
 def test_the_reference_is_named_by_preset_or_row_and_is_comad_else_the_first():
@@ -78,7 +100,9 @@ def test_ablations_are_the_papers_tables():
     assert reference.label == "Combined (ours)" and reference.config.method == METHODS["comad"]
 
     found, reference = entries(ablation="masks")
-    ratios = [(entry.config.method.masking.student, *entry.config.method.masking.teachers) for entry in found]
+    ratios = [
+        (entry.config.method.masking.mask_ratio, *entry.config.method.masking.teacher_mask_ratios) for entry in found
+    ]
     assert ratios == [(0.8, 0.45, 0.35, 0.25), (0.75, 0.5, 0.4, 0.3), (0.7, 0.55, 0.45, 0.35)]
     assert reference.config.method == METHODS["comad"] and reference.label.startswith("0.75")
 

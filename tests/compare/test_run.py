@@ -15,12 +15,12 @@ from comad.compare.config import CompareConfig
 from comad.compare.entries import ComparisonRow
 from comad.compare.measure import RowRun
 from comad.data.images import load_images
-from comad.distill import run as distill_module
 from comad.distill.config import DistillConfig
+from comad.distill.distiller import Distiller
 from comad.evaluate.scoreboard import paired_interval
 from comad.evaluate.scores import read_scores
 from comad.presets import recipe
-from comad.runtime.train import RunConfig
+from comad.runtime.run import RunConfig
 
 RECIPE = recipe("comad", demo=True)
 ROWS = ["--presets", "comad", "mean", "--teacher-sets", "first,second", "first", "--seeds", 0, 1]
@@ -132,7 +132,7 @@ def test_a_finished_comparison_trains_nothing_again_and_may_grow(compare_command
 
 
 def test_a_killed_comparison_goes_on_where_it_was(compare_command, finished, tmp_path, trainings, monkeypatch):
-    out, calls, real = tmp_path / "out", [], distill_module.teacher_step
+    out, calls, real = tmp_path / "out", [], Distiller.forward
 
     def stopped(*arguments):
         calls.append(1)
@@ -141,7 +141,7 @@ def test_a_killed_comparison_goes_on_where_it_was(compare_command, finished, tmp
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill_module, "teacher_step", stopped)
+        patch.setattr(Distiller, "forward", stopped)
         assert main(compare_command(out, *ROWS)) == 130
     assert [(*start[:2], start[3]) for start in trainings] == [("comad", 2, False), ("comad", 1, False)]
     assert not (out / "comparison.json").exists()

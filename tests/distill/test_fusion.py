@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distill.fusion import Gate, Mean
+from comad.distill.fusion import Fusion, Gate, Mean, Pair
 
 SCORES = {"both": (True, True), "affinity": (True, False), "consensus": (False, True), "uniform": (False, False)}
-FUSIONS = [Gate(), Gate(detached=False), Gate(renormalise=True, detached=False), Mean(), Mean(renormalise=True)]
+FUSIONS = [Gate(), Gate(detached=False), Gate(renormalize=True, detached=False), Mean(), Mean(renormalize=True)]
 
 
 def tokens(num_teachers: int, seed: int = 0, share_seen: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +25,19 @@ def tokens(num_teachers: int, seed: int = 0, share_seen: float = 0.6) -> tuple[T
     student = torch.randn(2, 5, 6, dtype=torch.float64, generator=generator)
     teachers = torch.randn(num_teachers, 2, 5, 6, dtype=torch.float64, generator=generator)
     return student, teachers, torch.rand(num_teachers, 2, 5, generator=generator) < share_seen
+
+
+class Found(NamedTuple):
+    target: Tensor
+    weights: Tensor
+
+
+def fuse(fusion: Fusion, student: Tensor, teachers: Tensor, valid: Tensor) -> Found:
+    """The fused target and the weights of the teachers."""
+    pairs = [Pair(student, tokens, seen, seen) for tokens, seen in zip(teachers, valid, strict=True)]
+    (pair,), weights = fusion(fusion.build([6] * len(pairs)), pairs)
+    assert pair.prediction is student and torch.equal(pair.valid, valid.any(dim=0))
+    return Found(pair.target, weights)
 
 
 def dot(x: list[float], y: list[float]) -> float:
@@ -57,7 +71,8 @@ def gate_of_one_token(student, teachers, valid, scores: tuple[bool, bool], tempe
 def test_gate_is_the_papers_equations(num_teachers, scores, temperature, seed):
     student, teachers, valid = tokens(num_teachers, seed)
     affinity, consensus = SCORES[scores]
-    fused = Gate(affinity=affinity, consensus=consensus, temperature=temperature)(student, teachers, valid)
+    gate = Gate(affinity=affinity, consensus=consensus, temperature=temperature)
+    fused = fuse(gate, student, teachers, valid)
     for b in range(2):
         for n in range(5):
             rows = teachers[:, b, n].tolist()
@@ -73,7 +88,7 @@ def test_gate_is_the_papers_equations(num_teachers, scores, temperature, seed):
 @given(num_teachers=st.integers(1, 4), seed=st.integers(0, 10_000))
 def test_mean_is_the_mean_of_those_who_saw_the_token(num_teachers, seed):
     student, teachers, valid = tokens(num_teachers, seed)
-    fused = Mean()(student, teachers, valid)
+    fused = fuse(Mean(), student, teachers, valid)
     for b in range(2):
         for n in range(5):
             rows = [teachers[m, b, n] for m in range(num_teachers) if valid[m, b, n]]
@@ -84,7 +99,7 @@ def test_mean_is_the_mean_of_those_who_saw_the_token(num_teachers, seed):
 @pytest.mark.parametrize("gate", [Gate(temperature=1e9), Gate(affinity=False, consensus=False)], ids=["hot", "uniform"])
 def test_a_gate_without_preference_is_the_mean(gate):
     case = tokens(3)
-    for ours, mean in zip(gate(*case), Mean()(*case), strict=True):
+    for ours, mean in zip(fuse(gate, *case), fuse(Mean(), *case), strict=True):
         torch.testing.assert_close(ours, mean.to(ours.dtype), atol=1e-7, rtol=1e-7)
 
 
@@ -92,8 +107,8 @@ def test_a_cold_gate_picks_the_best_teacher():
     student, teachers, valid = tokens(3, share_seen=1.1)
     gate = Gate(temperature=1e-4)
     best = gate.scores(student, teachers, valid).argmax(dim=0)
-    assert torch.equal(gate(student, teachers, valid).weights.argmax(dim=0), best)
-    assert gate(student, teachers, valid).weights.max(dim=0).values.min() > 0.99
+    assert torch.equal(fuse(gate, student, teachers, valid).weights.argmax(dim=0), best)
+    assert fuse(gate, student, teachers, valid).weights.max(dim=0).values.min() > 0.99
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -101,9 +116,9 @@ def test_the_only_teacher_that_saw_the_token_gets_all_the_weight(fusion):
     student, teachers, valid = tokens(3)
     valid[:] = False
     valid[1] = True
-    target, weights = fusion(student, teachers, valid)
+    target, weights = fuse(fusion, student, teachers, valid)
     assert torch.equal(weights[1], torch.ones_like(weights[1])) and not weights[[0, 2]].any()
-    expected = F.layer_norm(teachers[1], (6,)) if fusion.renormalise else teachers[1]
+    expected = F.layer_norm(teachers[1], (6,)) if fusion.renormalize else teachers[1]
     torch.testing.assert_close(target, expected, atol=1e-9, rtol=1e-9)
 
 
@@ -111,7 +126,7 @@ def test_the_only_teacher_that_saw_the_token_gets_all_the_weight(fusion):
 @given(order=st.permutations(range(4)), seed=st.integers(0, 10_000), fusion=st.sampled_from(FUSIONS))
 def test_permuting_teachers_permutes_weights_and_keeps_the_target(order, seed, fusion):
     student, teachers, valid = tokens(4, seed)
-    before, after = fusion(student, teachers, valid), fusion(student, teachers[order], valid[order])
+    before, after = fuse(fusion, student, teachers, valid), fuse(fusion, student, teachers[order], valid[order])
     torch.testing.assert_close(after.weights, before.weights[order])
     torch.testing.assert_close(after.target, before.target)
 
@@ -119,11 +134,11 @@ def test_permuting_teachers_permutes_weights_and_keeps_the_target(order, seed, f
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_weights_are_a_share_of_one_and_what_a_teacher_did_not_see_is_ignored(fusion):
     student, teachers, valid = tokens(3, seed=3)
-    target, weights = fusion(student, teachers, valid)
+    target, weights = fuse(fusion, student, teachers, valid)
     torch.testing.assert_close(weights.sum(dim=0).double(), valid.any(dim=0).double())
     assert not weights[~valid].any()
     elsewhere = torch.where(valid.unsqueeze(-1), teachers, torch.full_like(teachers, 7.0))
-    torch.testing.assert_close(fusion(student, elsewhere, valid).target, target)
+    torch.testing.assert_close(fuse(fusion, student, elsewhere, valid).target, target)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -134,7 +149,7 @@ def test_a_token_that_nobody_saw_gives_zeros_and_finite_gradients(fusion, dtype)
     teachers[~valid] = 0.0  # as the scatter of dropped patches leaves them
     student[0, 0] = 0.0
     student, teachers = (x.to(dtype).requires_grad_() for x in (student, teachers))
-    target, weights = fusion(student, teachers, valid)
+    target, weights = fuse(fusion, student, teachers, valid)
     assert not weights[:, 0, 0].any() and not target[0, 0].any()
     (target.float() * torch.arange(6.0)).sum().backward()
     assert target.isfinite().all() and teachers.grad.isfinite().all()
@@ -147,8 +162,8 @@ def test_autocast_does_not_round_weights_or_targets(fusion, dtype):
     student, teachers, valid = tokens(3)
     case = student.float(), 100 * teachers.float(), valid
     with torch.autocast("cpu", dtype):
-        found = fusion(*case)
-    for ours, exact in zip(found, fusion(*case), strict=True):
+        found = fuse(fusion, *case)
+    for ours, exact in zip(found, fuse(fusion, *case), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, exact)
 
@@ -156,7 +171,7 @@ def test_autocast_does_not_round_weights_or_targets(fusion, dtype):
 def test_no_gradient_passes_through_detached_weights():
     student, teachers, valid = tokens(3, share_seen=1.1)
     student, teachers = student.requires_grad_(), teachers.requires_grad_()
-    target, weights = Gate()(student, teachers, valid)
+    target, weights = fuse(Gate(), student, teachers, valid)
     assert not weights.requires_grad
     up = torch.randn(target.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     student_grad, teacher_grad = torch.autograd.grad((target * up).sum(), (student, teachers), allow_unused=True)
@@ -168,16 +183,16 @@ def test_gradient_passes_through_weights_that_are_not_detached():
     student, teachers, valid = tokens(2, share_seen=1.1)
     gate = Gate(detached=False, temperature=1.0)
     inputs = (student.requires_grad_(), teachers.requires_grad_())
-    assert torch.autograd.gradcheck(lambda s, t: tuple(gate(s, t, valid)), inputs)
-    target, _ = gate(student, teachers, valid)
+    assert torch.autograd.gradcheck(lambda s, t: tuple(fuse(gate, s, t, valid)), inputs)
+    target, _ = fuse(gate, student, teachers, valid)
     target[..., 0].sum().backward()
     assert student.grad.abs().sum() > 0
 
 
-def test_renormalised_targets_have_mean_0_and_variance_1():
+def test_renormalized_targets_have_mean_0_and_variance_1():
     case = tokens(3, share_seen=1.1)
     for fusion in (Gate(), Mean()):
-        plain, normal = fusion(*case).target, replace(fusion, renormalise=True)(*case).target
+        plain, normal = fuse(fusion, *case).target, fuse(replace(fusion, renormalize=True), *case).target
         assert normal.mean(dim=-1).abs().max() < 1e-9
         assert (normal.var(dim=-1, unbiased=False) - 1).abs().max() < 1e-3
         torch.testing.assert_close(normal, F.layer_norm(plain, (6,)))
@@ -187,5 +202,5 @@ def test_lengths_do_not_change_the_weights():
     student, teachers, valid = tokens(3)
     scale = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64).view(3, 1, 1, 1)
     torch.testing.assert_close(
-        Gate()(5 * student, teachers * scale, valid).weights, Gate()(student, teachers, valid).weights
+        fuse(Gate(), 5 * student, teachers * scale, valid).weights, fuse(Gate(), student, teachers, valid).weights
     )

@@ -1,4 +1,4 @@
-"""The health numbers against loops, and the watch: it speaks when targets collapse, and is silent otherwise."""
+"""The health numbers against loops, and the detector: it speaks when targets collapse, and is silent otherwise."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from comad.distill.aligners import Trained
+from comad.distill.aligners import TrainedAdapter
 from comad.distill.health import (
     COLLAPSED_SHARE,
     MAX_IMAGES,
-    Evidence,
-    Watch,
+    CollapseDetector,
+    central_patches,
     health_metrics,
     information,
+    mean_shares,
 )
 from comad.evaluate.similarity import cross_image_cosine, effective_rank
 from comad.presets import METHODS
@@ -76,41 +77,39 @@ def test_one_image_gives_finite_numbers_but_the_spread():
 
 def test_gate_numbers():
     weights = torch.tensor([[[0.5, 1.0, 0.0]], [[0.5, 0.0, 0.0]]])  # the last token was seen by nobody
-    metrics = health_metrics(Evidence(draw(4, 3), draw(4, 3, seed=1), weights))
+    metrics = health_metrics(draw(4, 3), draw(4, 3, seed=1), weights)
     assert float(metrics["gate_entropy"]) == pytest.approx(0.5)
-    assert float(metrics["share_0"]) == pytest.approx(0.75) and float(metrics["share_1"]) == pytest.approx(0.25)
+    assert mean_shares(weights).tolist() == pytest.approx([0.75, 0.25])
 
 
 @pytest.mark.parametrize("num_teachers", [1, 2, 4])
 def test_equal_weights_have_full_entropy(num_teachers):
     weights = torch.full((num_teachers, 2, 5), 1 / num_teachers)
-    metrics = health_metrics(Evidence(draw(4, 3), draw(4, 3), weights))
+    metrics = health_metrics(draw(4, 3), draw(4, 3), weights)
     assert float(metrics["gate_entropy"]) == pytest.approx(float(num_teachers > 1), abs=1e-6)
-    assert [float(metrics[f"share_{m}"]) for m in range(num_teachers)] == pytest.approx(
-        [1 / num_teachers] * num_teachers
-    )
+    assert mean_shares(weights).tolist() == pytest.approx([1 / num_teachers] * num_teachers)
 
 
-def test_evidence_is_one_patch_with_a_target_near_the_middle_of_each_image():
+def test_health_is_told_from_one_patch_with_a_target_near_the_middle_of_each_image():
     student, target = draw(3, 9, 2).requires_grad_(), draw(3, 9, 2, seed=1)
     valid = torch.ones(3, 9, dtype=torch.bool)
     valid[1, 3:6] = False
     valid[2, :8] = False
-    evidence = Evidence.take(student, target, torch.ones(1, 3, 10), valid)
-    assert torch.equal(evidence.target[0], target[0, 4])
-    assert any(torch.equal(evidence.target[1], target[1, n]) for n in (2, 6))
-    assert torch.equal(evidence.student[2], student[2, 8])
-    assert not evidence.student.requires_grad
+    ours, theirs = central_patches(valid, student, target)
+    assert torch.equal(theirs[0], target[0, 4])
+    assert any(torch.equal(theirs[1], target[1, n]) for n in (2, 6))
+    assert torch.equal(ours[2], student[2, 8])
+    assert not ours.requires_grad
 
 
-def test_evidence_is_taken_of_a_bounded_number_of_images():
+def test_health_is_told_from_a_bounded_number_of_images():
     many = torch.ones(MAX_IMAGES + 9, 4, 2)
-    evidence = Evidence.take(many, many, torch.ones(1, MAX_IMAGES + 9, 5), torch.ones(MAX_IMAGES + 9, 4).bool())
-    assert len(evidence.student) == len(evidence.target) == MAX_IMAGES
+    (found,) = central_patches(torch.ones(MAX_IMAGES + 9, 4).bool(), many)
+    assert len(found) == MAX_IMAGES
 
 
-def test_watch_warns_when_the_information_of_the_targets_falls():
-    watch = Watch()
+def test_the_detector_warns_when_the_information_of_the_targets_falls():
+    watch = CollapseDetector()
     assert watch(1, HEALTHY) is None
     assert watch(20, HEALTHY | {"target_information": 0.5 * COLLAPSED_SHARE + 0.01, "loss": 0.1}) is None
     warning = watch(40, HEALTHY | {"target_information": 0.05, "loss": 0.01})
@@ -118,15 +117,15 @@ def test_watch_warns_when_the_information_of_the_targets_falls():
     assert "collapsed" in warning and "10 %" in warning and "from 1 to 0.01" in warning and "comad" in warning
 
 
-def test_watch_keeps_its_words_before_the_colon():
-    watch = Watch()
+def test_the_detector_keeps_its_words_before_the_colon():
+    watch = CollapseDetector()
     watch(1, HEALTHY)
     first, second = (watch(20, HEALTHY | {"target_information": left}) or "" for left in (0.05, 0.02))
     assert first != second and first.partition(":")[0] == second.partition(":")[0]
 
 
-def test_watch_compares_with_the_start_not_with_the_last_step():
-    watch = Watch()
+def test_the_detector_compares_with_the_start_not_with_the_last_step():
+    watch = CollapseDetector()
     falling = [watch(step, HEALTHY | {"target_information": 0.5 * 0.7**step}) for step in range(8)]
     assert [warning is not None for warning in falling] == [0.7**step < COLLAPSED_SHARE for step in range(8)]
 
@@ -134,13 +133,13 @@ def test_watch_compares_with_the_start_not_with_the_last_step():
 @pytest.mark.parametrize(
     "change", [{"loss": 0.001}, {"target_information": 5.0}, {"student_cosine": 0.9}, {"epoch": 9.0}]
 )
-def test_watch_is_silent_otherwise(change):
-    watch = Watch()
+def test_the_detector_is_silent_otherwise(change):
+    watch = CollapseDetector()
     assert watch(1, HEALTHY) is None and watch(20, HEALTHY | change) is None
 
 
-def test_watch_tells_a_constant_student_after_two_epochs():
-    watch = Watch()
+def test_the_detector_tells_a_constant_student_after_two_epochs():
+    watch = CollapseDetector()
     watch(1, HEALTHY)
     constant = HEALTHY | {"student_cosine": 0.99}
     assert watch(20, constant | {"epoch": 1.0}) is None
@@ -148,14 +147,14 @@ def test_watch_tells_a_constant_student_after_two_epochs():
     assert watch(40, constant | {"epoch": 2.0, "target_cosine": 0.99}) is None  # so are the targets: nothing to blame
 
 
-PLAIN = {name: replace(term, temperature=1.0) for name, term in METHODS["comad"].terms.items()}
+PLAIN = {name: replace(term, temperature=1.0) for name, term in METHODS["comad"].objectives.items()}
 """The losses as printed, without a temperature."""
 
 
 @pytest.mark.parametrize(
     "method",
-    [METHODS["comad-literal"], replace(METHODS["comad"], aligner=Trained(), terms=PLAIN)],
-    ids=["printed", "trained-aligners-alone"],
+    [METHODS["comad-literal"], replace(METHODS["comad"], aligner=TrainedAdapter(), objectives=PLAIN)],
+    ids=["printed", "trained-adapters-alone"],
 )
 def test_comad_as_printed_collapses_and_says_so(small_distillation, method):
     warnings, metrics = small_distillation(method, num_images=128).watched_training(*TRAINING)

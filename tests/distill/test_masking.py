@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comad.distill.masking import POLICIES, Masking
+from comad.distill.masking import Disjoint, Independent, Masking, Shared, Superset, WholeImages, num_visible
 
 CPU = torch.device("cpu")
 RATIOS = st.floats(0.0, 0.95)
+ASYMMETRIC = [Superset, Independent]
 
 
 def noise(batch_size: int, num_teachers: int, num_patches: int, seed: int = 0) -> torch.Tensor:
@@ -31,23 +32,24 @@ def as_sets(visible: torch.Tensor) -> list[set[int]]:
 )
 def test_superset_shows_every_teacher_what_the_student_sees(ratios, batch_size, num_patches, seed):
     *teachers, student = sorted(ratios)
-    masks = Masking(student=student, teachers=tuple(teachers))(noise(batch_size, len(teachers), num_patches, seed))
+    masks = Superset(mask_ratio=student, teacher_mask_ratios=tuple(teachers))(
+        noise(batch_size, len(teachers), num_patches, seed)
+    )
     for visible in masks.teachers:
         assert all(own <= more for own, more in zip(as_sets(masks.student), as_sets(visible), strict=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    policy=st.sampled_from(["superset", "independent"]),
+    policy=st.sampled_from(ASYMMETRIC),
     teachers=st.lists(st.floats(0.0, 0.6), min_size=1, max_size=4),
     student=st.floats(0.6, 0.95),
     num_patches=st.integers(1, 60),
     seed=st.integers(0, 10_000),
 )
 def test_counts_are_exact_and_positions_ascend(policy, teachers, student, num_patches, seed):
-    masks = Masking(policy=policy, student=student, teachers=tuple(teachers))(
-        noise(3, len(teachers), num_patches, seed)
-    )
+    masking = policy(mask_ratio=student, teacher_mask_ratios=tuple(teachers))
+    masks = masking(noise(3, len(teachers), num_patches, seed))
     for visible, ratio in zip((masks.student, *masks.teachers), (student, *teachers), strict=True):
         assert visible.shape == (3, max(1, round(num_patches * (1 - ratio))))
         assert (visible.diff(dim=1) > 0).all() and visible.min() >= 0 and visible.max() < num_patches
@@ -57,27 +59,30 @@ def test_counts_are_exact_and_positions_ascend(policy, teachers, student, num_pa
     ("num_patches", "counts"), [(16, (4, 8, 10, 11)), (36, (9, 18, 22, 25)), (196, (49, 98, 118, 137))]
 )
 def test_counts_of_the_papers_ratios(num_patches, counts):
-    assert Masking().num_visible(num_patches, 3) == (counts[0], counts[1:])
+    masking = Superset()
+    ratios = (masking.mask_ratio, *masking.teacher_mask_ratios)
+    assert tuple(num_visible(num_patches, ratio) for ratio in ratios) == counts
 
 
 def test_the_last_ratio_repeats_for_further_teachers():
-    assert Masking(teachers=(0.5, 0.25)).num_visible(16, 4) == (4, (8, 12, 12, 12))
+    masks = Superset(teacher_mask_ratios=(0.5, 0.25))(noise(1, 4, 16))
+    assert [visible.shape[1] for visible in (masks.student, *masks.teachers)] == [4, 8, 12, 12, 12]
 
 
 def test_none_hides_nothing():
-    masks = Masking(policy="none")(noise(2, 3, 16))
+    masks = WholeImages()(noise(2, 3, 16))
     assert masks[:2] == (None, (None, None, None))
     assert masks.student_sees(2, 16, CPU).all() and masks.teachers_see(2, 16, CPU).all()
 
 
 def test_shared_gives_teachers_the_students_patches():
-    masks = Masking(policy="shared")(noise(5, 3, 16))
+    masks = Shared()(noise(5, 3, 16))
     assert all(torch.equal(visible, masks.student) for visible in masks.teachers)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", Masking.members.values())
 def test_masks_are_functions_of_the_noise(policy):
-    rows, masking = noise(4, 3, 16), Masking(policy=policy)
+    rows, masking = noise(4, 3, 16), policy()
     torch.manual_seed(1)
     first = masking(rows)
     torch.manual_seed(2)
@@ -88,12 +93,12 @@ def test_masks_are_functions_of_the_noise(policy):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first.teachers, again.teachers, strict=True))
     alone = masking(rows[2:3])  # the masks of an image do not depend on its neighbours in the batch
     assert alone.student is None or torch.equal(alone.student, first.student[2::4])
-    assert torch.equal(alone.chance, first.chance[2:3])
+    assert torch.equal(alone.noise, first.noise[2:3])
 
 
-@pytest.mark.parametrize("policy", ["superset", "independent"])
+@pytest.mark.parametrize("policy", ASYMMETRIC)
 def test_each_teacher_draws_from_its_own_row(policy):
-    rows, masking = noise(8, 3, 36), Masking(policy=policy)
+    rows, masking = noise(8, 3, 36), policy()
     changed = rows.clone()
     changed[:, 2] = noise(8, 3, 36, seed=1)[:, 2]
     before, after = masking(rows), masking(changed)
@@ -103,22 +108,22 @@ def test_each_teacher_draws_from_its_own_row(policy):
 
 
 def test_independent_hides_the_students_patches_as_often_as_any_other():
-    masks = Masking(policy="independent")(noise(2000, 3, 16))
+    masks = Independent()(noise(2000, 3, 16))
     student, teachers = masks.student_sees(2000, 16, CPU), masks.teachers_see(2000, 16, CPU)
     shares = [float(teacher[student].float().mean()) for teacher in teachers]
     assert shares == pytest.approx([8 / 16, 10 / 16, 11 / 16], abs=0.02)
 
 
-@pytest.mark.parametrize("policy", ["superset", "independent"])
+@pytest.mark.parametrize("policy", ASYMMETRIC)
 def test_every_position_is_seen_equally_often(policy):
-    masks = Masking(policy=policy)(noise(4000, 3, 16))
+    masks = policy()(noise(4000, 3, 16))
     for visible in (masks.student, *masks.teachers):
         counted = torch.bincount(visible.flatten(), minlength=16) / 4000
         assert counted.tolist() == pytest.approx([visible.shape[1] / 16] * 16, abs=0.04)
 
 
 def test_maps_mark_the_visible_positions():
-    masks = Masking()(noise(3, 2, 16))
+    masks = Superset()(noise(3, 2, 16))
     student, teachers = masks.student_sees(3, 16, CPU), masks.teachers_see(3, 16, CPU)
     assert teachers.shape == (2, 3, 16)
     for image in range(3):
@@ -127,29 +132,29 @@ def test_maps_mark_the_visible_positions():
             assert teachers[m, image].nonzero().flatten().tolist() == masks.teachers[m][image].tolist()
 
 
-@pytest.mark.parametrize("wrong", [{"student": 1.0}, {"student": -0.1}, {"teachers": (0.2, 1.5)}])
+@pytest.mark.parametrize("wrong", [{"mask_ratio": 1.0}, {"mask_ratio": -0.1}, {"teacher_mask_ratios": (0.2, 1.5)}])
 def test_refuses_a_ratio_outside_its_range(wrong):
     with pytest.raises(ValueError, match="hidden share"):
-        Masking(**wrong)
+        Superset(**wrong)
 
 
 def test_superset_refuses_a_student_that_sees_more_than_a_teacher():
     with pytest.raises(ValueError, match="superset"):
-        Masking(student=0.4, teachers=(0.3, 0.5))
-    Masking(policy="independent", student=0.4, teachers=(0.3, 0.5))
+        Superset(mask_ratio=0.4, teacher_mask_ratios=(0.3, 0.5))
+    Independent(mask_ratio=0.4, teacher_mask_ratios=(0.3, 0.5))
 
 
 def test_disjoint_masks_have_no_patch_in_common_and_teachers_see_all():
-    masks = Masking(policy="disjoint", student=0.6)(noise(3, 2, 16))
+    masks = Disjoint(mask_ratio=0.6)(noise(3, 2, 16))
     assert masks.student.shape == (6, 6) and masks.teachers == (None, None)
     for first, second in zip(as_sets(masks.student[:3]), as_sets(masks.student[3:]), strict=True):
         assert not first & second
     with pytest.raises(ValueError, match=r"at least 0\.5"):
-        Masking(policy="disjoint", student=0.4)
+        Disjoint(mask_ratio=0.4)
 
 
 def test_a_share_of_the_steps_shows_the_student_everything_and_keeps_the_teachers_masks():
-    plain, some = Masking(), Masking(unmasked_share=0.3)
+    plain, some = Superset(), Superset(unmasked_share=0.3)
     unmasked = 0
     for seed in range(300):
         rows = noise(2, 3, 16, seed)
@@ -162,28 +167,29 @@ def test_a_share_of_the_steps_shows_the_student_everything_and_keeps_the_teacher
 
 
 def test_the_hidden_share_moves_linearly_over_the_run():
-    masking, rows = Masking(student=0.75, student_end=0.5), noise(2, 3, 16)
+    masking, rows = Superset(mask_ratio=0.75, mask_ratio_end=0.5), noise(2, 3, 16)
     assert [masking(rows, progress).student.shape[1] for progress in (0.0, 0.5, 1.0)] == [4, 6, 8]
-    assert torch.equal(masking(rows).student, Masking()(rows).student)
-    assert Masking(student=0.5, teachers=(0.5,), student_end=0.9)(rows, 1.0).student.shape[1] == 2
+    assert torch.equal(masking(rows).student, Superset()(rows).student)
+    rising = Superset(mask_ratio=0.5, teacher_mask_ratios=(0.5,), mask_ratio_end=0.9)
+    assert rising(rows, 1.0).student.shape[1] == 2
     with pytest.raises(ValueError, match="superset"):
-        Masking(student_end=0.2)
+        Superset(mask_ratio_end=0.2)
 
 
 def test_mixup_blends_neighbours_by_a_share_that_belongs_to_the_sample():
     images, rows = torch.rand(200, 3, 4, 4), noise(200, 2, 16)
-    assert Masking().blend(images, rows) is images and Masking().repeats
-    masking = Masking(mixup=True)
+    assert Superset().blend(images, rows) is images and Superset().repeats
+    masking = Superset(mixup=True)
     mixed, shares = masking.blend(images, rows), []
     for index in range(200):
         shares.append(float(rows[index].double().sum() % 1))
         naive = shares[-1] * images[index].double() + (1 - shares[-1]) * images[index - 1].double()
         torch.testing.assert_close(mixed[index].double(), naive, atol=1e-4, rtol=0)
     assert 0 <= min(shares) < 0.05 and 0.95 < max(shares) < 1 and abs(sum(shares) / 200 - 0.5) < 0.06
-    assert not masking.repeats and not Masking(student_end=0.9).repeats
+    assert not masking.repeats and not Superset(mask_ratio_end=0.9).repeats
 
 
-def test_chance_is_uniform_and_belongs_to_the_sample():
-    masks = Masking(policy="none")(noise(4000, 2, 16))
-    assert masks.chance.shape == (4000, 2) and masks.chance.min() >= 0 and masks.chance.max() < 1
-    assert torch.histc(masks.chance, 4, 0, 1).tolist() == pytest.approx([2000] * 4, rel=0.1)
+def test_noise_of_the_masks_is_uniform_and_belongs_to_the_sample():
+    masks = WholeImages()(noise(4000, 2, 16))
+    assert masks.noise.shape == (4000, 2) and masks.noise.min() >= 0 and masks.noise.max() < 1
+    assert torch.histc(masks.noise, 4, 0, 1).tolist() == pytest.approx([2000] * 4, rel=0.1)

@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from comad.distill.objectives import DISTANCES, Term
+from comad.distill.features import StudentOutput
+from comad.distill.fusion import Pair
+from comad.distill.objectives import DISTANCES, FeatureLoss, Objective, RelationLoss, mean_over
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(objective: Objective, student: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+    """Of one pair, at the positions that count."""
+    pair = Pair(student, target, counts, counts)
+    return mean_over(objective.distance_of(pair).unsqueeze(0), [pair], counts).sum()
 
 
 def softmax(x: list[float], temperature: float) -> list[float]:
@@ -82,12 +90,12 @@ def test_equal_tokens_are_at_distance_0_and_no_others_below(name):
 def test_large_tokens_in_half_precision_give_finite_losses_and_gradients(name, dtype):
     student = (draw(2, 3, 8) * 1e4).to(dtype).requires_grad_()
     target = (draw(2, 3, 8, seed=1) * 1e4).to(dtype)
-    term = Term(distance=name, temperature=0.1)
-    loss = term(student, target, torch.ones(2, 3, dtype=torch.bool))
+    objective = FeatureLoss(distance=name, temperature=0.1)
+    loss = loss_of(objective, student, target, torch.ones(2, 3, dtype=torch.bool))
     assert loss.dtype == torch.float32 and loss.isfinite() and loss > 0
     loss.backward()
     assert student.grad.isfinite().all()
-    exact = term(student.detach().double(), target.double(), torch.ones(2, 3, dtype=torch.bool))
+    exact = loss_of(objective, student.detach().double(), target.double(), torch.ones(2, 3, dtype=torch.bool))
     assert float(loss.detach()) == pytest.approx(float(exact), rel=1e-3)
 
 
@@ -129,7 +137,9 @@ def test_positions(where, cls, seed):
     generator = torch.Generator().manual_seed(seed)
     visible, valid = (torch.rand(3, 7, generator=generator) < 0.5 for _ in range(2))
     cls_valid = torch.rand(3, 1, generator=generator) < 0.5
-    found = Term(where=where, cls=cls).positions(visible, valid, cls_valid)
+    everything = torch.cat([cls_valid, valid], dim=1)
+    tokens = torch.zeros(3, 8, 2)
+    found = FeatureLoss(where=where, cls=cls).positions([Pair(tokens, tokens, everything, everything)], visible)
     assert found.shape == (3, 8)
     for b in range(3):
         assert bool(found[b, 0]) == (cls and bool(cls_valid[b, 0]))
@@ -149,13 +159,15 @@ def test_the_sum_is_divided_by_the_number_of_positions_that_count(name):
         for n in range(5)
         if counts[b, n]
     ]
-    assert float(Term(distance=name)(student, target, counts)) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert float(loss_of(FeatureLoss(distance=name), student, target, counts)) == pytest.approx(
+        sum(each) / len(each), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_no_position_gives_0_and_no_gradient(name):
     student = draw(2, 3, 4).requires_grad_()
-    loss = Term(distance=name)(student, torch.zeros_like(student), torch.zeros(2, 3, dtype=torch.bool))
+    loss = loss_of(FeatureLoss(distance=name), student, torch.zeros_like(student), torch.zeros(2, 3, dtype=torch.bool))
     loss.backward()
     assert float(loss.detach()) == 0 and not student.grad.any()
 
@@ -164,5 +176,20 @@ def test_no_position_gives_0_and_no_gradient(name):
 def test_positions_that_do_not_count_get_no_gradient(name):
     student = draw(2, 3, 4).requires_grad_()
     counts = torch.tensor([[True, False, True], [False, False, True]])
-    Term(distance=name)(student, draw(2, 3, 4, seed=1), counts).backward()
+    loss_of(FeatureLoss(distance=name), student, draw(2, 3, 4, seed=1), counts).backward()
     assert torch.equal(student.grad.abs().sum(dim=-1) > 0, counts)
+
+
+@pytest.mark.parametrize("kind", [FeatureLoss, RelationLoss])
+def test_a_distance_at_a_position_that_one_of_two_teachers_saw_counts_once(kind):
+    """The mean goes over the positions that any teacher saw; each teacher adds where it has weight."""
+    tokens, seen = draw(2, 4, 3), torch.tensor([[True, True, False, False]] * 2)
+    nobody = torch.zeros_like(seen)
+    pairs = [Pair(tokens, draw(2, 4, 3, seed=1), part, part) for part in (seen, nobody)]
+    objective = kind(where="all", cls=True)
+    compared, positions = objective.pairs(None, pairs, StudentOutput(tokens, tokens, (), None, None), [], seen[:, 1:])
+    assert torch.equal(positions, seen)
+    distances = torch.stack([objective.distance_of(pair) for pair in compared])
+    found = mean_over(distances, compared, positions)
+    assert found.shape == (2, 2) and not found[1].any()
+    torch.testing.assert_close(found[0].sum(), distances[0][seen].mean())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from comad.distill.features import StudentOutput
 from comad.distill.fusion import Pair
-from comad.distill.objectives import DISTANCES, Term
+from comad.distill.objectives import DISTANCES, AttentionLoss, QueueLoss, RelationLoss, Shapes
 from comad.distill.relations import (
     Queue,
     attention_logits,
@@ -18,7 +19,8 @@ from comad.distill.relations import (
     token_logits,
     with_class_token,
 )
-from comad.models.listening import listening
+
+EVERYWHERE = torch.ones(2, 5, dtype=torch.bool)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -38,11 +40,11 @@ def kl(p: list[float], q: list[float]) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-@pytest.mark.parametrize(("over", "left", "right"), [("queries-keys", 0, 1), ("values-values", 2, 2)])
-def test_attention_logits_and_their_kl_are_the_naive_ones(over, left, right):
+@pytest.mark.parametrize(("relation", "left", "right"), [("queries-keys", 0, 1), ("values-values", 2, 2)])
+def test_attention_logits_and_their_kl_are_the_naive_ones(relation, left, right):
     student, teacher = draw(2, 5, 3 * 6), draw(2, 5, 3 * 8, seed=1)  # two heads of 3 and of 4 channels
-    found = [attention_logits(qkv, 2, over) for qkv in (student, teacher)]
-    distances = Term(over=over).distances(Pair(*found, torch.ones(2, 5)))
+    found = [attention_logits(qkv, 2, relation) for qkv in (student, teacher)]
+    distances = AttentionLoss(relation=relation).distance_of(Pair(*found, EVERYWHERE, EVERYWHERE))
     for b in range(2):
         for i in range(5):
             expected = 0.0
@@ -62,14 +64,13 @@ def test_attention_logits_and_their_kl_are_the_naive_ones(over, left, right):
 
 
 @torch.no_grad()
-def test_attention_rows_are_those_that_timm_computes(small_distillation, monkeypatch):
+def test_attention_rows_are_those_that_timm_computes(small_distillation):
     backbone = small_distillation.vit(3, 32)
     attention, seen = backbone.vit.blocks[1].attn, []
     attention.fused_attn = False
     attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    with listening(backbone, qkv=2) as heard:
-        backbone(torch.rand(2, 3, 32, 32))
-    rows = attention_logits(with_class_token(heard.qkv), 4, "queries-keys").softmax(dim=-1)
+    tokens = backbone(torch.rand(2, 3, 32, 32), qkv=2)
+    rows = attention_logits(with_class_token(tokens.qkv), 4, "queries-keys").softmax(dim=-1)
     torch.testing.assert_close(rows.transpose(1, 2), seen[0])
 
 
@@ -87,8 +88,8 @@ def test_the_mean_of_maps_has_the_gradient_of_the_mean_of_losses():
 def test_token_rows_and_their_kl_are_the_naive_ones():
     student, teacher, counts = draw(2, 6, 3), draw(2, 6, 5, seed=1), torch.ones(2, 6, dtype=torch.bool)
     counts[:, 0], counts[1, 3] = False, False
-    pair = Pair(token_logits(student, counts), token_logits(teacher, counts), counts)
-    found = Term(over="tokens", temperature=0.07).distances(pair)
+    pair = Pair(token_logits(student, counts), token_logits(teacher, counts), counts, counts)
+    found = RelationLoss(temperature=0.07).distance_of(pair)
     for b in range(2):
         kept = [n for n in range(6) if counts[b, n]]
         for i in kept:
@@ -142,6 +143,23 @@ def test_autocast_does_not_round_relations(dtype):
     assert half.dtype == torch.float32 and half.log_softmax(dim=-1).isfinite().all()
 
 
-def test_a_queue_is_for_class_tokens():
-    with pytest.raises(ValueError, match="set where to cls"):
-        Term(over="queue", where="all")
+def test_a_queue_compares_class_tokens_with_past_targets_and_follows_only_in_training():
+    objective = QueueLoss(size=4, temperature=0.5)
+    state = objective.build(Shapes(3, (3,), 1))
+    before = state[0].directions.clone()
+    pair = Pair(draw(2, 5, 3).float(), draw(2, 5, 3, seed=1).float(), EVERYWHERE, EVERYWHERE)
+    output = StudentOutput(pair.prediction, pair.prediction, (), None, None)
+    for training in (False, True):
+        (compared,), positions = objective.pairs(state.train(training), [pair], output, [], EVERYWHERE[:, 1:])
+        assert positions.tolist() == [[True], [True]]
+        found = objective.distance_of(compared)
+        for b in range(2):
+            rows = [
+                softmax([cos(x[b, 0].tolist(), row) for row in before.tolist()], 0.5)
+                for x in (pair.prediction, pair.target)
+            ]
+            assert float(found[b, 0]) == pytest.approx(kl(rows[1], rows[0]), rel=1e-3, abs=1e-6)
+        changed = (state[0].directions != before).any(dim=1).tolist()
+        assert changed == [training, training, False, False]
+    newest = torch.nn.functional.normalize(pair.target[:, 0], dim=-1)
+    torch.testing.assert_close(state[0].directions[:2], newest)

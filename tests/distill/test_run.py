@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from comad.cli import main
-from comad.distill import parts
 from comad.distill import run as run_module
+from comad.distill import setup as assembly
 from comad.distill.distiller import Distiller
-from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear
+from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear, use_onednn_linear
 from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
 
@@ -117,7 +117,8 @@ def test_the_log_has_losses_and_health(finished):
     lines = steps(finished)
     assert [line["step"] for line in lines] == list(range(1, 16))
     assert lines[-1]["loss"] < lines[0]["loss"]
-    for name in ("token", "spatial", "student_information", "target_information", "student_cosine", "target_cosine",
+    for name in ("loss/token", "loss/spatial", "loss/first/token", "loss/second/spatial",
+                 "student_information", "target_information", "student_cosine", "target_cosine",
                  "student_rank", "target_rank", "student_std", "target_std", "gate_entropy", "share_first",
                  "share_second", "lr", "grad_norm", "images_per_s", "data_wait"):  # fmt: skip
         assert isinstance(lines[-1][name], float)
@@ -145,7 +146,7 @@ def test_the_config_runs_again_as_it_is(finished, tmp_path):
     assert first["run"].pop("out") != second["run"].pop("out") and first == second
 
 
-ONE_TEACHER = [name for name, method in METHODS.items() if method.single or name == "dmt-like"]
+ONE_TEACHER = [name for name, method in METHODS.items() if method.single_teacher or name == "dmt-like"]
 FIELD = [name for name in METHODS if name == "comad-student-side" or not name.startswith(("comad", "mean", "g2sd"))]
 
 
@@ -176,26 +177,28 @@ def test_a_method_of_a_decoder_says_where_to_get_one(command, teacher_specs, tmp
 
 
 def test_cached_teachers_need_masks_that_repeat(command, tmp_path, capfd):
-    line = failure(capfd, command(tmp_path / "run", *CACHED, "--method.masking.student-end=0.7"))
-    assert "--method.masking.student-end" in line
-    line = failure(capfd, command(tmp_path / "run", *CACHED, "--method.masking.mixup"))
-    assert "--method.masking.mixup" in line
+    line = failure(capfd, command(tmp_path / "run", *CACHED, "--masking.mask-ratio-end=0.7"))
+    assert "--masking.mask-ratio-end" in line
+    line = failure(capfd, command(tmp_path / "run", *CACHED, "--masking.mixup"))
+    assert "--masking.mixup" in line
 
 
 def test_mixup_blends_what_student_and_teachers_see_alike(command, tmp_path, monkeypatch):
-    see, teach = Distiller.forward, run_module.teacher_step
+    see, ask = Distiller.forward, Distiller.forward_teacher
     shown, taught = [], []
     monkeypatch.setattr(
-        Distiller, "forward", lambda self, images, said: shown.append(images) or see(self, images, said)
+        Distiller, "forward", lambda self, images, *rest: shown.append(images) or see(self, images, *rest)
     )
     monkeypatch.setattr(
-        run_module, "teacher_step", lambda all, images, *how: taught.append(images) or teach(all, images, *how)
+        Distiller,
+        "forward_teacher",
+        lambda self, teacher, m, images, masks: taught.append(images) or ask(self, teacher, m, images, masks),
     )
-    same = ["--augment.jitter=0", "--optim.epochs=1"]
+    same = ["--augment.jitter=0", "--optim.epochs=1", "--preset=radio", "--split=none"]
     main(command(tmp_path / "plain", *same))
     plain = shown[0]
     shown.clear(), taught.clear()
-    main(command(tmp_path / "mixed", *same, "--method.masking.mixup"))
+    main(command(tmp_path / "mixed", *same, "--masking.mixup"))
     assert torch.equal(shown[0], taught[0]) and not torch.equal(shown[0], plain)
     pairs = torch.stack([plain, plain.roll(1, dims=0)])
     assert (shown[0] >= pairs.amin(dim=0) - 1e-6).all() and (shown[0] <= pairs.amax(dim=0) + 1e-6).all()
@@ -230,7 +233,7 @@ def test_a_killed_run_goes_on_to_bitwise_the_same_student(command, plain_folder,
 
 
 def test_two_processes_with_two_students_learn_what_one_learns_alone_and_write_once(command, plain_folder, tmp_path):
-    same = ["--optim.batch-size=12", "--optim.epochs=2", "--method.masking.policy=none"]
+    same = ["--optim.batch-size=12", "--optim.epochs=2", "--masking=none"]
     students = ["vit_tiny_patch16_224", "vit_small_patch16_224"]
     several = [f"--student={name}" for name in students]
     assert main(command(tmp_path / "one", *same, data=plain_folder)) == 0
@@ -246,20 +249,30 @@ def test_two_processes_with_two_students_learn_what_one_learns_alone_and_write_o
 
 @pytest.fixture
 def teacher_calls(monkeypatch):
-    """One entry for each time that a teacher is asked for the cache, or that all are asked for a step."""
-    calls = []
-    for name in ("ask", "teacher_step"):
-        real = getattr(run_module, name)
-        monkeypatch.setattr(run_module, name, lambda *arguments, real=real: calls.append(1) or real(*arguments))
+    """The number of a teacher for each time that it computes, for the cache or for a step."""
+    calls, real, calibrate = [], Distiller.forward_teacher, run_module.calibrate_students
+
+    def forward_teacher(self, teacher, m, *rest):
+        if self.training:  # not for scores
+            calls.append(m)
+        return real(self, teacher, m, *rest)
+
+    def calibrate_students(*arguments):
+        before = list(calls)
+        calibrate(*arguments)
+        calls[:] = before
+
+    monkeypatch.setattr(Distiller, "forward_teacher", forward_teacher)
+    monkeypatch.setattr(run_module, "calibrate_students", calibrate_students)
     return calls
 
 
 def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, teacher_calls):
-    main(command(tmp_path / "a", *CACHED, "--optim.epochs=4", data=plain_folder))
+    main(command(tmp_path / "a", *CACHED, "--optim.epochs=4", "--split=none", data=plain_folder))
     cached = len(teacher_calls)
     assert 2 + 2 * 10 <= cached < 2 + 2 * 20  # each teacher: an example of its shape, two epochs, and dropped images
-    main(command(tmp_path / "b", "--loader.fixed-views=2", "--optim.epochs=4", data=plain_folder))
-    assert len(teacher_calls) == cached + 20
+    main(command(tmp_path / "b", "--loader.fixed-views=2", "--optim.epochs=4", "--split=none", data=plain_folder))
+    assert len(teacher_calls) == cached + 2 * 20
     cached_student, student = (load_file(tmp_path / name / "student" / "model.safetensors") for name in "ab")
     for name, tensor in student.items():  # not bitwise: the rows of a matrix product may depend on their batch
         torch.testing.assert_close(cached_student[name], tensor, atol=1e-4, rtol=0)
@@ -268,7 +281,7 @@ def test_cached_teachers_change_nothing(command, plain_folder, tmp_path, teacher
 
 def test_a_named_cache_serves_other_runs(command, plain_folder, teacher_specs, tmp_path, teacher_calls):
     calls = teacher_calls
-    same = [*CACHED, "--optim.epochs=2", f"--cache-folder={tmp_path / 'cache'}"]
+    same = [*CACHED, "--optim.epochs=2", "--split=none", f"--cache-folder={tmp_path / 'cache'}"]
     main(command(tmp_path / "a", *same, data=plain_folder))
     assert len(calls) == 2 + 20
     main(command(tmp_path / "b", *same, data=plain_folder))
@@ -292,7 +305,7 @@ def test_offloaded_teachers_change_nothing(command, finished, tmp_path):
 def test_packed_teachers_teach_the_same(command, tmp_path, monkeypatch):
     packed = []
     monkeypatch.setattr(
-        parts, "use_onednn_linear", lambda backbone: [packed.append(backbone), use_onednn_linear(backbone)]
+        assembly, "use_onednn_linear", lambda backbone: [packed.append(backbone), use_onednn_linear(backbone)]
     )
     for name in ("memory", "offload"):
         assert main(command(tmp_path / name, "--run.precision=bf16", f"--teachers-in={name}", "--split=none")) == 0
@@ -335,7 +348,7 @@ def test_compiled_blocks_learn_what_plain_ones_do(command, finished, tmp_path):
 
 def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, monkeypatch, capfd):
     calls = []
-    real = run_module.teacher_step
+    real = Distiller.forward
 
     def interrupted(*arguments):
         calls.append(1)
@@ -344,7 +357,7 @@ def test_sigterm_ends_with_a_checkpoint_and_130(command, finished, tmp_path, mon
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "teacher_step", interrupted)
+        patch.setattr(Distiller, "forward", interrupted)
         assert main(command(tmp_path / "run")) == 130
     assert "--run.resume" in capfd.readouterr().err
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000007.pt"]
@@ -363,7 +376,8 @@ def test_a_run_is_not_overwritten(command, finished, capfd):
     [
         (["--optim.base-lr=0.02"], "optim.base_lr: 0.01 → 0.02"),
         (["--run.seed=1"], "run.seed: 0 → 1"),
-        (["--method.masking.student=0.8"], "method.masking.student: 0.75 → 0.8"),
+        (["--masking.mask-ratio=0.8"], "method.masking.mask_ratio: 0.75 → 0.8"),
+        (["--masking=none"], "method.masking.name: superset → none"),
     ],
 )
 def test_resume_refuses_another_config(command, finished, capfd, more, words):

@@ -9,20 +9,20 @@ import torch
 import yaml
 
 from comad.cli import main
-from comad.distill import finish as finish_module
+from comad.distill import results as results_module
 from comad.distill import run as run_module
-from comad.distill.config import DistillConfig
+from comad.distill.distiller import Distiller
 from comad.models.timm_backbone import VitConfig
-from comad.runtime import learner as learner_module
+from comad.recipes import read_distillation
+from comad.runtime import trainer as trainer_module
 from comad.runtime.checkpoint import checkpoints
-from comad.runtime.recipe import read_recipe
 
 SMALL, TINY = "test_vit", "vit_tiny_patch16_224"
 OPTIONS = [
     *("--student.image-size=16", "--student.patch-size=4", "--student.depth=2", "--student.drop-path=0.5"),
     *("--optim.epochs=2", "--optim.batch-size=11", "--optim.warmup-epochs=1", "--optim.ema=0.5", "--split=none"),
     *("--run.precision=fp32", "--run.log-every=1", "--run.no-tensorboard", "--run.checkpoint-every=3"),
-    *("--loader.workers=0", "--method.aligner.calibration-images=32", "--run.probe-every=5"),
+    *("--loader.workers=0", "--aligner.calibration-images=32", "--run.probe-every=5"),
 ]
 TIMES = ("images_per_s", "data_wait", "memory_gib")
 
@@ -31,7 +31,7 @@ TIMES = ("images_per_s", "data_wait", "memory_gib")
 def no_pictures():
     """Figures take most of the time of runs that are this small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish_module, "run_figure", lambda out: out / "run.png")
+        patch.setattr(results_module, "run_figure", lambda out: out / "run.png")
         yield
 
 
@@ -73,7 +73,7 @@ def outcome(folder):
 def together(command, tmp_path_factory):
     """Both in one run, killed twice between the checkpoints of the two; and the number of teacher passes each time."""
     out, passes = tmp_path_factory.mktemp("together") / "run", []
-    real_step, real_save = run_module.teacher_step, learner_module.save_checkpoint
+    real_teacher, real_save = Distiller.forward_teacher, trainer_module.save_checkpoint
 
     def run(stop, *more):
         def save(folder, step, *rest):
@@ -83,13 +83,13 @@ def together(command, tmp_path_factory):
 
         passes.append(0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(learner_module, "save_checkpoint", save)
-            patch.setattr(run_module, "teacher_step", count)
+            patch.setattr(trainer_module, "save_checkpoint", save)
+            patch.setattr(Distiller, "forward_teacher", count)
             return main(command(out, "--student", SMALL, f"--student={TINY}", *more))
 
-    def count(*arguments):
-        passes[-1] += 1
-        return real_step(*arguments)
+    def count(self, teacher, m, images, masks):
+        passes[-1] += m == 0 and len(images) == 11 and self.training  # not for calibration and scores
+        return real_teacher(self, teacher, m, images, masks)
 
     with pytest.raises(RuntimeError):
         run((TINY, 3))  # the first has a checkpoint, the second has none
@@ -114,7 +114,7 @@ def test_the_teachers_are_asked_once_per_batch(together):
 def test_the_folder_has_one_recipe_and_a_run_per_student(together):
     out, _ = together
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", SMALL, TINY]
-    recipe = read_recipe(DistillConfig, out / "config.yaml")
+    recipe = read_distillation(out / "config.yaml")
     assert [(student.name, student.depth) for student in recipe.students] == [(SMALL, 2), (TINY, 2)]
     for name, width in ((SMALL, 64), (TINY, 192)):
         student = timm.create_model(f"local-dir:{out / name / 'student'}", pretrained=True)
@@ -132,8 +132,9 @@ def test_one_goes_on_by_itself(command, alone, together, capfd):
 
 def test_each_takes_over_the_heads_of_the_teacher(command, teacher_specs, tmp_path, capfd):
     options = ["--teachers", teacher_specs[0], "--preset", "tinymim", "--optim.epochs=0.2"]
-    assert main(command(tmp_path / "run", "--student", SMALL, "--student", TINY, *options)) == 0
-    recipe = read_recipe(DistillConfig, tmp_path / "run" / "config.yaml")
+    given = command(tmp_path / "run", "--student", SMALL, "--student", TINY, *options)
+    assert main([option for option in given if not option.startswith("--aligner")]) == 0
+    recipe = read_distillation(tmp_path / "run" / "config.yaml")
     assert [student.heads for student in recipe.students] == [2, 2]
     student = timm.create_model(f"local-dir:{tmp_path / 'run' / TINY / 'student'}", pretrained=True)
     assert student.blocks[0].attn.num_heads == 2
@@ -142,15 +143,15 @@ def test_each_takes_over_the_heads_of_the_teacher(command, teacher_specs, tmp_pa
 
 
 def test_students_of_one_recipe_may_differ_in_more_than_the_name(tmp_path):
-    (tmp_path / "r.yaml").write_text("beside: [{width: 96, heads: 3}, {name: test_vit}]\n")
-    config = read_recipe(DistillConfig, tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("extra_students: [{width: 96, heads: 3}, {name: test_vit}]\n")
+    config = read_distillation(tmp_path / "r.yaml")
     assert config.students == (VitConfig(), VitConfig(width=96, heads=3), VitConfig(name=SMALL))
     assert config.student_folders == (TINY, f"{TINY}-2", SMALL)
 
 
 def test_students_with_other_patches_are_refused_in_one_line(command, tmp_path, capfd):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("student: {image_size: 16, patch_size: 4}\nbeside: [{image_size: 16, patch_size: 8}]\n")
+    recipe.write_text("student: {image_size: 16, patch_size: 4}\nextra_students: [{image_size: 16, patch_size: 8}]\n")
     assert main([*command(tmp_path / "run"), "--recipe", str(recipe)]) == 1
     line = capfd.readouterr().err
     assert "16 px in patches of 4" in line and "16 px in patches of 8" in line and "--student.patch-size" in line

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from comad.data.loader import Batch
-from comad.distill import teacher_cache
-from comad.distill.masking import Masking, Masks
-from comad.distill.teacher_cache import TeacherCache, open_cache
-from comad.distill.teaching import Said, Targets
-from comad.models.backbone import Tokens
+from comad.distill import cache as cache_module
+from comad.distill.cache import CacheSpec, TeacherCache
+from comad.distill.features import TeacherOutput
+from comad.distill.masking import Masks, Superset
 
 NUM_IMAGES = 10
-MASKING = Masking()
+MASKING = Superset()
 
 
 def batch_of(images: list[int], view: int, num_teachers: int = 2) -> Batch:
@@ -32,11 +31,11 @@ def batch_of(images: list[int], view: int, num_teachers: int = 2) -> Batch:
     return Batch((pixels, pixels), noise, index, views, torch.ones_like(index, dtype=torch.bool))
 
 
-def tokens_of(m: int, batch: Batch, masks: Masks) -> Tokens:
+def tokens_of(m: int, batch: Batch, masks: Masks) -> TeacherOutput:
     """Teachers whose tokens are functions of the sample; the first has no class token."""
     seen = batch.noise[:, m + 1].gather(1, masks.teachers[m]).unsqueeze(-1)
     patches = (seen * torch.arange(1.0, 5.0 + m)).to((torch.float32, torch.bfloat16)[m % 2])
-    return Tokens(patches.mean(dim=1) if m else None, patches)
+    return TeacherOutput(patches.mean(dim=1) if m else None, patches)
 
 
 class CountedTeachers:
@@ -47,35 +46,31 @@ class CountedTeachers:
         self.examples = 0
         keys = [(f"t{m}", {"place": m, "key": key}) for m in range(num_teachers)]
         self.said: list[str] = []
-        self.cache = open_cache(folder, keys, (NUM_IMAGES, num_views), self._example, "computed", self.said.append)
+        spec = CacheSpec(folder, keys, NUM_IMAGES, num_views, "computed", self._example)
+        self.cache = spec.open(self.said.append)
 
-    def _example(self, m: int) -> Said:
+    def _example(self, m: int) -> TeacherOutput:
         self.examples += 1
         batch = batch_of([0], 0, len(self.asked))
-        return Said(tokens_of(m, batch, MASKING(batch.noise)))
+        return tokens_of(m, batch, MASKING(batch.noise))
 
     def ask(self, images: list[int], view: int) -> None:
         """Compare what the cache says with what is true."""
         batch = batch_of(images, view, len(self.asked))
         masks = MASKING(batch.noise)
         found = self.cache(batch, masks, self._computing(batch, masks))
-        assert_same(found, Targets(tuple(tokens_of(m, batch, masks) for m in range(len(self.asked))), masks))
-        for tokens in found.tokens:  # what was returned may be changed without harm
-            tokens.patches.zero_()
+        for m, output in enumerate(found):
+            true = tokens_of(m, batch, masks)
+            assert same(output.cls, true.cls) and same(output.patches, true.patches)
+            output.patches.zero_()  # what was returned may be changed without harm
 
-    def _computing(self, batch: Batch, masks: Masks) -> Callable[[int, Tensor], Said]:
-        def compute(m: int, samples: Tensor) -> Said:
+    def _computing(self, batch: Batch, masks: Masks) -> Callable[[int, Tensor], TeacherOutput]:
+        def compute(m: int, samples: Tensor) -> TeacherOutput:
             self.asked[m] += len(samples)
-            cls, patches = tokens_of(m, batch, masks)
-            return Said(Tokens(None if cls is None else cls[samples], patches[samples]))
+            cls, patches, *_ = tokens_of(m, batch, masks)
+            return TeacherOutput(None if cls is None else cls[samples], patches[samples])
 
         return compute
-
-
-def assert_same(found: Targets, true: Targets) -> None:
-    assert torch.equal(found.masks.student, true.masks.student)
-    for ours, theirs in zip(found.tokens, true.tokens, strict=True):
-        assert same(ours.cls, theirs.cls) and same(ours.patches, theirs.patches)
 
 
 def same(x: Tensor | None, y: Tensor | None) -> bool:
@@ -130,7 +125,7 @@ def test_noise_of_one_more_teacher_leaves_the_others_alone():
 
 def test_a_small_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=100)
-    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ValueError, match=r"needs .* MB in .*, where .* are free; name another --cache-folder") as error:
         CountedTeachers(tmp_path / "cache")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

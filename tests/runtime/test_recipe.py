@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tyro
@@ -7,9 +8,14 @@ import yaml
 
 from comad import presets
 from comad.distill.config import DistillConfig
+from comad.distill.features import Blocks
+from comad.distill.fusion import Mean
+from comad.distill.masking import Superset, WholeImages
+from comad.distill.objectives import QueueLoss
 from comad.models.timm_backbone import VitConfig
 from comad.pretrain.config import METHODS, PretrainConfig
 from comad.pretrain.config import recipe as pretrain_recipe
+from comad.recipes import read_distillation
 from comad.runtime.optim import OptimConfig
 from comad.runtime.recipe import flags, read_recipe, write_recipe
 
@@ -37,10 +43,11 @@ def test_what_is_written_is_read_back(tmp_path, name):
 
 
 def test_a_recipe_may_set_a_part(tmp_path):
-    (tmp_path / "r.yaml").write_text("optim:\n  epochs: 3\nmethod:\n  masking: {student: 0.9}\n")
+    (tmp_path / "r.yaml").write_text("optim:\n  epochs: 3\nmethod:\n  masking: {mask_ratio: 0.9}\n  fusion: mean\n")
     config = read_recipe(DistillConfig, tmp_path / "r.yaml")
     assert config.optim == OptimConfig(epochs=3.0)
-    assert config.method.masking.student == 0.9 and config.method.aligner == DistillConfig().method.aligner
+    assert config.method.masking.mask_ratio == 0.9 and config.method.fusion == Mean()
+    assert config.method.aligner == DistillConfig().method.aligner
 
 
 def leaves(tree, path=()):
@@ -65,7 +72,7 @@ def test_an_unknown_key_is_refused_at_any_depth_with_the_nearest_one(tmp_path, n
     config, path = CONFIGS[name], tmp_path / "config.yaml"
     write_recipe(config, path)
     tree = yaml.safe_load(path.read_text())
-    paths = [keys for keys in leaves(tree) if keys[:-1] != ("method", "terms") and keys[-1] != "kind"]
+    paths = [keys for keys in leaves(tree) if keys[:-1] != ("method", "objectives")]
     assert max(map(len, paths)) >= 2
     for keys in paths:
         path.write_text(yaml.safe_dump(misspelt(tree, keys)))
@@ -90,9 +97,15 @@ def test_an_unknown_key_far_from_all_gets_the_list(tmp_path):
         ("student: {width: wide}", "student.width"),
         ("teachers: {a: b}", "teachers"),
         ("run: {resume: perhaps}", "run.resume"),
-        ("method: {masking: {policy: random}}", "method.masking.policy"),
-        ("method: {masking: {student: 1.5}}", "method.masking"),
-        ("method: {terms: {token: {distance: euclid}}}", "method.terms.token.distance"),
+        ("method: {masking: {name: random}}", "method.masking: "),
+        ("method: {masking: random}", "no masking 'random'"),
+        ("method: {fusion: men}", "did you mean 'mean'?"),
+        ("method: {fusion: [mean]}", "method.fusion"),
+        ("method: {fusion: 3}", "method.fusion"),
+        ("method: {masking: {mask_ratio: 1.5}}", "method.masking"),
+        ("method: {masking: {mask_ratio: half}}", "mask_ratio"),
+        ("method: {objectives: {token: {distance: euclid}}}", "no distance 'euclid'"),
+        ("method: {objectives: {token: {name: feature, distanc: mse}}}", "did you mean 'distance'?"),
         ("- a\n- b", ""),
         ("", ""),
         ("a: [", "not YAML"),
@@ -104,6 +117,58 @@ def test_a_wrong_value_is_refused_in_one_line_that_says_where(tmp_path, text, wh
         read_recipe(DistillConfig, tmp_path / "r.yaml")
     assert str(tmp_path / "r.yaml") in str(error.value) and where in str(error.value)
     assert "\n" not in str(error.value)
+
+
+OLD = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+"""Recipes as the first version wrote them into the folder of a run."""
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
+def test_a_recipe_of_the_first_version_is_todays_preset(path, capsys):
+    assert read_distillation(path) == presets.recipe(path.stem, demo=True)
+    assert "names of the first version" in capsys.readouterr().err
+
+
+def test_recipes_of_the_first_version_are_there():
+    assert len(OLD) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("masking: {student: 0.9}", {"masking": Superset(mask_ratio=0.9)}),
+        ("masking: {policy: none, student: 0.9}", {"masking": WholeImages()}),
+        ("decoder_depth: 2", {"masking": Superset(decoder_depth=2)}),
+        ("fusion: {kind: mean}", {"fusion": Mean()}),
+        ("tap: {qkv: 0.5}\n  fusion: mean", {"features": Blocks(qkv=0.5), "fusion": Mean()}),
+        ("queue: 7\n  terms: {q: {over: queue, weight: 2}}", {"objectives": {"q": QueueLoss(size=7, weight=2.0)}}),
+    ],
+)
+def test_a_part_of_a_recipe_of_the_first_version_leaves_the_rest_as_it_is(tmp_path, text, changed):
+    (tmp_path / "r.yaml").write_text(f"method:\n  {text}\n")
+    assert read_distillation(tmp_path / "r.yaml").method == replace(presets.COMAD, **changed)
+
+
+def test_students_of_a_recipe_of_the_first_version(tmp_path):
+    (tmp_path / "r.yaml").write_text("beside: [{width: 96}]\n")
+    assert read_distillation(tmp_path / "r.yaml").extra_students == (VitConfig(width=96),)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("masking: {policy: superset, studnt: 0.8}", "unknown key 'studnt'"),
+        ("fusion: {kind: gate, temprature: 1}", "unknown key 'temprature'; did you mean 'temperature'"),
+        ("fusion: {kind: gat}", "no fusion 'gat'; did you mean 'gate'"),
+        ("terms: {token: {over: channles}}", "no objective 'channles'"),
+        ("terms: 3", "method.objectives"),
+        ("terms: {token: 3}", "method.objectives"),
+    ],
+)
+def test_a_mistake_in_a_recipe_of_the_first_version_is_told(tmp_path, part, words):
+    (tmp_path / "r.yaml").write_text(f"method:\n  tap: {{teacher: 1.0}}\n  {part}\n")
+    with pytest.raises(ValueError, match=words):
+        read_distillation(tmp_path / "r.yaml")
 
 
 def test_a_missing_recipe_says_where_to_find_one(tmp_path):

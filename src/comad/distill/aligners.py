@@ -26,7 +26,7 @@ Head = Literal["identity", "linear", "mlp", "multi-layer", "transformer", "conv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aligner(Slot, slot="aligner"):
+class Aligner(Slot, slot="aligner", default="procrustes"):
     """Maps teacher tokens and student tokens to what is compared; what it trains or fits is kept in ``state``."""
 
     @property

@@ -65,6 +65,8 @@ class TeacherStore:
         example: computes one row (leading dimension 1), asked for only if the folder is new or its layout damaged.
     """
 
+    storage: Storage
+
     def __init__(self, folder: Path, num_rows: int, storage: Storage, example: Callable[[], TeacherOutput]):
         self.folder, self.num_rows, self.storage = folder, num_rows, storage
         self.leaves = _read_layout(folder / "layout.json") or {

@@ -176,8 +176,8 @@ class Distiller(nn.Module):
             total = torch.stack([self.method.active[key].weight * parts[key].detach() for key in mine]).sum(dim=0)
             has_target = torch.stack([pairs[m].valid.any(dim=1) for m in subset])
             factors = self.method.fusion.reweigh(total, has_target, masks.noise[:, list(subset)])
-            for key in mine if factors is not None else ():
-                parts[key] = parts[key] * factors
+            if factors is not None:
+                parts |= {key: parts[key] * factors for key in mine}
 
     def encode(self, images: Float[Tensor, "B 3 H W"], masks: Masks) -> StudentOutput:
         """Run the student and read it wherever the method does."""
@@ -295,7 +295,8 @@ class Distiller(nn.Module):
         for name, (_, own) in fused.items():
             shares[list(self.subsets[cast(Any, name)])] += own.detach().float()
         shares = shares / shares.sum(dim=0).clamp(min=1)
-        return *central_patches(valid, last[:, 1:], target), shares
+        ours, theirs = central_patches(valid, last[:, 1:], target)
+        return ours, theirs, shares
 
     def _teacher_losses(
         self, parts: Mapping[str, Tensor], pairs: Mapping[int, Pair], positions: Mapping[str, Tensor]

@@ -40,7 +40,7 @@ class StudentOutput(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureSpec(Slot, slot="features"):
+class FeatureSpec(Slot, slot="features", default="blocks"):
     """What is read of the networks.
 
     Args:

@@ -36,7 +36,7 @@ Fused = tuple[list[Pair], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fusion(Slot, slot="fusion"):
+class Fusion(Slot, slot="fusion", default="gate"):
     """Makes of one pair per teacher one pair with a fused target (``one_target``), or weighs the pairs.
 
     Attributes:
@@ -204,8 +204,10 @@ class DropEasiest(Fusion, name="drop-easiest"):
 
 
 def stack_pairs(pairs: Sequence[Pair]) -> tuple[Float[Tensor, "M B n D"], Bool[Tensor, "M B n"]]:
-    """Targets and validity of all teachers, for a fusion of targets."""
-    return torch.stack([pair.target for pair in pairs]).float(), torch.stack([pair.valid for pair in pairs])
+    """Targets, in float32 at least, and validity of all teachers, for a fusion of targets."""
+    targets = torch.stack([pair.target for pair in pairs])
+    targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
+    return targets, torch.stack([pair.valid for pair in pairs])
 
 
 def fuse(student: Tensor, teachers: Tensor, weights: Tensor, valid: Tensor, renormalize: bool = False) -> Fused:

@@ -50,7 +50,7 @@ class Masks(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masking(Slot, slot="masking"):
+class Masking(Slot, slot="masking", default="superset"):
     """What the networks see of an image.
 
     Args:

@@ -22,7 +22,7 @@ SMALLEST_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normalizer(Slot, slot="normalizer"):
+class Normalizer(Slot, slot="normalizer", default="none"):
     """A fixed function of a teacher's tokens, or one with statistics, which are kept in ``state``."""
 
     @property

@@ -50,7 +50,7 @@ class Shapes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(Slot, slot="objective"):
+class Objective(Slot, slot="objective", default="feature"):
     """One term of the loss: ``weight`` times the mean distance over the positions that it compares.
 
     Attributes:
@@ -170,7 +170,7 @@ class FeatureLoss(TokenObjective, name="feature"):
     @property
     def distance_key(self) -> Hashable:
         """See `Objective`."""
-        return None if self.projection else (self.teachers, self.distance, self.temperature)
+        return None if self.projection else (type(self), self.teachers, self.distance, self.temperature)
 
     def build(self, shapes: Shapes) -> nn.Module:
         """φ or ψ as a small MLP (arXiv:2508.04816, "Fusion and Distillation Losses"), if asked for."""
@@ -289,7 +289,7 @@ class AttentionLoss(Objective, name="attention"):
     def build(self, shapes: Shapes) -> nn.Module:
         """Nothing is trained; the number of heads is kept."""
         state = nn.Module()
-        state.num_heads = shapes.num_heads  # pyright: ignore[reportAttributeAccessIssue]
+        state.num_heads = shapes.num_heads  # pyright: ignore[reportArgumentType]
         return state
 
     def pairs(

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
-import timm.data
 import torch
 from lightning_fabric import Fabric
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from comad.data.images import Splits
@@ -57,7 +58,7 @@ class DistillResult:
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
         """From a PIL image to what ``student`` takes."""
-        return timm.data.create_transform(**timm.data.resolve_model_data_config(self.student))
+        return cast(Any, create_transform(**resolve_model_data_config(self.student)))
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -52,7 +53,7 @@ class Inputs:
 
     splits: Splits | None = None
     teachers: Sequence[str | Teacher] | None = None
-    student: nn.Module | None = None
+    student: VisionTransformer | None = None
 
 
 class Student(NamedTuple):

@@ -198,7 +198,10 @@ class VitConfig:
         name: a timm model name.
         image_size: pixels on the side of the training views; scores use the same.
         pretrained: start from timm's pretrained weights.
-        patch_size, width, depth, heads: override the named architecture.
+        patch_size: pixels on the side of a patch.
+        width: channels of a token.
+        depth: blocks.
+        heads: attention heads of a block.
         drop_path: stochastic depth rate.
     """
 

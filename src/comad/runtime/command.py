@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -33,7 +33,8 @@ def parse(
         registry.struct_rule(_common_only)
         description = f"{description} {MORE}".strip()
     with registry:
-        return tyro.cli(
+        run: Any = tyro.cli
+        return run(
             tyro.conf.AvoidSubcommands[kind],
             args=arguments,
             prog=program,
@@ -42,8 +43,8 @@ def parse(
         )
 
 
-def _has_common(kind: type) -> bool:
-    return any(field.metadata.get("common") for field in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
+def _has_common(kind: Any) -> bool:
+    return any(field.metadata.get("common") for field in dataclasses.fields(kind))
 
 
 def _common_only(info: Any) -> Any:
@@ -67,12 +68,12 @@ def _common_only(info: Any) -> Any:
         specs.append(
             tyro.constructors.StructFieldSpec(
                 name=field.name,
-                type=shown,
+                type=shown,  # pyright: ignore[reportArgumentType]
                 default=value,
                 helptext=texts.get(field.name),  # pyright: ignore[reportArgumentType]
             )
         )
-    return tyro.constructors.StructConstructorSpec(instantiate=info.type, fields=tuple(specs))
+    return tyro.constructors.StructConstructorSpec(instantiate=cast(type, info.type), fields=tuple(specs))
 
 
 def _any_common(value: Any) -> bool:
@@ -90,7 +91,7 @@ def _default_of(field: dataclasses.Field, tyro: Any) -> Any:
     return tyro.MISSING
 
 
-def docs_of(kind: type) -> dict[str, str]:
+def docs_of(kind: Any) -> dict[str, str]:
     """Option → its sentence in the ``Args`` of the docstring of a dataclass or of one that it extends."""
     import docstring_parser
 

@@ -15,7 +15,8 @@ COMMON = {"common": True}
 def identity_of(value: Any) -> Any:
     """What the result of a run depends on, as nested plain values: all fields but those marked `NO_EFFECT`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {"name": value.name} if isinstance(getattr(type(value), "name", None), str) else {}
+        name = getattr(type(value), "name", None)  # of a member of a slot
+        own = {"name": name} if isinstance(name, str) else {}
         fields = [f for f in dataclasses.fields(value) if f.metadata.get("affects_result", True)]
         return {**own, **{field.name: identity_of(getattr(value, field.name)) for field in fields}}
     if isinstance(value, Mapping):

@@ -75,6 +75,6 @@ def _refuse_unknown(given: Any, known: Any, where: str) -> None:
     if not isinstance(given, dict) or not isinstance(known, dict):
         return
     for key, value in given.items():
-        if key not in known and key != "name":
+        if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; {hint(str(key), known)}")
         _refuse_unknown(value, known[key], f"{where}: {key}")

@@ -6,11 +6,11 @@ import importlib.metadata
 import importlib.util
 import sys
 from abc import ABC
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 from pydantic_core import core_schema
@@ -32,22 +32,24 @@ class Slot(ABC):
         slot: what the slot is called on the command line.
         name: what the member is called.
         members: name → class, of the slot.
+        default: the member that a recipe means if it names none.
     """
 
     slot: ClassVar[str]
+    default: ClassVar[str]
     name: ClassVar[str]
     members: ClassVar[dict[str, type[Any]]]
 
-    def __init_subclass__(cls, name: str = "", slot: str = "", **arguments: Any) -> None:
+    def __init_subclass__(cls, name: str = "", slot: str = "", default: str = "", **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if slot:
-            cls.slot, cls.members = slot, {}
+            cls.slot, cls.default, cls.members = slot, default, {}
         elif name:
             cls.name = name
             cls.members[name] = cls
 
     @classmethod
-    def choose(cls, name: str) -> Self:
+    def choose(cls, name: str) -> Any:
         """The member of that name, with its defaults.
 
         Raises:
@@ -70,10 +72,13 @@ class Slot(ABC):
     def _validate(cls, value: Any) -> Slot:
         if isinstance(value, cls):
             return value
+        if not isinstance(value, str | Mapping):
+            raise ValueError(f"{value!r} is no {cls.slot}; give a name, or a name and options.")
         options = {"name": value} if isinstance(value, str) else dict(value)
-        member = type(cls.choose(str(options.pop("name", next(iter(cls.members))))))
-        if unknown := options.keys() - member.__dataclass_fields__.keys():
-            raise ValueError(f"unknown key {min(unknown)!r}; {hint(min(unknown), member.__dataclass_fields__)}")
+        member = type(cls.choose(str(options.pop("name", cls.default))))
+        known = ["name", *(field.name for field in fields(member))]
+        if unknown := sorted(map(str, options.keys() - set(known))):
+            raise ValueError(f"unknown key {unknown[0]!r}; {hint(unknown[0], known)}")
         return TypeAdapter(member).validate_python(options)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
@@ -43,16 +43,22 @@ from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """Training images in a deterministic order; `comad.data.loader.TrainingBatches` is one."""
 
-    num_images: int
+    @property
+    def num_images(self) -> int:
+        """Of the training set."""
+        ...
 
     def load(self, first: int, last: int, rank: int, world_size: int) -> Any:
         """The share of one process in the batches from ``first`` up to ``last``, counted from the start of the run."""
 
-    def image_name(self, index: int) -> str:
-        """The file of an image, for the list of unreadable ones."""
+    @property
+    def image_name(self) -> Callable[[int], str]:
+        """Number of an image → its file, for the list of unreadable ones."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +343,7 @@ class Trainer:
         """Of a clock that stands still while the weights are scored."""
         return self.now() - sum(self.spent["probe"])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trainer:
         span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
         with ExitStack() as context:
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)

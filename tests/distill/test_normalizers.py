@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.distill.normalize import PhiS, Plain, Standardise, hadamard
+from comad.distill.normalizers import L2, PHIS, LayerNorm, NoNormalizer, Normalizer, Standardize, hadamard
 from comad.models.backbone import Tokens
 
 
@@ -36,51 +36,59 @@ def assert_standard(x: Tensor) -> None:
     assert variances == pytest.approx([1.0] * len(means), rel=1e-2)
 
 
+def calibrated(normalizer: Normalizer, *given: Tokens) -> nn.Module:
+    state = normalizer.build([part.patches.shape[2] for part in given])
+    normalizer.calibrate(state, given)
+    return state
+
+
 def test_functions_of_one_token():
     given = tokens()
-    none, norm, unit = (Plain(function=name).build([12])(given, 0) for name in ("none", "layer-norm", "l2"))
+    none, norm, unit = (
+        normalizer(normalizer.build([12]), given, 0) for normalizer in (NoNormalizer(), LayerNorm(), L2())
+    )
     assert none is given
     torch.testing.assert_close(norm.patches, F.layer_norm(given.patches, (12,)))
     torch.testing.assert_close(unit.cls.norm(dim=-1), torch.ones(40))
-    assert Plain(function="l2").build([12])(given._replace(cls=None), 0).cls is None
+    assert L2()(nn.Module(), given._replace(cls=None), 0).cls is None
 
 
 def test_batch_moments_make_every_channel_standard_class_and_patches_apart():
-    for row in Standardise(over="batch").build([12])(tokens(), 0):
-        assert_standard(row)
+    normalizer = Standardize(over="batch")
+    cls, patches, *_ = normalizer(normalizer.build([12]), tokens(), 0)
+    assert_standard(cls)
+    assert_standard(patches)
 
 
 def test_calibrated_moments_are_taken_once():
-    normalizer = Standardise(over="calibration").build([12, 12])
-    normalizer.calibrate([tokens(), tokens(seed=1)])
+    normalizer = Standardize(over="calibration")
+    state = calibrated(normalizer, tokens(), tokens(seed=1))
     for m in range(2):
-        for row in normalizer(tokens(seed=m), m):
+        for row in normalizer(state, tokens(seed=m), m)[:2]:
             assert_standard(row)
-    before = {name: value.clone() for name, value in normalizer.state_dict().items()}
-    normalizer(tokens(seed=7), 0)
-    assert all(torch.equal(value, before[name]) for name, value in normalizer.state_dict().items())
+    before = {name: value.clone() for name, value in state.state_dict().items()}
+    normalizer(state, tokens(seed=7), 0)
+    assert all(torch.equal(value, before[name]) for name, value in state.state_dict().items())
 
 
 def test_running_moments_start_as_the_mean_of_the_batches_and_then_forget():
-    normalizer = Standardise(over="running", momentum=0.4).build([12])
-    means = []
+    normalizer = Standardize(over="running", momentum=0.4)
+    state, means = normalizer.build([12]), []
     for seed in range(3):
-        normalizer(tokens(seed=seed), 0)
+        normalizer(state, tokens(seed=seed), 0)
         means.append(uneven(40, seed=seed).flatten(0, 1).mean(dim=0))
     expected = 0.6 * (means[0] + means[1]) / 2 + 0.4 * means[2]
-    torch.testing.assert_close(normalizer.mean_patches_0, expected)
-    normalizer.eval()
-    normalizer(tokens(seed=9), 0)
-    torch.testing.assert_close(normalizer.mean_patches_0, expected)
+    torch.testing.assert_close(state[0].mean_patches, expected)
+    normalizer(state.eval(), tokens(seed=9), 0)
+    torch.testing.assert_close(state[0].mean_patches, expected)
 
 
 def test_running_moments_are_those_of_the_calibration_until_the_first_batch():
-    running, fixed = (Standardise(over=over).build([12]).eval() for over in ("running", "calibration"))
-    for normalizer in (running, fixed):
-        normalizer.calibrate([tokens()])
-    assert torch.equal(running(tokens(seed=3), 0).patches, fixed(tokens(seed=3), 0).patches)
-    running.train()(tokens(seed=4), 0)
-    torch.testing.assert_close(running.mean_patches_0, uneven(40, seed=4).flatten(0, 1).mean(dim=0))
+    running, fixed = Standardize(over="running"), Standardize(over="calibration")
+    ours, theirs = (calibrated(normalizer, tokens()).eval() for normalizer in (running, fixed))
+    assert torch.equal(running(ours, tokens(seed=3), 0).patches, fixed(theirs, tokens(seed=3), 0).patches)
+    running(ours.train(), tokens(seed=4), 0)
+    torch.testing.assert_close(ours[0].mean_patches, uneven(40, seed=4).flatten(0, 1).mean(dim=0))
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 48, 192, 384, 768, 1152])
@@ -92,29 +100,26 @@ def test_hadamard_matrices_are_orthogonal_with_entries_of_one_size(order):
 
 def test_a_width_without_a_hadamard_matrix_is_refused():
     with pytest.raises(ValueError, match="width 10; use"):
-        hadamard(10)
+        PHIS().build([10])
 
 
-def test_phi_s_gives_variance_1_in_every_channel_is_a_rotation_and_inverts():
-    normalizer = PhiS().build([12])
-    normalizer.calibrate([tokens(400)])
+def test_phi_s_gives_variance_1_in_every_channel_and_is_a_rotation_times_one_scale():
     given = tokens(400)
-    found = normalizer(given, 0)
+    state = calibrated(PHIS(), given)
+    found = PHIS()(state, given, 0)
     assert_standard(found.patches)
     assert found.cls is given.cls
-    torch.testing.assert_close(normalizer.invert(found.patches, 0), given.patches, atol=1e-3, rtol=1e-3)
-    matrix = normalizer.matrix_0.double()
+    matrix = state[0].weight.double()
     torch.testing.assert_close(matrix @ matrix.T / (matrix @ matrix.T)[0, 0], torch.eye(12).double(), atol=1e-5, rtol=0)
     values = torch.linalg.eigvalsh(torch.cov(given.patches.flatten(0, 1).double().T, correction=0))
     assert float((matrix @ matrix.T)[0, 0]) == pytest.approx(1 / float(values.mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("config", [Standardise(over="running"), Standardise(over="calibration"), PhiS()])
-def test_what_was_fitted_is_in_the_state(config):
-    first, second = config.build([12]), config.build([12])
-    first.calibrate([tokens()])
-    first(tokens(seed=3), 0)
+@pytest.mark.parametrize("normalizer", [Standardize(over="running"), Standardize(over="calibration"), PHIS()])
+def test_what_was_fitted_is_in_the_state_and_is_never_trained(normalizer):
+    first, second = calibrated(normalizer, tokens()), normalizer.build([12])
+    normalizer(first, tokens(seed=3), 0)
     second.load_state_dict(first.state_dict())
-    first.eval(), second.eval()
-    assert torch.equal(first(tokens(seed=5), 0).patches, second(tokens(seed=5), 0).patches)
-    assert not list(first.parameters())
+    ours, theirs = (normalizer(state.eval(), tokens(seed=5), 0).patches for state in (first, second))
+    assert torch.equal(ours, theirs)
+    assert not any(parameter.requires_grad for parameter in first.parameters())

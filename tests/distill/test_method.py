@@ -9,10 +9,12 @@ import pytest
 import timm
 import torch
 
+from comad.distill.aligners import StudentProjector
 from comad.distill.distiller import Distiller
-from comad.distill.heads import Student
-from comad.distill.matching import give_decoders, match, widths_and_cls
-from comad.distill.taps import Tap
+from comad.distill.features import Blocks
+from comad.distill.masking import Independent, Shared, Superset, WholeImages
+from comad.distill.method import load_decoders
+from comad.distill.objectives import FeatureLoss, Objective
 from comad.export.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.mae_decoder import load_decoder, save_decoder
@@ -28,10 +30,10 @@ def teacher(name: str, width: int = 24, heads: int = 4) -> Teacher:
     return Teacher(name, backbone.eval(), None)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.single])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.single_teacher])
 def test_a_preset_of_one_teacher_refuses_two(name):
     with pytest.raises(ValueError, match=r"one teacher and got a, b; pass one with --teachers"):
-        match(METHODS[name], STUDENT, STUDENT.build(), [teacher("a"), teacher("b")])
+        METHODS[name].check(STUDENT.build(), [teacher("a"), teacher("b")])
 
 
 @pytest.mark.parametrize(
@@ -45,43 +47,43 @@ def test_a_preset_of_one_teacher_refuses_two(name):
 )
 def test_teachers_that_do_not_fit_are_refused(name, teachers, words):
     with pytest.raises(ValueError, match=words):
-        match(METHODS[name], STUDENT, STUDENT.build(), [teacher(*facts) for facts in teachers])
+        METHODS[name].check(STUDENT.build(), [teacher(*facts) for facts in teachers])
 
 
 @pytest.mark.parametrize("name", ["tinymim", "dmae"])
 def test_a_network_without_blocks_is_refused(name):
     convolution = teacher_from_module("conv", torch.nn.Conv2d(3, 8, 4, 4), 16)
     with pytest.raises(ValueError, match="conv: this preset reads the blocks"):
-        match(METHODS[name], STUDENT, STUDENT.build(), [convolution])
-    match(METHODS["radio"], STUDENT, STUDENT.build(), [convolution, teacher("a")])
-
-
-@pytest.mark.parametrize(("name", "policy", "words"), [("hybrid", "superset", "none"), ("dmae", "none", "shared")])
-def test_masks_that_do_not_fit_the_terms_are_refused(name, policy, words):
-    with pytest.raises(ValueError, match=f"--method.masking.policy {words}"):
-        replace(METHODS[name], masking=replace(METHODS[name].masking, policy=policy))
+        METHODS[name].check(STUDENT.build(), [convolution])
+    METHODS["radio"].check(STUDENT.build(), [convolution, teacher("a")])
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [("dmae", {"hidden": "token"}, "hidden drop"), ("g2sd", {"teachers_hidden": "zero"}, "teachers-hidden drop")],
+    ("name", "masking", "words"),
+    [
+        ("hybrid", Superset(), "--masking none"),
+        ("dmae", WholeImages(), "--masking shared"),
+        ("dmae", Shared(hidden="token"), "--masking.hidden drop"),
+        ("g2sd", Independent(teacher_hidden="zero"), "--masking.teacher-hidden drop"),
+        ("dmjd", WholeImages(), "no patch is hidden.*--masking shared"),
+    ],
 )
-def test_decoders_take_what_was_left_out(name, change, words):
-    with pytest.raises(ValueError, match=f"--method.masking.{words}"):
-        replace(METHODS[name], masking=replace(METHODS[name].masking, **change))
+def test_masks_that_do_not_fit_are_refused(name, masking, words):
+    with pytest.raises(ValueError, match=words):
+        replace(METHODS[name], masking=masking)
 
 
 def test_a_student_without_class_token_is_refused():
     student = replace(STUDENT, name="vit_base_patch16_siglip_224").build()
-    with pytest.raises(ValueError, match=r"no class token.*--method\.tap\.pooled"):
-        Distiller(student, METHODS["comad"], [16], [True])
-    Distiller(student, replace(METHODS["comad"], tap=Tap(pooled=True)), [16], [True])
+    with pytest.raises(ValueError, match=r"no class token.*--features\.pooled"):
+        Distiller(student, [teacher("a")], METHODS["comad"])
+    Distiller(student, [teacher("a")], replace(METHODS["comad"], features=Blocks(pooled=True)))
 
 
 def test_heads_of_the_teacher_travel_into_the_export(tmp_path):
     student = STUDENT.build()
-    config = match(METHODS["tinymim"], STUDENT, student, [teacher("a", heads=4)])
-    assert config == replace(STUDENT, heads=4)
+    Distiller(student, [teacher("a", heads=4)], METHODS["tinymim"])
+    config = replace(STUDENT, heads=4)
     card = ModelCard(name="s", licence="apache-2.0", architecture=config.name, token_types=("patch",), about="",
                      preset="tinymim", seed=0, images_seen=0, data="none", data_licence="none")  # fmt: skip
     folder = export_backbone(student, tmp_path / "student", model_args=config.arguments, card=card)
@@ -94,17 +96,47 @@ def test_heads_of_the_teacher_travel_into_the_export(tmp_path):
     torch.testing.assert_close(theirs, ours)
 
 
-def test_other_presets_leave_the_students_heads():
-    assert match(METHODS["comad"], STUDENT, STUDENT.build(), [teacher("a"), teacher("b", heads=2)]) == STUDENT
-    hybrid = match(METHODS["hybrid"], STUDENT, STUDENT.build(), [teacher("a"), teacher("b", heads=2)])
-    assert hybrid.heads == 4  # of the first, whose attention is compared
+@pytest.mark.parametrize(("name", "heads"), [("comad", 0), ("hybrid", 4)])
+def test_heads_are_those_of_the_teacher_whose_attention_is_compared(name, heads):
+    assert METHODS[name].compared_heads([teacher("a"), teacher("b", heads=2)]) == heads
 
 
 def test_identity_heads_are_for_attention_alone():
-    assert {name for name, method in METHODS.items() if method.aligner == Student(form="identity")} == {
-        "tinymim",
-        "m-tinymim",
-    }
+    identity = StudentProjector(head="identity")
+    assert {name for name, method in METHODS.items() if method.aligner == identity} == {"tinymim", "m-tinymim"}
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("comad", [{"tokens"}, {"tokens"}]),
+        ("tinymim", [{"qkv"}]),
+        ("dmae", [{"tokens"}]),
+        ("hybrid", [{"qkv"}, {"tokens"}]),
+    ],
+)
+def test_what_is_read_of_a_teacher_follows_from_the_objectives(name, needs):
+    assert [METHODS[name].teacher_needs(m, len(needs)) for m in range(len(needs))] == needs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_to_calibrate_on_follow_from_normalizer_and_aligner(name):
+    method = METHODS[name]
+    fitted = method.normalizer.num_calibration_images, method.aligner.num_calibration_images
+    assert method.num_calibration_images == max(fitted) and set(fitted) <= {0, 512}
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (lambda: FeatureLoss(distance="euclid"), "no distance 'euclid'; there are: kl-student-teacher"),
+        (lambda: FeatureLoss(distance="smoth-l1"), "did you mean 'smooth-l1'"),
+        (lambda: Objective.choose("featur"), "no objective 'featur'; did you mean 'feature'"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(objective, words):
+    with pytest.raises(ValueError, match=words):
+        objective()
 
 
 def test_a_decoder_is_found_beside_its_teacher_or_asked_for(teacher_specs):
@@ -116,10 +148,11 @@ def test_a_decoder_is_found_beside_its_teacher_or_asked_for(teacher_specs):
     path = Path(spec.split("=")[1])
     save_decoder(decoder, path)
     try:
-        give_decoders([spec], [loaded], torch.float32, torch.device("cpu"))
+        load_decoders(METHODS["g2sd"], [spec], [loaded], torch.float32)
     finally:
         (path / "decoder.safetensors").unlink()
-    assert widths_and_cls(METHODS["g2sd"], [loaded]) == ([8], [False])
+    features = METHODS["g2sd"].features
+    assert features.width(loaded.backbone) == 8 and not features.has_cls(loaded.backbone)
     tokens, visible = torch.rand(2, 3, 24), torch.tensor([[0, 3, 5], [1, 2, 9]])
     torch.testing.assert_close(
         loaded.backbone.decoder.decode(None, tokens, visible), decoder.decode(None, tokens, visible)
