@@ -85,6 +85,8 @@ class Distiller(nn.Module):
             hidden = any(getattr(term, "where", "all") not in ("visible", "cls") for term in terms)
             if masking.hidden == "drop" and (hidden or masking.decoder_output == "all"):
                 self.decoder = MaskedDecoder(student.width, student.grid, student.width, *size)
+                if masking.decoder_output == "all":  # compared before the norm (G2SD)
+                    self.decoder.norm = nn.Identity()
             if method.needs("pixels"):
                 self.pixel_decoder = MaskedDecoder(student.width, student.grid, 3 * student.patch_size**2, *size)
             if masking.hidden == "token":
@@ -213,9 +215,8 @@ class Distiller(nn.Module):
             visible = masks.student
             if visible is None:
                 visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)
-            if whole:  # before the norm, and the class token too
-                decoded = self.decoder.decode(tokens.cls, patches, visible, len(self.decoder.blocks))
-                decoded = self.decoder.predict(decoded)
+            if whole:  # the class token too
+                decoded = self.decoder.predict(self.decoder.decode(tokens.cls, patches, visible))
                 patches = decoded[:, -self.student.num_patches :]
                 cls = patches.mean(dim=1) if self.method.features.pooled else decoded[:, 0]
             else:
