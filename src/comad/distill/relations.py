@@ -102,7 +102,7 @@ class Dispersion(nn.Module):
         """Take a batch in."""
         self.steps += 1
         self.mean.lerp_(targets.mean(dim=0), 1 / self.steps)
-        self.angle.lerp_(angle(targets, self.mean).square().mean(), 1 / self.steps)
+        self.angle.lerp_(angle(targets, self.mean.expand_as(targets)).square().mean(), 1 / self.steps)
 
 
 def angle(x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"]) -> Float[Tensor, " *n"]:
