@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from comad.distill.features import StudentOutput, TeacherOutput, block_at
-from comad.distill.masking import Independent, Masks
+from comad.distill.masking import Independent, Masks, WholeImages
 from comad.distill.relations import Dispersion
 from comad.models.backbone import Tokens, map_tokens
 from comad.models.decoder import MaskedDecoder
@@ -510,3 +511,8 @@ def test_the_dispersion_is_that_of_all_batches_so_far():
     torch.testing.assert_close(spread.mean, mean)
     exact = torch.acos(cosine(targets.flatten(0, 1), mean)).square().mean()
     assert float(spread.angle) == pytest.approx(float(exact), rel=0.05)
+
+
+def test_attention_is_not_compared_where_images_move():
+    with pytest.raises(ValueError, match=r"set --masking\.shift 0"):
+        replace(METHODS["tinymim"], masking=WholeImages(shift=0.5))
