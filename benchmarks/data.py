@@ -20,10 +20,11 @@ import torchvision
 from torchvision.transforms import InterpolationMode, v2
 
 from comad.data.bundled import load_stamps
-from comad.data.images import FolderImages, jpeg_library
+from comad.data.decoding import jpeg_library
+from comad.data.folders import FolderImages
 from comad.data.loader import ViewDataset
 from comad.data.transforms import ColourChange, Crop
-from comad.distill.views import DistillViews
+from comad.distill.setup import DistillViews
 from pictures import write_pictures
 
 SCALE, STRENGTH, HUE, SIZE = (0.25, 1.0), 0.4, 0.1, 224
@@ -42,14 +43,14 @@ def theirs(folder: Path, colours: bool) -> Callable[[Sequence[int]], object]:
 def ours(images: FolderImages, colours: bool) -> Callable[[Sequence[int]], object]:
     """What a worker of a distillation does: also the noise of the masks, and a random state per sample."""
     colour = ColourChange(strength=STRENGTH, hue=HUE) if colours else None
-    data = ViewDataset(images, DistillViews(Crop(size=SIZE, scale=SCALE), colour, 4, 196), 0, 2 * SIZE)
+    data = ViewDataset(images, DistillViews(Crop(size=SIZE, scale=SCALE), colour, (4, 196)), 0, 2 * SIZE)
     return lambda numbers: data.__getitems__([(0, i) for i in numbers])
 
 
 def parts(images: FolderImages) -> dict[str, Callable[[Sequence[int]], object]]:
     """Our pipeline piece by piece, and a stamp as the demo sees it."""
     stamps, crop = load_stamps().train, Crop(size=SIZE, scale=SCALE)
-    small = ViewDataset(stamps, DistillViews(Crop(size=48), ColourChange(), 4, 36), 0, 96)
+    small = ViewDataset(stamps, DistillViews(Crop(size=48), ColourChange(), (4, 36)), 0, 96)
     picture, colour = images.load(0, 2 * SIZE), ColourChange(strength=STRENGTH, hue=HUE, jitter=1.0)
     view = crop(picture)
     for i in range(len(images)):
@@ -72,7 +73,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = write_pictures(Path(name) / "class", options.images).parent
         files = sorted(path.name for path in (folder / "class").iterdir())
-        images = FolderImages("pictures", folder / "class", files, None)
+        images = FolderImages("images", folder / "class", files)
         measured = {
             "torchvision": theirs(folder, False),
             "ours": ours(images, False),

@@ -10,7 +10,7 @@ import argparse
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ import tyro
 
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
-from comad.evaluate.scoreboard import Score, paired_interval
+from comad.evaluate.intervals import paired_interval
+from comad.evaluate.scoreboard import Score
 from comad.presets import recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +51,7 @@ def main() -> None:
         "seeds": options.seeds,
         "seconds": seconds,
         "rows": [
-            {"seed": seed, **asdict(part.row)}
+            {"seed": seed, **part.row.as_dict()}
             for seed, run in zip(options.seeds, scores, strict=True)
             for part in run.values()
         ],
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def _gain(runs: list[dict[str, Score]], method: str, baseline: str) -> dict[str, float]:
-    """Student minus baseline; the bootstrap draws seeds and concepts."""
+    """Student minus baseline, over seeds and concepts."""
     student, other = (torch.stack([run[name].correct[method] for run in runs]) for name in ("student", baseline))
     return paired_interval(student, other, runs[0]["student"].groups[method])._asdict()
 

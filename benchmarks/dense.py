@@ -154,7 +154,7 @@ def run(task: str, spec: str, scenes: str, seed: int, out: Path) -> None:
 def read_scores(task: str, out: Path, scenes: str) -> dict[str, Score]:
     """The scores of a run as functions of the weights of the pictures, checked against what the run itself said."""
     told = json.loads((out / "scores.json").read_text())
-    pictures = told["pictures"]
+    pictures = told["images"]
     if task != "detect":
         counts = np.load(out / "counts.npz")["counts"].astype(np.float64)
         found: list[Score] = [
@@ -235,7 +235,7 @@ def table_of(entries: list[dict | None]) -> Callable[[np.ndarray], float | None]
 
 def compare(task: str, scores: Scores, names: list[str], seeds: list[int]) -> dict[str, Any]:
     """Means over seeds, and the first network minus each other one on the same scenes and seeds."""
-    pictures = json.loads((RUNS / f"{task}-{names[0]}-{seeds[0]}" / "scores.json").read_text())["pictures"]
+    pictures = json.loads((RUNS / f"{task}-{names[0]}-{seeds[0]}" / "scores.json").read_text())["images"]
     means: dict[str, dict[str, Any]] = {name: {} for name in names}
     gains = {}
     for metric in METRICS[task]:

@@ -20,7 +20,7 @@ import tyro
 
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
-from comad.plan import rehearsal
+from comad.plan import profile
 from comad.plan.distillation import plan_distillation
 from comad.presets import recipe
 
@@ -34,7 +34,7 @@ def main() -> None:
         config = replace(config, run=replace(config.run, out=str(Path(folder) / "run")))
         plans, load = {}, [os.getloadavg()[0]]
         for name, clock in CLOCKS.items():
-            rehearsal.CLOCK = clock
+            profile.CLOCK = clock
             plans[name] = plan_distillation(config)
             load.append(os.getloadavg()[0])
         start = {name: clock() for name, clock in CLOCKS.items()}

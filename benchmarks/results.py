@@ -129,7 +129,7 @@ def question_section(name: str, question: Question) -> str:
 
 def brief(label: str) -> str:
     """A row's name, with the temperature of both terms said once."""
-    return re.sub(r"--method\.terms\.token\.temperature (\S+) --method\.terms\.spatial\.temperature \1", r"T=\1", label)
+    return re.sub(r"--(\S+)\.token\.temperature (\S+) --\1\.spatial\.temperature \2", r"T=\2", label)
 
 
 def compared(row: dict[str, Any], score: str) -> str:

@@ -14,19 +14,20 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from comad.distill.config import Method
 from comad.distill.distiller import Distiller
-from comad.distill.masking import Masks
-from comad.distill.matching import widths_and_cls
-from comad.distill.speed import compile_step
-from comad.distill.teaching import Targets, ask, gathered, load_teachers, teacher_step
-from comad.models.backbone import Tokens
+from comad.distill.features import TeacherOutput
+from comad.distill.masking import Masks, drop_unused_masks
+from comad.distill.method import Method
+from comad.distill.setup import SHORT
+from comad.models.backbone import Backbone
+from comad.models.compiling import compile_blocks
+from comad.models.offload import offload
 from comad.models.onednn_linear import use_onednn_linear
-from comad.models.teachers import Teacher
+from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
-from comad.runtime.train import RunConfig, start_fabric
+from comad.runtime.run import RunConfig, start_fabric
 
 LOG_EVERY = RunConfig().log_every
 Timer = Callable[[], float]
@@ -97,28 +98,30 @@ class TimedStep:
         self.images = torch.rand(batch_size, 3, size, size, device=self.device)
         self.noise = torch.rand(batch_size, 1 + len(teachers), (size // 16) ** 2, device=self.device)
         self.students = [prepare(config, method, teachers, self.images[:2], self.fabric) for config in students]
-        for module, _ in self.students if compiled else ():
-            compile_step(module.module, teachers)
+        if compiled:
+            networks = [*(t.backbone for t in teachers), *(module.module.student for module, _ in self.students)]
+            for network in networks:
+                compile_blocks(network.vit)
         self.calls = 0
 
     def __call__(self, *clocks: Clock) -> None:
         """Take one step; measure its parts with a clock for teachers and first student, and one for each further."""
         clocks = clocks or tuple(Clock(torch.device("cpu")) for _ in self.students)
-        masks = self.method.masking(self.noise)
-        targets = self._ask(masks, clocks[0])
+        masks = drop_unused_masks(self.method.masking(self.noise), self.teachers)
+        outputs = self._teach(masks, clocks[0])
         self.calls += 1
         for (module, optimizer), clock in zip(self.students, clocks, strict=True):
-            self._learn(module, optimizer, targets, clock)
+            self._learn(module, optimizer, outputs, masks, clock)
 
-    def _learn(self, module: Any, optimizer: Any, targets: Targets, clock: Clock) -> None:
+    def _learn(self, module: Any, optimizer: Any, outputs: list[TeacherOutput], masks: Masks, clock: Clock) -> None:
         with timed_networks(module, clock) as reached:
             with clock.part("align, gate, loss"):
-                result = module(self.images, targets)
+                loss, metrics = module(self.images, outputs, masks)
             if self.calls % LOG_EVERY == 0:
                 with clock.part("health"):
-                    result.metrics()
+                    metrics()
             start = clock.now()
-            self.fabric.backward(result.loss)
+            self.fabric.backward(loss)
         clock.seconds["align, gate, loss"] += reached[0] - start
         clock.seconds["student backward"] += clock.now() - reached[0]
         with clock.part("optimizer"):
@@ -126,12 +129,12 @@ class TimedStep:
             optimizer.step()
             optimizer.zero_grad()
 
-    def _ask(self, masks: Masks, clock: Clock) -> Targets:
-        said, hidden = [], self.method.masking.teachers_hidden
-        for m, (teacher, visible) in enumerate(zip(self.teachers, masks.teachers, strict=True)):
+    def _teach(self, masks: Masks, clock: Clock) -> list[TeacherOutput]:
+        distiller, outputs = self.students[0][0].module, []
+        for m, teacher in enumerate(self.teachers):
             with clock.part(f"teacher {m}"):
-                said.append(ask(teacher, m, self.images, visible, hidden, self.method.reads))
-        return gathered(said, masks)
+                outputs.append(distiller.forward_teacher(teacher, m, self.images, masks))
+        return outputs
 
 
 def load(
@@ -139,7 +142,16 @@ def load(
 ) -> list[Teacher]:
     """Teachers with 16-pixel patches, as a run loads them, or packs them as well; a name may come more than once."""
     device, dtype = start_fabric(RunConfig()).device, torch.bfloat16 if precision == "bf16" else torch.float32
-    teachers = [load_teachers([spec], image_size // 16, 16, dtype, device, offload_to)[0] for spec in specs]
+
+    def place(backbone: Backbone) -> None:
+        if offload_to:
+            offload(backbone, device, offload_to)
+        else:
+            backbone.to(device)
+        if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
+            math_attention_on_cpu(backbone, device)
+
+    teachers = [load_on_grid([spec], image_size // 16, 16, dtype, place)[0] for spec in specs]
     if packed:
         for teacher in teachers:
             use_onednn_linear(teacher.backbone)
@@ -150,10 +162,9 @@ def prepare(
     config: VitConfig, method: Method, teachers: Sequence[Teacher], images: Tensor, fabric: Fabric
 ) -> tuple[Any, Any]:
     """A student with calibrated aligners, and its optimiser."""
-    distiller = Distiller(config.build(), method, *widths_and_cls(method, teachers)).to(fabric.device)
+    distiller = Distiller(config.build(), teachers, method).to(fabric.device)
     math_attention_on_cpu(distiller, fabric.device)
-    tokens = teacher_step(teachers, images, Masks(None, (None,) * len(teachers))).tokens
-    distiller.calibrate([Tokens(None if t.cls is None else t.cls.float(), t.patches.float()) for t in tokens])
+    distiller.calibrate(teachers, [images])
     return fabric.setup(distiller, build_optimizer(distiller, OptimConfig()))
 
 
@@ -170,8 +181,9 @@ def timed_networks(module: nn.Module, clock: Clock) -> Iterator[list[float]]:
         seconds = clock.now() - last["start"]
         clock.seconds["student forward"] += seconds
         clock.seconds["align, gate, loss"] -= seconds
-        for tensor in output if isinstance(output, tuple) else (output,):
-            tensor.register_hook(note)
+        for part in output if isinstance(output, tuple) else (output,):
+            if isinstance(part, Tensor):
+                part.register_hook(note)
 
     def note(gradient: Tensor) -> None:
         if not reached:

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from comad.data.images import Splits, load_images
 from comad.data.loader import evaluation_batches
-from comad.evaluate.features import Features, FeatureSplits, extract_features, split_features
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.features import Features, FeatureSplits, View, extract_features, split_features
+from comad.evaluate.intervals import paired_interval
+from comad.evaluate.knn import KNN
 from comad.evaluate.linear import LinearProbe
-from comad.evaluate.scoreboard import Score, paired_interval, score
+from comad.evaluate.scoreboard import Score, score
 from comad.evaluate.similarity import linear_cka
 from comad.models.backbone import Backbone
 from comad.models.sources import BUNDLED
@@ -66,18 +67,21 @@ def train() -> None:
 
 def side_by_side(backbones: dict[str, Backbone], scores: dict[str, Score], splits: Splits) -> Score:
     """All networks together: the token of each that its own probe chose on validation images, of length 1."""
-    features = {name: split_features(backbone, splits, IMAGE_SIZE) for name, backbone in backbones.items()}
+    features = dict(
+        zip(backbones, split_features([View(b, IMAGE_SIZE) for b in backbones.values()], splits), strict=True)
+    )
 
     def joined(part: str) -> Features:
-        pooled = [getattr(features[name], part).pools[str(score.row.pool_linear)] for name, score in scores.items()]
+        pooled = [
+            getattr(features[name], part).pools[score.row.choices["pool_linear"]] for name, score in scores.items()
+        ]
         tokens = torch.cat([F.normalize(tokens.float(), dim=-1) for tokens in pooled], dim=-1)
         return getattr(features[next(iter(scores))], part)._replace(pools={"together": tokens})
 
     found = FeatureSplits(*(joined(part) for part in FeatureSplits._fields))
-    neighbours, probe = NearestNeighbours()(found), LinearProbe()(found)
     one = next(iter(scores.values()))
-    row = replace(one.row, name="together", knn=neighbours.top1["fine"], linear=probe.top1["fine"])
-    return Score(row, {"knn": neighbours.correct["fine"], "linear": probe.correct["fine"]}, one.groups)
+    together = Score(replace(one.row, name="together"), {}, {})
+    return together.joined(*KNN()(found)).joined(*LinearProbe()(found))
 
 
 def gain(result: Score, other: Score, method: str, other_method: str = "") -> dict[str, float]:
@@ -95,19 +99,22 @@ def evaluate() -> dict[str, object]:
     untrained = score("untrained", "untrained", PretrainConfig().vit.build(), splits, IMAGE_SIZE)
     scores = {name: score(name, "teacher", backbone, splits, IMAGE_SIZE) for name, backbone in backbones.items()}
     together = side_by_side(backbones, scores, splits)
-    rows = [{"name": part.row.name, "knn": part.row.knn, "linear": part.row.linear} for part in (pixels, untrained)]
+    rows = [
+        {"name": part.row.name, "knn": part.row.scores["knn"], "linear": part.row.scores["linear"]}
+        for part in (pixels, untrained)
+    ]
     for name, result in scores.items():
         rows.append(
             {
                 "name": name,
-                "knn": result.row.knn,
-                "linear": result.row.linear,
+                "knn": result.row.scores["knn"],
+                "linear": result.row.scores["linear"],
                 "over_untrained": {method: gain(result, untrained, method) for method in ("knn", "linear")},
                 "over_pixel_knn": {method: gain(result, pixels, method, "knn") for method in ("knn", "linear")},
                 "together_over": {method: gain(together, result, method) for method in ("knn", "linear")},
             }
         )
-    rows.append({"name": "together", "knn": together.row.knn, "linear": together.row.linear})
+    rows.append({"name": "together", "knn": together.row.scores["knn"], "linear": together.row.scores["linear"]})
     pooled = {name: extract_features(b, splits.test, IMAGE_SIZE)["patch"] for name, b in backbones.items()}
     return {
         "rows": rows,

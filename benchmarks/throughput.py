@@ -31,7 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import settings
-from comad.distill.config import Method
+from comad.distill.method import Method
 from comad.distill.run import distill
 from comad.models.quantized import quantize
 from comad.models.timm_backbone import VitConfig
@@ -49,7 +49,7 @@ TINY = ("vit_tiny_patch16_224:random",) * 3
 
 def whole(method: Method) -> Method:
     """The method with teachers that see whole images; the student's mask stays."""
-    return replace(method, masking=replace(method.masking, teachers=(0.0,)))
+    return replace(method, masking=replace(method.masking, teacher_mask_ratios=(0.0,)))
 
 
 def all_steps(precision: str, batch_size: int, tiny: bool) -> tuple[dict[str, TimedStep], list[TimedStep]]:

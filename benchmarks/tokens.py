@@ -15,9 +15,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from comad.distill.teaching import ask, load_teachers
+from comad.distill.features import Blocks, forward_teacher
 from comad.models.embedding import PatchProjection
 from comad.models.onednn_linear import use_onednn_linear
+from steps import load
 
 SHARES = (25, 50, 75, 100)
 
@@ -28,8 +29,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    spec, device = ["vit_base_patch16_224:random"], torch.device("cpu")
-    teacher, plain = (load_teachers(spec, 14, 16, torch.bfloat16, device)[0] for _ in range(2))
+    teacher, plain = (load(["vit_base_patch16_224:random"], "bf16")[0] for _ in range(2))
     use_onednn_linear(teacher.backbone)
     images = torch.rand(options.batch_size, 3, 224, 224)
     order = torch.rand(options.batch_size, 196).argsort(dim=1)
@@ -37,8 +37,9 @@ def main() -> None:
     seconds: dict[int | str, list[float]] = {name: [] for name in asked}
     for _ in range(options.rounds):
         for name, (network, share) in asked.items():
+            visible = order[:, : 196 * share // 100].sort().values if share < 100 else None
             start = time.process_time()
-            ask(network, 0, images, order[:, : 196 * share // 100].sort().values if share < 100 else None)
+            forward_teacher(Blocks(), network.backbone, images, visible)
             seconds[name].append(time.process_time() - start)
     tokens = {share: options.batch_size * (196 * share // 100) for share in SHARES}
     result = {f"tokens_per_s_{share}": tokens[share] / statistics.median(seconds[share]) for share in SHARES}

@@ -233,11 +233,11 @@ def test_a_moving_average_is_what_pretraining_exports(labelled_folder, monkeypat
     )
     network = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=16", "--vit.depth=1", "--vit.heads=2"]
     length = ["--optim.epochs=1", "--optim.batch-size=16", "--loader.workers=0", "--run.no-tensorboard"]
-    scored = []
-    real = run_module.train
-    monkeypatch.setattr(run_module, "train", lambda *arguments: scored.append(real(*arguments)) or scored[0])
+    states, real = [], run_module.train_steps
+    monkeypatch.setattr(run_module, "train_steps", lambda trainer: states.extend(trainer.states) or real(trainer))
     main(["pretrain", "mae", f"--data={labelled_folder}", *network, *length, "--optim.ema=0.9", "--run.out=r"])
-    assert exported == [scored[0].backbone]
+    (state,) = states
+    assert exported == [state.average.module.trained] != [state.job.module.trained]
 
 
 def test_kinds_of_evaluation_and_data_are_told(capsys):

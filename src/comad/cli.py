@@ -79,11 +79,12 @@ def evaluate_command(arguments: list[str]) -> None:
     """
     if arguments and arguments[0] in EVALUATIONS:
         return EVALUATIONS[arguments[0]](arguments[1:])
-    from comad.evaluate.command import EvaluateConfig, evaluate
+    from comad.evaluate.command import EvaluateConfig
+    from comad.evaluate.command import evaluate_command as score
 
     _load_plugins(arguments)
     config = parse(EvaluateConfig, None, _backbone_first(arguments), "comad evaluate", _about(evaluate_command))
-    _print(evaluate(config))
+    _print(score(config))
 
 
 def finetune_command(arguments: list[str]) -> None:

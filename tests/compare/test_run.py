@@ -2,7 +2,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from comad.compare.measure import RowRun
 from comad.data.images import load_images
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
-from comad.evaluate.scoreboard import paired_interval
+from comad.evaluate.evaluation import Evaluation, PerImage, Result
+from comad.evaluate.intervals import paired_interval
 from comad.evaluate.scores import read_scores
 from comad.presets import recipe
 from comad.runtime.run import RunConfig
@@ -108,7 +109,9 @@ def test_differences_are_those_of_the_stored_results(finished):
     a, b = (torch.stack([score.correct["knn"] for score in part]) for part in (untrained, others))
     expected = paired_interval(a, b, untrained[0].groups["knn"])
     found = rows["untrained"]
-    assert [found["knn_minus_reference"], *found["knn_interval"]] == pytest.approx(list(expected), abs=1e-3)
+    assert [found["knn_minus_reference"], *found["knn_interval"]] == pytest.approx(list(expected[:3]), abs=1e-3)
+    assert found["knn_images"] == expected.images and found["knn_concepts"] == expected.concepts
+    assert found["knn_seeds"] == 2 and found["knn_over"] == "seeds and concepts"
     assert found["knn"] == pytest.approx(100 * a.double().mean().item(), abs=1e-3)
 
 
@@ -177,13 +180,13 @@ def test_a_run_without_a_checkpoint_begins_again(compare_command, tmp_path, trai
 def test_test_images_stay_unseen_while_choosing(compare_command, finished, tmp_path, trainings, monkeypatch):
     from comad.evaluate import features
 
-    out, seen, real = tmp_path / "out", set(), features.evaluation_batches
+    out, seen, real = tmp_path / "out", set(), features.evaluation_views
 
     def watched(images, *rest, **more):
         seen.add(images.name.split("/")[-1])
         return real(images, *rest, **more)
 
-    monkeypatch.setattr(features, "evaluation_batches", watched)
+    monkeypatch.setattr(features, "evaluation_views", watched)
     rows = ["--presets", "comad", "mean", "--seeds", 0]
     assert main(compare_command(out, *rows, "--split=val")) == 0
     assert "test" not in seen and "val" in seen and table(out)[0]["split"] == "val"
@@ -196,7 +199,7 @@ def test_test_images_stay_unseen_while_choosing(compare_command, finished, tmp_p
 def _of_seed(out, seed):
     for path in out.glob(f"runs/comad-*/seed-{seed}/run/config.yaml"):
         if "second=" in path.read_text():
-            return read_scores(path.parents[1] / "scores-test.json").scores[0].row.knn
+            return read_scores(path.parents[1] / "scores-test.json").scores[0].row.scores["knn"]
     return None
 
 
@@ -246,6 +249,23 @@ def test_changed_pictures_are_other_rows(compare_command, labelled_folder, tmp_p
     (data / "away").rename(data / "bee")
     assert main(compare_command(out, *rows)) == 0
     assert len(trainings) == 2 and len(list(out.glob("runs/*"))) == 4
+
+
+def test_an_evaluation_that_is_new_is_measured_of_old_rows(compare_command, finished, tmp_path, trainings, monkeypatch):
+    monkeypatch.setattr(Evaluation, "members", dict(Evaluation.members))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Luck(Evaluation, name="luck"):
+        def __call__(self, features, device="cpu"):
+            return Result({"fortune": PerImage(torch.ones(len(features.test.groups)) / 4, features.test.groups)}, {})
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = table(out)[1]
+    assert main(compare_command(out, *ROWS)) == 0
+    assert trainings == [] and all(row["fortune"] == 25 for row in table(out)[1].values())
+    assert all(row["knn"] == before[label]["knn"] for label, row in table(out)[1].items())
+    assert "fortune" in (out / "comparison.md").read_text()
 
 
 def test_workers_and_a_network_that_is_two_baselines_change_nothing(compare_command, tmp_path):

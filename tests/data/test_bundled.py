@@ -50,10 +50,10 @@ def test_labels_are_those_of_the_table(stamps, rows):
 def test_colours_are_premultiplied(stamps):
     translucent = 0
     for index in range(0, 400, 4):
-        picture = stamps.train.load(index)
-        assert picture.shape == (4, SIDE, SIDE) and picture.dtype == torch.uint8
-        assert bool((picture[:3] <= picture[3:]).all())
-        translucent += int(((picture[3] > 0) & (picture[3] < 255)).sum())
+        image = stamps.train.load(index)
+        assert image.shape == (4, SIDE, SIDE) and image.dtype == torch.uint8
+        assert bool((image[:3] <= image[3:]).all())
+        translucent += int(((image[3] > 0) & (image[3] < 255)).sum())
     assert translucent
 
 
@@ -69,20 +69,20 @@ def test_premultiplication_and_padding_against_numpy():
 
 
 def test_the_evaluation_view_is_on_white(stamps):
-    picture = stamps.train.load(0).clone()
-    picture[:, :, :20] = 0
-    view = evaluation_view(picture, SIDE, stamps.train.eval_crop)
+    image = stamps.train.load(0).clone()
+    image[:, :, :20] = 0
+    view = evaluation_view(image, SIDE, stamps.train.eval_crop)
     assert view.shape == (3, SIDE, SIDE)
     assert bool((view[:, :, :20] == 255).all())
-    opaque = picture[3] == 255
-    assert torch.equal(view[:, opaque], picture[:3, opaque])
+    opaque = image[3] == 255
+    assert torch.equal(view[:, opaque], image[:3, opaque])
 
 
 def test_the_whole_stamp_is_shown(stamps):
     assert all(part.eval_crop == 1.0 for part in stamps[:3])
 
 
-def test_a_picture_is_decoded_once_and_pickling_leaves_pixels_behind(stamps, monkeypatch):
+def test_an_image_is_decoded_once_and_pickling_leaves_pixels_behind(stamps, monkeypatch):
     first = stamps.val.load(3).clone()
     copied = pickle.loads(pickle.dumps(stamps.val))
     assert torch.equal(copied.load(3), first)

@@ -15,7 +15,7 @@ from comad.data.dense import (
 from comad.data.images import UnreadableImageError
 
 
-def picture(height=40, width=60):
+def two_halves(height=40, width=60):
     """Left half of class 3 and red, right half of class 5 and blue."""
     image, classes = torch.zeros(3, height, width, dtype=torch.uint8), torch.full((height, width), 3, dtype=torch.uint8)
     image[0, :, : width // 2] = image[2, :, width // 2 :] = 255
@@ -23,12 +23,12 @@ def picture(height=40, width=60):
     return image, classes
 
 
-def test_label_maps_move_with_the_picture(monkeypatch):
+def test_label_maps_move_with_the_image(monkeypatch):
     monkeypatch.setattr("comad.data.dense.v2.RandomPhotometricDistort", lambda p: lambda image: image)
     view = SegmentationView(crop=32, short_side=40)
     for seed in range(12):
         torch.manual_seed(seed)
-        image, classes = view(*picture())
+        image, classes = view(*two_halves())
         assert image.shape == (3, 32, 32) and classes.shape == (32, 32)
         assert set(classes.unique().tolist()) <= {3, 5, IGNORED}
         red, blue = image[0].float() > 200, image[2].float() > 200
@@ -59,7 +59,7 @@ def test_a_crop_without_labels_is_not_taken_while_another_has_some():
 
 
 @pytest.mark.parametrize("scale", [(0.4, 0.4), (1.0, 1.0), (2.0, 2.0)])
-def test_masks_and_boxes_move_with_the_picture(scale):
+def test_masks_and_boxes_move_with_the_image(scale):
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     image[:, 10:30, 20:50] = 255
     masks = (image[:1] > 0).to(torch.uint8)
@@ -88,7 +88,7 @@ def test_objects_that_leave_the_view_are_dropped():
     assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 8, 8)
 
 
-def test_samples_depend_on_seed_view_and_picture_alone(dense_folder):
+def test_samples_depend_on_seed_view_and_image_alone(dense_folder):
     data = DenseDataset(load_coco(str(dense_folder)).train, DetectionView(size=32), seed=3)
     torch.manual_seed(0)
     first = data[(1, 2)]
@@ -111,7 +111,7 @@ def test_batches_stack_label_maps_and_list_objects(dense_folder):
 
 
 class Broken:
-    """Every second picture is unreadable; with ``all`` every one."""
+    """Every second image is unreadable; with ``all`` every one."""
 
     def __init__(self, every=2):
         self.every = every
@@ -120,7 +120,7 @@ class Broken:
         return 6
 
     def path(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
     def load(self, index):
         if index % self.every == 0:
@@ -128,14 +128,29 @@ class Broken:
         return torch.full((3, 4, 4), index, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
 
 
-def test_the_next_readable_picture_stands_in():
+def test_the_next_readable_image_stands_in():
     data = DenseDataset(Broken(), lambda image, target: (image, target), 0)
     sample = data[(0, 2)]
     assert sample.image == 2 and not sample.readable and sample.images.max() == 3
     assert data[(0, 3)].readable
-    with pytest.raises(ValueError, match="in a row cannot be used; the first: picture 4: no"):
+    with pytest.raises(ValueError, match="in a row cannot be used; the first: image 4: no"):
         DenseDataset(Broken(1), lambda image, target: (image, target), 0)[(0, 4)]
 
 
-def test_pictures_come_in_order():
+def test_images_come_in_order():
     assert list(in_order(lambda index: index * index, 5)) == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("shape", [(2, 20_000), (20_000, 2)])
+def test_a_piece_of_a_thin_image_is_taken_before_it_is_resized(shape):
+    classes = torch.arange(20_000).remainder(200).to(torch.uint8).expand(2, -1).view(2, -1)
+    classes = classes if shape[0] == 2 else classes.T
+    image = classes.expand(3, -1, -1)
+    view = SegmentationView(crop=64, short_side=64)
+    starts = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        pixels, labels = view(image, classes)
+        assert pixels.shape == (3, 64, 64) and labels.shape == (64, 64)
+        starts.add(int(labels[0, 0]))
+    assert len(starts) > 2

@@ -11,7 +11,6 @@ from comad.data.images import load_images
 from comad.data.loader import (
     EpochBatches,
     LoaderConfig,
-    Sample,
     ViewDataset,
     evaluation_batches,
     training_batches,
@@ -21,7 +20,7 @@ from comad.data.transforms import ColourChange, Crop
 
 class Views:
     def __call__(self, image):
-        return Sample((ColourChange()(Crop(size=8)(image)),), torch.rand(2, 3))
+        return (ColourChange()(Crop(size=8)(image)),), torch.rand(2, 3)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_loading_leaves_the_random_state_of_the_training_alone(train, workers):
 
 
 def test_an_unreadable_file_is_replaced_by_the_next_one(folder, train):
-    (folder / "train" / "3.png").write_bytes(b"not a picture")
+    (folder / "train" / "3.png").write_bytes(b"not an image")
     (folder / "train" / "4.png").unlink()
     (folder / "train" / "8.png").write_bytes(b"")
     order = EpochBatches(len(train), 9, 0, (0, 1))
@@ -123,7 +122,7 @@ def test_an_unreadable_file_is_replaced_by_the_next_one(folder, train):
     assert sorted(batch.image[~batch.readable].tolist()) == [3, 4, 8]
     (again,) = read(train, order, workers=1)
     assert torch.equal(batch.views[0], again.views[0])
-    dataset = ViewDataset(train, lambda image: Sample((image,), torch.zeros(0)), 0, 0)
+    dataset = ViewDataset(train, lambda image: ((image,), torch.zeros(0)), 0, 0)
     for broken, stand_in in ((3, 5), (4, 5), (8, 0)):
         assert torch.equal(dataset[0, broken].views[0], train.load(stand_in))
 
@@ -159,7 +158,7 @@ def test_evaluation_views_come_in_order_and_white_where_unreadable(folder, capsy
     chosen = torch.cat(list(evaluation_batches(train, 8, indices=torch.tensor([5, 1]))))
     assert torch.equal(chosen, whole[[5, 1]])
     list(evaluation_batches(train, 8))
-    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white pictures") == 1
+    assert capsys.readouterr().err.count(f"1 unreadable images of {train.name} are scored as white images") == 1
 
 
 def test_processes_share_every_batch():

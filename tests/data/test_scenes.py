@@ -57,7 +57,7 @@ def test_there_are_scenes_without_an_object_and_heaps(stamps):
 @pytest.mark.parametrize("name", BACKDROPS)
 def test_backdrops_have_the_size_and_vary(name):
     drawn = [BACKDROPS[name](np.random.default_rng(seed), 20, 30) for seed in (0, 1)]
-    assert all(picture.shape == (20, 30, 3) and picture.min() >= 0 and picture.max() <= 255 for picture in drawn)
+    assert all(image.shape == (20, 30, 3) and image.min() >= 0 and image.max() <= 255 for image in drawn)
     assert not np.array_equal(*drawn)
 
 

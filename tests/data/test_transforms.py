@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from comad.data.colours import change_colours
-from comad.data.transforms import ColourChange, Crop, evaluation_view, paste, random_backdrop, random_views
+from comad.data.transforms import BICUBIC, ColourChange, Crop, evaluation_view, paste, random_backdrop, random_views
 
 
 @settings(deadline=None, max_examples=30)
@@ -121,3 +123,45 @@ def test_evaluation_view_resizes_the_shorter_side_and_cuts_the_centre():
     view = evaluation_view(image, 10, 0.5)
     assert view.shape == (3, 10, 10) and bool((view > 200).all())
     assert torch.equal(evaluation_view(image, 10, 0.5), view)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 320), (4, 320, 40), (3, 2, 200), (3, 1, 500), (3, 500, 3)])
+@pytest.mark.parametrize("size, crop", [(32, 0.875), (10, 0.5), (48, 1.0)])
+def test_a_thin_image_is_cut_before_it_is_resized_and_looks_the_same(shape, size, crop):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
+    if shape[0] == 4:
+        image[:3] = torch.minimum(image[:3], image[3:])
+    whole = F.center_crop(F.resize(image, [round(size / crop)], BICUBIC, antialias=True), [size, size])
+    whole = whole if len(whole) == 3 else paste(whole, torch.full((3, size, size), 255, dtype=torch.uint8))
+    assert (evaluation_view(image, size, crop).int() - whole.int()).abs().max() <= 1
+
+
+def test_a_very_thin_image_takes_little_memory():
+    """20,000 × 2 pixels would be 2.5 million × 256."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    image = torch.zeros(3, 2, 20_000, dtype=torch.uint8)
+    assert evaluation_view(image, 224, 0.875).shape == (3, 224, 224)
+    assert Crop(size=224)(image).shape == (3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_a_crop_is_that_of_torchvision():
+    image = torch.randint(0, 256, (3, 30, 20), dtype=torch.uint8)
+    reference = v2.RandomResizedCrop(12, (0.25, 1.0), interpolation=BICUBIC)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = reference(image)
+        torch.manual_seed(seed)
+        assert torch.equal(Crop(size=12, flip=0.0)(image), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (1, 20_000), (20_000, 1), (5000, 7)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_images_of_every_shape_have_views(shape, channels):
+    image = torch.full((channels, *shape), 100, dtype=torch.uint8)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        (view,) = random_views(image, [(Crop(size=16), ColourChange(grey=0.5, blur=0.5))])
+        assert view.shape == (3, 16, 16)
+    assert evaluation_view(image, 16, 0.875).shape == (3, 16, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def only_here():
     for table, old in zip(tables, before, strict=True):
         table.clear()
         table.update(old)
+    for name in [name for name in sys.modules if name.startswith("comad_plugin_")]:
+        del sys.modules[name]
 
 
 def example(path: Path) -> list[str]:

@@ -1,9 +1,19 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from comad.data.images import ImageSet, Splits
+from comad.data.images import FolderImages, ImageSet, Splits
 from comad.data.loader import evaluation_batches
-from comad.evaluate.features import evaluating, extract_features, labelled_indices, pixel_features, split_features
+from comad.evaluate.features import (
+    View,
+    evaluating,
+    extract_features,
+    extract_many,
+    labelled_indices,
+    pixel_features,
+    split_features,
+)
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
 SIZE = 16
@@ -89,10 +99,27 @@ def test_pixels_are_small_flat_images(images):
 def test_only_labelled_images_are_encoded(images, networked):
     assert labelled_indices(images).tolist() == [0, 1, 2, 4, 5]
     splits = Splits(images, images, images, {}, "none")
-    features = split_features(build() if networked else None, splits, SIZE)
+    (features,) = split_features([View(build() if networked else None, SIZE)], splits)
     assert all(len(rows) == 5 for rows in features.train.pools.values())
     assert features.train.labels["fine"].tolist() == [0, -1, 1, 1, 0]
     assert features.test.groups.tolist() == [0, 0, 1, 2, 2]
     rows, labels = features.val.labelled("fine", next(iter(features.val.pools)))
     assert len(rows) == len(labels) == 4
     assert features.label_sets == ("fine", "coarse")
+
+
+def test_a_view_is_the_same_alone_and_beside_others(tmp_path):
+    """JPEG files can be shrunk while they are decoded, to no less than the smallest view needs."""
+    noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((2700, 2100)).save(tmp_path / "a.jpg")
+    images = FolderImages("x", tmp_path, ["a.jpg"], None)
+    views = [View(None, size) for size in (16, 32, 448)]
+    together = extract_many(views, images)
+    for view, found in zip(views, together, strict=True):
+        assert torch.equal(found["pixels"], extract_many([view], images)[0]["pixels"])
+
+
+def test_all_that_is_labelled_is_no_copy(images):
+    (features, *_) = split_features([View(None, 4)], Splits(*[images] * 3, {}, "none"))
+    features.train.labels["fine"].clamp_(min=0)
+    assert features.train.labelled("fine", "pixels")[0] is features.train.pools["pixels"]

@@ -1,11 +1,25 @@
 import json
 import os
+from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from comad.data.images import ImageSet, Splits
-from comad.evaluate.scoreboard import Row, Scoreboard, count_flops, measure_latency, paired_interval, score, shortage
+from comad.data.images import ImageSet, Splits, load_images
+from comad.evaluate.command import evaluate
+from comad.evaluate.evaluation import Evaluation, Result
+from comad.evaluate.scoreboard import (
+    Candidate,
+    Row,
+    Scoreboard,
+    count_flops,
+    measure_latency,
+    score,
+    score_all,
+    shortage,
+)
+from comad.export.package import ModelCard, export_backbone
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
 SIZE = 16
@@ -50,7 +64,9 @@ def backbone():
 
 
 def row(name, role="student", **values):
-    return Row(name=name, role=role, params=1_234_567, flops=10**9, latency_ms=1.5, **values)
+    scores = {"knn": values.pop("knn")} if "knn" in values else {}
+    counts = {"num_images": dict.fromkeys(scores, 1700), "num_concepts": dict.fromkeys(scores, 101)}
+    return Row(name=name, role=role, params=1_234_567, flops=10**9, latency_ms=1.5, scores=scores, **counts, **values)
 
 
 @pytest.mark.parametrize("role", ["student", "pixels"])
@@ -59,18 +75,22 @@ def test_score_of_easy_images(backbone, splits, role):
     assert result.row.name == "x" and result.row.role == role and result.row.reason is None
     assert set(result.correct) == set(result.groups) == {"knn", "knn_coarse", "linear", "linear_coarse"}
     for name, correct in result.correct.items():
-        assert getattr(result.row, name) == pytest.approx(100 * correct.double().mean().item())
-        assert getattr(result.row, name) > 60
+        assert result.row.scores[name] == pytest.approx(100 * correct.double().mean().item())
+        assert result.row.scores[name] > 60
+        assert result.row.num_images[name] == 24 and result.row.num_concepts[name] == 3
         assert result.groups[name].tolist() == splits.test.groups.tolist()
-    assert (result.row.pool_knn == "pixels") == (role == "pixels")
+    assert (result.row.choices["pool_knn"] == "pixels") == (role == "pixels")
     assert (result.row.params == 0) == (role == "pixels")
-    assert result.row.k is not None and result.row.knn_share is None
+    assert result.row.choices["k"] in (1, 5, 10, 20, 50) and result.row.knn_share is None
+    plain = result.row.as_dict()
+    assert plain["knn"] == result.row.scores["knn"] and plain["k"] and plain["finetune"] is None
 
 
 def test_coarse_labels_are_optional(splits):
     del splits.val.labels["coarse"]
     result = score("x", "pixels", None, splits, SIZE)
-    assert result.row.knn is not None and result.row.knn_coarse is None and set(result.correct) == {"knn", "linear"}
+    assert set(result.row.scores) == set(result.correct) == {"knn", "linear"}
+    assert result.row.as_dict()["knn_coarse"] is None
 
 
 @pytest.mark.parametrize("known, reason", [(0, "0 train images"), (19, "19 train images"), (None, "0 train images")])
@@ -80,7 +100,7 @@ def test_too_few_labels_give_a_reason(backbone, splits, known, reason):
     else:
         splits.train.labels["fine"][known:] = -1
     result = score("x", "student", backbone, splits, SIZE)
-    assert result.row.knn is None and result.row.linear is None and reason in result.row.reason
+    assert result.row.scores == {} and result.row.as_dict()["knn"] is None and reason in result.row.reason
     assert result.row.params > 0 and result.correct == {}
 
 
@@ -109,7 +129,8 @@ def test_board_shares_writes_and_shows(tmp_path):
     assert board.as_dict()["rows"][2]["knn_share"] == 75
     assert os.listdir(path.parent) == ["scoreboard.json"]
     lines = board.table().splitlines()
-    assert len(lines) == 7 and "1,234,567" in lines[2] and lines[-1] == "no scores: why"
+    assert len(lines) == 8 and "1,234,567" in lines[2] and lines[-1] == "no scores: why"
+    assert lines[-2] == "kNN: 1,700 test images of 101 concepts, one seed"
     assert lines[4].split()[:2] == ["s", "student"] and lines[4].split()[5:7] == ["60.0", "75.0"]
 
 
@@ -117,64 +138,77 @@ def test_board_without_teacher_has_no_shares():
     assert Scoreboard((row("s", knn=60.0),)).shared_rows[0].knn_share is None
 
 
-def test_interval_covers_zero_for_equals_and_not_for_the_clearly_different():
-    generator = torch.Generator().manual_seed(0)
-    groups = torch.arange(600) // 3
-    good, poor, same = (torch.rand(600, generator=generator) < p for p in (0.8, 0.5, 0.8))
-    assert paired_interval(good, good, groups) == (0, 0, 0)
-    difference, low, high = paired_interval(good, poor, groups)
-    assert 0 < low < difference < high
-    assert difference == pytest.approx(100 * (good.double().mean() - poor.double().mean()).item())
-    _, low, high = paired_interval(good, same, groups)
-    assert low < 0 < high
-    assert paired_interval(good, poor, groups) == paired_interval(good, poor, groups)
+def test_an_evaluation_of_a_plugin_is_on_every_board(backbone, splits, monkeypatch):
+    monkeypatch.setattr(Evaluation, "members", dict(Evaluation.members))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Luck(Evaluation, name="luck"):
+        title = "good luck"
+        share: float = 0.5
+
+        def __call__(self, features, device="cpu"):
+            count = len(features.test.groups)
+            return Result(self.results(features, {"fine": torch.full((count,), self.share)}), {"drawn": count})
+
+    result = score("x", "student", backbone, splits, SIZE)
+    assert result.row.scores["luck"] == 50 and result.row.num_images["luck"] == 24
+    board = Scoreboard((result.row,))
+    assert "good luck %" in board.table() and board.as_dict()["rows"][0]["luck"] == 50
+    assert board.as_dict()["rows"][0]["drawn"] == 24
+    only = score("x", "student", backbone, splits, SIZE, evaluations=("knn", Luck(share=0.25)))
+    assert set(only.row.scores) == {"knn", "knn_coarse", "luck"} and only.row.scores["luck"] == 25
+    with pytest.raises(ValueError, match="no evaluation 'luk'; did you mean 'luck'"):
+        score("x", "student", backbone, splits, SIZE, evaluations=("luk",))
 
 
-def test_interval_knows_that_a_concept_is_one_observation():
-    concept = torch.rand(100, generator=torch.Generator().manual_seed(1)) < 0.6
-    good, poor = concept.repeat_interleave(5), torch.zeros(500, dtype=torch.bool)
-    _, low, high = paired_interval(good, poor, torch.arange(100).repeat_interleave(5))
-    _, low_naive, high_naive = paired_interval(good, poor, torch.arange(500))
-    assert (high - low) / (high_naive - low_naive) == pytest.approx(5**0.5, rel=0.1)
-    error = 100 * (concept.double().mean() * (1 - concept.double().mean()) / 100).sqrt().item()
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+def test_images_are_decoded_once_for_all_rows_and_scores_are_those_of_each_alone(splits):
+    torch.manual_seed(0)
+    sizes = (SIZE, 24)
+    backbones = [
+        TimmBackbone(create_vit("vit_tiny_patch16_224", size, patch_size=4, embed_dim=24, depth=1, num_heads=2))
+        for size in sizes
+    ]
+    alone = [score("x", "teacher", backbone, splits) for backbone in backbones]
+    loaded = Counter()
+    for images in splits[:3]:
+        real = images.load
+        images.load = lambda index, side=0, real=real, name=images.name: loaded.update([(name, index)]) or real(index)
+    candidates = [Candidate("pixels", "pixels", None), *(Candidate("x", "teacher", backbone) for backbone in backbones)]
+    together = score_all(candidates, splits)
+    assert set(loaded.values()) == {1} and len(loaded) == 40 + 16 + 24
+    assert [part.row.scores for part in together[1:]] == [part.row.scores for part in alone]
 
 
-def test_interval_over_seeds_of_equal_rows_is_nothing_and_of_a_shift_is_the_shift():
-    generator = torch.Generator().manual_seed(0)
-    groups = torch.arange(200) // 2
-    hits = torch.rand(3, 200, generator=generator) < 0.5
-    assert paired_interval(hits, hits, groups) == (0, 0, 0)
-    every_tenth = torch.arange(200) % 20 < 2  # one concept in ten, whole
-    hits[:, every_tenth] = False
-    difference, low, high = paired_interval(hits | every_tenth, hits, groups)
-    assert difference == pytest.approx(10) and low < 10 < high
-    assert paired_interval(hits[:1], ~hits[:1], groups) == paired_interval(hits[0], ~hits[0], groups)
+def test_reduced_precision_is_of_the_features_alone(backbone, splits):
+    full, half = (score("x", "student", backbone, splits, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert half.row.flops == full.row.flops and abs(half.row.scores["knn"] - full.row.scores["knn"]) < 10
 
 
-def test_interval_knows_that_seeds_differ():
-    """Two concepts and many seeds whose difference comes from the seed alone: the width is that of the seeds' mean."""
-    seeds = torch.rand(50, generator=torch.Generator().manual_seed(2)) < 0.5
-    good, poor, groups = seeds[:, None].expand(50, 40), torch.zeros(50, 40, dtype=torch.bool), torch.arange(40) // 2
-    _, low, high = paired_interval(good, poor, groups)
-    error = 100 * (seeds.double().mean() * (1 - seeds.double().mean()) / 50).sqrt().item()
-    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+def test_evaluate_takes_objects(backbone, splits):
+    board = evaluate(backbone, splits, evaluations=("knn",))
+    assert [row.role for row in board.rows] == ["pixels", "teacher"] and board.rows[1].name == "TimmBackbone"
+    assert board.rows[1].scores == score("x", "teacher", backbone, splits, evaluations=("knn",)).row.scores
+    assert set(board.rows[0].scores) == {"knn", "knn_coarse"}
+    for mistake, words in (({"precision": "fp8"}, "fp32, bf16"), ({"image_size": 32}, "built for images of 16 pixels")):
+        with pytest.raises(ValueError, match=words):
+            evaluate(backbone, splits, **mistake)
+    splits.train.labels.clear()
+    with pytest.raises(ValueError, match=r"'train' cannot be scored: 0 train images .* one sub-folder per label"):
+        evaluate(backbone, splits)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    """Differences with a part per seed and a part per concept, mean 4 points, 8 seeds, 60 concepts of 5 images."""
-    generator, covered, groups = torch.Generator().manual_seed(3), 0, torch.arange(300) // 5
-    for _ in range(200):
-        seed = 0.03 * torch.randn(8, 1, generator=generator)
-        concept = 0.1 * torch.randn(60, generator=generator).repeat_interleave(5)
-        chance = torch.rand(8, 300, generator=generator)
-        good, poor = chance < 0.54 + seed + concept, chance < 0.5
-        _, low, high = paired_interval(good, poor, groups, num_resamples=400)
-        covered += low <= 4 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_interval_of_nothing():
-    empty = torch.zeros(0, dtype=torch.bool)
-    with pytest.raises(ValueError, match="labelled test images"):
-        paired_interval(empty, empty, torch.zeros(0, dtype=torch.int64))
+@pytest.mark.parametrize("name", ["{folder}", "student={folder}", "{folder}/model.safetensors"])
+def test_an_exported_student_is_scored_at_its_own_size(labelled_folder, tmp_path, name):
+    torch.manual_seed(3)
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vit = create_vit("vit_tiny_patch16_224", 32, **{key: arguments[key] for key in list(arguments)[1:]})
+    student, splits = TimmBackbone(vit, token_types=("cls", "patch")), load_images(str(labelled_folder))
+    facts = {"preset": "x", "seed": 0, "images_seen": 0, "data": "x", "data_licence": "none", "eval_crop": 0.875}
+    types = {"architecture": "vit_tiny_patch16_224", "token_types": student.token_types}
+    card = ModelCard(name="s", licence="mit", about="", **types, **facts)
+    folder = export_backbone(student, tmp_path / "student", model_args=arguments, card=card)
+    own = score("student", "student", student, splits, 32)
+    row = evaluate(name.format(folder=folder), str(labelled_folder)).rows[1]
+    assert row.flops == own.row.flops and row.scores == own.row.scores
+    other = evaluate(str(folder), str(labelled_folder), image_size=16).rows[1]
+    assert other.flops < row.flops

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comad.export.package import ModelCard, export_backbone, model_card, snippet, verify_export
+from comad.export.card import ModelCard, model_card
+from comad.export.encoder import preprocessing_of
+from comad.export.package import both_programs, export_backbone, timm_facts, verify_export
 from comad.models.files import sha256
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone, create_vit
@@ -195,11 +196,13 @@ def test_refusals_name_the_remedy(tmp_path):
 def test_card_and_its_snippet(tmp_path, monkeypatch):
     folder = export_backbone(build(), tmp_path / "export", model_args=ARGS, card=CARD)
     text = (folder / "README.md").read_text()
-    assert text == model_card(replace(CARD, sha256=sha256(folder / "model.safetensors")), folder)
+    facts = timm_facts(build(), preprocessing_of(build(), CARD.eval_crop))
+    programs = both_programs(facts, folder.name)
+    assert text == model_card(replace(CARD, sha256=sha256(folder / "model.safetensors")), programs)
     for words in ("library_name", "CC-BY-NC-4.0", "ab12", "1,000,000", "seed 3", "| 61.2 | – | 70.0 | – |", NAME):
         assert words in text
     code = text.split("```python\n")[1].split("```")[0]
-    assert code == snippet(Path(folder.name))
+    assert code == programs[0][1]
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names = {}

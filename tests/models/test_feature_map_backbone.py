@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from torch import Tensor
 
 from comad.distill.masking import Masking
-from comad.distill.teaching import hide_nothing_in_vain, load_teachers, teacher_step
 from comad.models import efficientnet_lite
 from comad.models.teachers import load_teacher
 

@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from comad.distill.teaching import teacher_step
 from torch import Tensor, nn
 
 from comad.distill.masking import Masks
-from comad.distill.teaching import teacher_step
 from comad.models import sources
 from comad.models.teachers import load_teacher, teacher_from_module
 

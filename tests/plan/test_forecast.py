@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from comad.plan.config import Target
-from comad.plan.forecast import FORMULA, Disk, Plan, Stage
+from comad.plan.forecast import FORMULA, Disk, Plan, Stage, Target
 from comad.plan.measure import room_for, straight_line
 from comad.plan.profile import Flops
 

@@ -1,16 +1,15 @@
 from pathlib import Path
 
-import pytest
 import torch
 
-from comad.data.loader import Batch, EpochBatches, LoaderConfig, training_batches
+from comad.data.loader import Batch, LoaderConfig, TrainingBatches
 from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
-from comad.plan import rehearsal
-from comad.plan.assemble import times
-from comad.plan.profile import count_flops, largest_that_fits, profile_steps, resized, seconds_per_view
-from comad.runtime.job import Job, RunConfig, Step
+from comad.plan import profile
+from comad.plan.measure import times
+from comad.plan.profile import Training, count_flops, largest_that_fits, profile_steps, seconds_per_view
 from comad.runtime.optim import OptimConfig
-from comad.runtime.train import start_fabric
+from comad.runtime.run import RunConfig, start_fabric
+from comad.runtime.trainer import Job
 
 SIZE, PATCH, WIDTH, DEPTH = 16, 4, 16, 2
 OPTIM = OptimConfig(batch_size=4, warmup_epochs=0.0)
@@ -28,25 +27,17 @@ def network():
     return VitConfig(image_size=SIZE, patch_size=PATCH, width=WIDTH, depth=DEPTH, heads=2).build()
 
 
-@pytest.fixture
-def fabric():
-    return start_fabric(RUN)
+def training(module, forward):
+    """``forward`` gives the loss of a batch, and a function for the log."""
 
+    def loop(trainer):
+        for step in trainer:
+            for batch in step:
+                with step.microbatch(trainer.states[0]) as state:
+                    state.backward(*forward(state.module, batch))
 
-def job(module, step, batch_size=4):
-    def batches(first, last):
-        return training_batches(Views(), EpochBatches(40, batch_size, 0, (first, last)), LoaderConfig(workers=0))
-
-    return Job(
-        module=module,
-        step=step,
-        batches=batches,
-        steps_per_epoch=40 // batch_size,
-        identity={},
-        probe=lambda scored: {},
-        watch=lambda done, metrics: None,
-        name_image=str,
-    )
+    data = TrainingBatches(Views(), 40, str, 99, 0, LoaderConfig(workers=0))
+    return Training(Job(module=module, run=RUN, identity={}), data, OPTIM, start_fabric(RUN), loop)
 
 
 def forward_flops():
@@ -58,58 +49,62 @@ def forward_flops():
     return embedding, DEPTH * block
 
 
-def test_operations_of_a_vit_are_those_of_the_formula(fabric):
+def test_operations_of_a_vit_are_those_of_the_formula():
     student, teacher = network(), network().requires_grad_(False)
-    math_attention_on_cpu(student, fabric.device)
+    math_attention_on_cpu(student, torch.device("cpu"))
 
-    def step(module, batch, progress):
+    def forward(module, batch):
         images = batch.views[0].float() / 255
         with torch.no_grad():
             target = teacher(images).patches
         loss = (module(images).patches - target).square().mean()
-        return Step(loss, lambda: {"waste": (torch.ones(99, 99) @ torch.ones(99, 99)).sum()})
+        return loss, lambda: {"waste": (torch.ones(99, 99) @ torch.ones(99, 99)).sum()}
 
-    flops, _ = count_flops(job(student, step), OPTIM, RUN, fabric, [teacher])
+    flops, _ = count_flops(training(student, forward), 4, [teacher])
     embedding, blocks = forward_flops()
     assert flops.teachers == embedding + blocks
     assert flops.student == 2 * embedding + 3 * blocks  # nobody wants the gradient of the pixels
 
 
-def test_steps_log_lines_and_checkpoints_are_timed_apart(fabric, tmp_path, monkeypatch):
+def test_steps_log_lines_and_checkpoints_are_timed_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clock, real, probed = [100.0], torch.save, []
-    monkeypatch.setattr(rehearsal, "CLOCK", lambda: clock[0])
+    monkeypatch.setattr(profile, "CLOCK", lambda: clock[0])
     monkeypatch.setattr(torch, "save", lambda *given: [wait(7.0), real(*given)])
 
     def wait(seconds):
         clock[0] += seconds
 
-    def step(module, batch, progress):
+    def forward(module, batch):
         wait(0.25)
 
         def metrics():
             wait(1.5)
             return {}
 
-        return Step(module(torch.ones(1)).sum(), metrics)
+        return module(torch.ones(1)).sum(), metrics
 
     def probe(scored):
         wait(30.0)
         probed.append(scored)
 
-    took = profile_steps(job(torch.nn.Linear(1, 1), step), OPTIM, RUN, fabric, 8, probe=probe)
+    took = profile_steps(training(torch.nn.Linear(1, 1), forward), 4, 8, probe=probe)
     assert len(probed) == 1 and took.batch == 4
     assert (took.starting, took.seconds, took.logging, took.saving) == (0.0, 0.25, 1.5, 7.0)
     assert took.checkpoint > 500 and 0 < took.log < 2000
     assert not list(tmp_path.iterdir()) and not Path(RUN.out).exists()
 
 
-def test_a_job_in_batches_of_another_size(fabric):
-    again = resized(job(torch.nn.Linear(1, 1), lambda *given: Step(torch.zeros(()), dict)), 8)
-    assert again.steps_per_epoch == 5
-    first, *rest = list(again.batches(0, 5))
-    assert len(first.image) == 8 and sorted(torch.cat([b.image for b in (first, *rest)]).tolist()) == list(range(40))
-    assert seconds_per_view(again) > 0
+def test_steps_are_of_the_batch_that_is_asked_for():
+    sizes = []
+
+    def forward(module, batch):
+        sizes.append(len(batch.image))
+        return module(torch.ones(1)).sum(), dict
+
+    some = training(torch.nn.Linear(1, 1), forward)
+    assert profile_steps(some, 8, 7).batch == 8 and sizes == [8] * 7
+    assert seconds_per_view(some.data) > 0
 
 
 def test_doubling_ends_where_memory_does():

@@ -60,7 +60,7 @@ def test_info_nce_is_computed_in_float32_under_autocast():
 def test_the_step_is_symmetrised():
     model, batch = build(), make_batch()
     images = torch.cat(batch.views).float() / 255
-    loss = model(batch, 1.0).loss.detach()  # at the end of the run the momentum is 1: nothing moves
+    loss = model(batch, 1.0)[0].detach()  # at the end of the run the momentum is 1: nothing moves
     first, second = (model.predictor(model.projector(half)) for half in model.backbone(images).cls.chunk(2))
     keys = [model.momentum_projector(half) for half in model.momentum_backbone(images).cls.chunk(2)]
     expected = naive_info_nce(first, keys[1], 0.2) + naive_info_nce(second, keys[0], 0.2)
@@ -123,7 +123,7 @@ def test_the_momentum_networks_stay_in_eval_mode_of_the_model():
 
 def test_gradients_reach_the_query_side_alone():
     model = build()
-    model(make_batch(), 0.5).loss.backward()
+    model(make_batch(), 0.5)[0].backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith("momentum") or "patch_embed" in name
         assert (parameter.grad is None) == frozen, name
@@ -147,7 +147,7 @@ def test_the_loss_falls_on_one_batch():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(20):
-        loss = model(batch, 0.5).loss
+        loss = model(batch, 0.5)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -71,3 +71,16 @@ def test_initial_weights_of_another_architecture_are_refused(labelled_folder, te
     command = ["pretrain", "mae", f"--data={labelled_folder}", f"--init={teacher_specs[1]}", *NETWORK, *SHORT]
     assert main([*command, f"--run.out={tmp_path / 'x'}"]) == 1
     assert "another architecture" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_same_images_and_start_alone(pretrain, labelled_folder, teacher_specs, tmp_path, capsys):
+    pretrain("run", "mae")
+    command = ["pretrain", "mae", *NETWORK, *SHORT, f"--run.out={tmp_path / 'run'}", "--run.resume"]
+    assert main([*command, f"--data={labelled_folder}", "--run.keep=1"]) == 0
+    assert main([*command, f"--data={labelled_folder}", f"--init={teacher_specs[0]}"]) == 1
+    assert "started with another setup: init" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(labelled_folder, other)
+    next(path for path in other.rglob("*") if path.is_file()).unlink()
+    assert main([*command, f"--data={other}"]) == 1
+    assert "started with another setup: data" in capsys.readouterr().err

@@ -18,10 +18,10 @@ from comad.compare.entries import ComparisonRow, Kind
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.distill.run import distill
-from comad.evaluate.finetune import Finetuned, finetune_backbone
+from comad.evaluate.evaluation import Evaluation
+from comad.evaluate.finetune import Finetuned, PretrainedModel, finetune_backbone
 from comad.evaluate.scoreboard import Role, Score, score
 from comad.evaluate.scores import Scores, read_scores, write_scores
-from comad.evaluate.trial import PretrainedModel
 from comad.evaluate.tuning import FinetuneConfig, Tuning
 from comad.evaluate.views import device, view_size
 from comad.models.backbone import Backbone
@@ -106,13 +106,16 @@ def measure(unit: RowRun) -> Scores:
     kind = unit.entry.kind
     constant = kind in ("teacher", "pixels")  # the same for every seed
     path = (unit.row_folder if constant else unit.folder) / f"scores-{unit.config.recipe.split}.json"
-    if not path.is_file():
+    found = read_scores(path)
+    if found is None or not Evaluation.members.keys() <= set(found.facts.get("evaluations", ())):
         made = MAKERS[kind](unit)
-        write_scores(path, [_score(unit, made.backbone)], made.facts)
-    (frozen,), facts = read_scores(path)
+        facts = made.facts | {"evaluations": list(Evaluation.members)}
+        found = Scores((_score(unit, made.backbone),), facts)
+        write_scores(path, *found)
+    (frozen,), facts = found
     if kind == "pixels" or not (unit.config.finetune or kind == "supervised"):
         return Scores((frozen,), facts)
-    return Scores((_merged(frozen, _learnt(unit) or _learn(unit).score),), facts)
+    return Scores((frozen.joined((_learnt(unit) or _learn(unit).score).found),), facts)
 
 
 def _score(unit: RowRun, backbone: Backbone | None) -> Score:
@@ -153,7 +156,9 @@ def _untrained(unit: RowRun) -> TrainedModel:
 
 def _supervised(unit: RowRun) -> TrainedModel:
     """The untrained student, trained with labels."""
-    done, facts = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json").facts
+    done, written = _learn(unit), read_scores(_tuned_folder(unit) / "finetune.json")
+    assert written is not None
+    facts = written.facts
     return TrainedModel(
         done.chosen.classifier.backbone, {name: facts[name] for name in ("images_seen", "seconds", "code")}
     )
@@ -195,11 +200,8 @@ def _learn(unit: RowRun) -> Finetuned:
 
 def _learnt(unit: RowRun) -> Score | None:
     """What `_learn` has written, if it is there and of the same split."""
-    path = _tuned_folder(unit) / "finetune.json"
-    if not path.is_file():
-        return None
-    (found,), facts = read_scores(path)
-    return found if facts["split"] == unit.config.recipe.split else None
+    written = read_scores(_tuned_folder(unit) / "finetune.json")
+    return written.scores[0] if written and written.facts["split"] == unit.config.recipe.split else None
 
 
 def _tuning(unit: RowRun) -> Tuning:
@@ -215,12 +217,6 @@ def _tuned_folder(unit: RowRun) -> Path:
     if unit.entry.kind == "supervised":
         return unit.folder / "supervised"
     return unit.folder / f"finetune-{digest_of(asdict(unit.config.tuning))}"
-
-
-def _merged(frozen: Score, tuned: Score) -> Score:
-    """Both in one."""
-    row = replace(frozen.row, finetune=tuned.row.finetune, finetune_coarse=tuned.row.finetune_coarse)
-    return Score(row, {**frozen.correct, **tuned.correct}, {**frozen.groups, **tuned.groups})
 
 
 def _no_training() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from comad.compare.entries import ComparisonRow, list_entries
 from comad.compare.measure import RowRun, digest_of, measure
 from comad.compare.table import markdown, tabulate, write_table
 from comad.data.images import Splits, load_images
+from comad.evaluate.evaluation import title_of
 from comad.evaluate.finetune import check as check_finetune
 from comad.evaluate.scoreboard import shortage
 from comad.evaluate.scores import Scores
@@ -114,9 +115,8 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
 
 
 def _scores(measured: Scores) -> str:
-    row = measured.scores[0].row
-    values = {"kNN": row.knn, "linear": row.linear, "fine-tune": row.finetune}
-    return ", ".join(f"{name} {value:.1f}" for name, value in values.items() if value is not None)
+    scores = measured.scores[0].row.scores
+    return ", ".join(f"{title_of(name)} {value:.1f}" for name, value in scores.items() if "_coarse" not in name)
 
 
 def _say(line: str) -> None:

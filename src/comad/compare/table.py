@@ -13,10 +13,10 @@ import torch
 
 from comad.compare.config import CompareConfig
 from comad.compare.entries import ComparisonRow
-from comad.evaluate.scoreboard import paired_interval
+from comad.evaluate.evaluation import score_names, title_of
+from comad.evaluate.intervals import paired_interval
 from comad.evaluate.scores import Scores
 
-SCORES = {"knn": "kNN", "linear": "linear", "finetune": "fine-tune"}
 LEVELS = {"": "Fine labels", "_coarse": "Coarse labels"}
 
 Results = Mapping[int, Scores]
@@ -35,16 +35,19 @@ def tabulate(
         reference: the row from which differences are taken; seeds are paired.
     """
     against = results[entries.index(reference)]
+    measured = (name for own in results for part in own.values() for name in part.scores[0].row.scores)
+    names = list(dict.fromkeys([*score_names(), *measured]))
     return {
         "reference": reference.label,
         "ablation": config.ablation,
         "data": config.recipe.data if config.recipe.data == "stamps" else Path(config.recipe.data).name,
         "split": config.recipe.split,
-        "rows": [_row(entry, own, against) for entry, own in zip(entries, results, strict=True) if own],
+        "scores": {name: title_of(name) for name in names},
+        "rows": [_row(entry, own, against, names) for entry, own in zip(entries, results, strict=True) if own],
     }
 
 
-def _row(entry: ComparisonRow, results: Results, against: Results) -> dict[str, Any]:
+def _row(entry: ComparisonRow, results: Results, against: Results, names: Sequence[str]) -> dict[str, Any]:
     """One row: means over seeds, and of each score the difference to the reference and its 95 % interval."""
     measured = list(results.values())
     row, facts = measured[0].scores[0].row, [part.facts for part in measured]
@@ -60,24 +63,29 @@ def _row(entry: ComparisonRow, results: Results, against: Results) -> dict[str, 
         "seconds": round(statistics.mean(part["seconds"] for part in facts), 1),
         "commit": ", ".join(sorted({part["code"] for part in facts})),
     }
-    for name in (score + level for score in SCORES for level in LEVELS):
+    for name in names:
         plain |= _compared(name, results, against)
     return plain
 
 
 def _compared(name: str, results: Results, against: Results) -> dict[str, Any]:
-    """Mean percent, difference to the reference over the seeds that both have, and its interval; None if not scored."""
-    values = [getattr(part.scores[0].row, name) for part in results.values()]
-    keys = (name, f"{name}_minus_reference", f"{name}_interval")
-    if None in values:
+    """Mean percent of a score and the numbers of images, concepts and seeds behind it; difference to the reference over
+    the seeds that both have, and its interval, which is over concepts alone where there is one such seed. None if not
+    scored.
+    """
+    keys = (name, *(f"{name}_{key}" for key in ("images", "concepts", "seeds", "minus_reference", "interval", "over")))
+    rows = [part.scores[0].row for part in results.values() if name in part.scores[0].row.scores]
+    if len(rows) < len(results):
         return dict.fromkeys(keys)
+    mean = round(statistics.mean(row.scores[name] for row in rows), 4)
+    counts = (rows[0].num_images[name], rows[0].num_concepts[name], len(rows))
     shared = [seed for seed in results if seed in against and name in against[seed].scores[0].correct]
     if not shared:
-        return dict(zip(keys, (round(statistics.mean(values), 4), None, None), strict=True))
-    own, other = (torch.stack([rows[seed].scores[0].correct[name] for seed in shared]) for rows in (results, against))
+        return dict(zip(keys, (mean, *counts, None, None, None), strict=True))
+    own, other = (torch.stack([part[seed].scores[0].correct[name] for seed in shared]) for part in (results, against))
     interval = paired_interval(own, other, results[shared[0]].scores[0].groups[name])
-    difference, low, high = (round(value, 4) for value in interval)
-    return dict(zip(keys, (round(statistics.mean(values), 4), difference, [low, high]), strict=True))
+    difference, low, high = (round(value, 4) for value in interval[:3])
+    return dict(zip(keys, (mean, *counts, difference, [low, high], interval.over), strict=True))
 
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
@@ -96,33 +104,34 @@ def markdown(table: Mapping[str, Any]) -> str:
         f"# Comparison on {table['data']}, {table['split']} images",
         "",
         f"Top-1 percent, mean over seeds {', '.join(map(str, seeds))}. In brackets: difference to "
-        f"`{table['reference']}`, paired by seed and image, and its 95 % interval (bootstrap over seeds and concepts).",
+        f"`{table['reference']}`, paired by seed and image, and its 95 % interval (t, over seeds and concepts; * is "
+        "over concepts alone, for one seed says nothing about others).",
         f"Seconds are those of training. comad {'; '.join(commits)}.",
     ]
     for level, title in LEVELS.items():
-        names = [name for name in SCORES if any(row[name + level] is not None for row in rows)]
+        of_level = [name for name in table["scores"] if name.endswith("_coarse") == bool(level)]
+        names = [name for name in of_level if any(row[name] is not None for row in rows)]
         if names:
-            lines += ["", f"## {title}", "", *_markdown(rows, names, level)]
+            lines += ["", f"## {title}", "", *_markdown(table, names)]
     return "\n".join(lines)
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str], level: str) -> list[str]:
-    titles = [
-        "row",
-        "teachers",
-        "seeds",
-        *(SCORES[name] for name in names),
-        "parameters",
-        "GFLOPs",
-        "images",
-        "seconds",
-    ]
-    lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)]]
+def _markdown(table: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    rows = table["rows"]
+    scores = [f"{table['scores'][name].removesuffix(' coarse')} ({_counts(rows, name)})" for name in names]
+    lines = [["row", "teachers", "seeds", *scores, "parameters", "GFLOPs", "images", "seconds"]]
+    lines += [["---", "---", *["---:"] * (len(names) + 5)]]
     for row in rows:
         cost = [f"{row['params']:,}", f"{row['flops'] / 1e9:.3f}", f"{row['images_seen']:,}", f"{row['seconds']:,.0f}"]
         who = [f"`{row['label']}`", " ".join(row["teachers"]), str(len(row["seeds"]))]
-        lines.append([*who, *(_cell(row, name + level) for name in names), *cost])
+        lines.append([*who, *(_cell(row, name) for name in names), *cost])
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """``700 images of 101 concepts``: the same for all rows, as they are scored on the same images."""
+    row = next(row for row in rows if row[name] is not None)
+    return f"{row[f'{name}_images']:,} images of {row[f'{name}_concepts']:,} concepts"
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
@@ -132,4 +141,5 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     if row[f"{name}_minus_reference"] is None:
         return f"{row[name]:.1f}"
     low, high = row[f"{name}_interval"]
-    return f"{row[name]:.1f} ({row[f'{name}_minus_reference']:+.1f} [{low:.1f}, {high:.1f}])"
+    star = "*" if row[f"{name}_over"] != "seeds and concepts" else ""
+    return f"{row[name]:.1f} ({row[f'{name}_minus_reference']:+.1f} [{low:.1f}, {high:.1f}]{star})"

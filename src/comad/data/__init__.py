@@ -1,1 +1,1 @@
-"""Pictures in, batches of uint8 views out."""
+"""Images in, batches of uint8 views out."""

@@ -1,4 +1,4 @@
-"""Folders in the format of ADE20K's scene parsing benchmark (ADEChallengeData2016): pictures and label maps."""
+"""Folders in the format of ADE20K's scene parsing benchmark (ADEChallengeData2016): images and label maps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from comad.data.images import UnreadableImageError
+from comad.data.decoding import UnreadableImageError, check_label_map, load_file, load_label_map
+from comad.data.summary import Summary, dense_text
 
 IGNORED = 255
 """What a pixel without a class is in our label maps; in the files it is 0."""
+THINNEST = 64
+"""Times that a side may be as long as the other one: views and windows are as high as the shorter side is made."""
 LAYOUT = "images/{training,validation}/*.jpg, annotations/{training,validation}/*.png and objectInfo150.txt"
 
 
@@ -37,7 +39,7 @@ class SegmentationImages:
         return len(self.names)
 
     def path(self, index: int) -> str:
-        """The file of a picture."""
+        """The file of an image."""
         return str(self.root / "images" / self.part / f"{self.names[index]}.jpg")
 
     def label_path(self, index: int) -> str:
@@ -45,47 +47,58 @@ class SegmentationImages:
         return str(self.root / "annotations" / self.part / f"{self.names[index]}.png")
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
-        """A picture, uint8 (3, h, w), and its classes, uint8 (h, w), from 0 on, `IGNORED` where there is none.
+        """An image, uint8 (3, h, w), and its classes, uint8 (h, w), from 0 on, `IGNORED` where there is none.
+
+        The image is turned as its EXIF data asks, unless only the unturned one has the size of the label map.
 
         Raises:
             UnreadableImageError: a file is missing or damaged, or the two do not fit.
         """
-        try:
-            with Image.open(self.path(index)) as picture, Image.open(self.label_path(index)) as labels:
-                pixels, classes = np.array(picture.convert("RGB")), np.array(labels)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UnreadableImageError(f"{self.path(index)} or its label map: {error}") from error
-        self._check(index, pixels.shape[:2], classes)
-        return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes.astype(np.uint8) - np.uint8(1))
+        classes = load_label_map(self.label_path(index))
+        image = load_file(self.path(index))
+        if image.shape[1:] != classes.shape:
+            unturned = load_file(self.path(index), upright=False)
+            image = unturned if unturned.shape[1:] == classes.shape else image
+        self._check(index, tuple(image.shape[1:]), classes)
+        return image, torch.from_numpy(classes.astype(np.uint8) - np.uint8(1))
 
     def _check(self, index: int, size: tuple[int, ...], classes: np.ndarray) -> None:
         where = self.label_path(index)
         if classes.shape != size:
             raise UnreadableImageError(
-                f"{where}: {_by(classes.shape)}, its picture {_by(size)}; they must be one size."
+                f"{where}: a label map of {_by(classes.shape)}, its image {_by(size)}; replace it by one that fits"
             )
-        if classes.max(initial=0) > self.num_classes:
-            raise UnreadableImageError(f"{where}: class {classes.max()}, but the list has {self.num_classes} classes.")
+        low, high = int(classes.min(initial=0)), int(classes.max(initial=0))
+        if low < 0 or high > self.num_classes:
+            found = f"class {high if low >= 0 else low}, but the list has {self.num_classes} classes"
+            raise UnreadableImageError(f"{where}: {found}; correct one of them")
+        longer, shorter = max(size), min(size)
+        if longer > THINNEST * shorter:
+            raise UnreadableImageError(f"{where}: {_by(size)} pixels are too thin to be resized; remove the image")
 
-    def check_pictures(self) -> None:
-        """Decode all pictures and label maps once.
+    def check_images(self) -> None:
+        """Decode all images and label maps once.
 
         Raises:
             ValueError: a file is missing or damaged, two differ in size, or a class is not in the list.
         """
         for index in range(len(self)):
             try:
-                with Image.open(self.path(index)) as picture, Image.open(self.label_path(index)) as labels:
-                    sizes, most = (picture.size, labels.size), np.asarray(labels).max(initial=0)
-                    picture.load()
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{self.path(index)} or its label map cannot be read; restore it: {error}") from error
-            if sizes[0] != sizes[1]:
-                found = f"{_by(sizes[1][::-1])}, its picture {_by(sizes[0][::-1])}"
-                raise ValueError(f"{self.label_path(index)}: a label map of {found}; replace it by one that fits.")
-            if most > self.num_classes:
-                found = f"class {most}, but the list has {self.num_classes} classes"
-                raise ValueError(f"{self.label_path(index)}: {found}; correct one of them.")
+                self.load(index)
+            except UnreadableImageError as error:
+                raise ValueError(f"{error}; the image cannot be used: restore or remove it.") from error
+
+    def check_label_maps(self) -> None:
+        """Look at the headers of all label maps, which takes seconds.
+
+        Raises:
+            ValueError: one has colours.
+        """
+        for index in range(len(self)):
+            try:
+                check_label_map(self.label_path(index))
+            except UnreadableImageError as error:
+                raise ValueError(f"{error}.") from error
 
 
 class SegmentationSplits(NamedTuple):
@@ -95,15 +108,21 @@ class SegmentationSplits(NamedTuple):
     validation: SegmentationImages
     class_names: tuple[str, ...]
 
+    def summary(self) -> Summary:
+        """What is there."""
+        images = {"train": len(self.train), "validation": len(self.validation)}
+        facts = {"images": images, "classes": len(self.class_names)}
+        return Summary(dense_text(self.train.root.name, facts), facts)
+
 
 def load_ade20k(data: str) -> SegmentationSplits:
     """Open a folder in the published format; the number of classes is that of its ``objectInfo*.txt``.
 
     Raises:
-        ValueError: it is no such folder, a picture has no label map, or a label map no picture.
+        ValueError: it is no such folder, an image has no label map, or a label map no image.
     """
     root = Path(data).expanduser()
-    lists = sorted(root.glob("objectInfo*.txt"))
+    lists = sorted(path for path in root.glob("objectInfo*.txt") if path.is_file())
     if len(lists) != 1:
         raise ValueError(f"{data!r} is no folder of ADE20K's format; it needs {LAYOUT} (comad data scenes makes one).")
     class_names = _class_names(lists[0])
@@ -115,7 +134,10 @@ def load_ade20k(data: str) -> SegmentationSplits:
 
 def _class_names(path: Path) -> tuple[str, ...]:
     """The last column of a list whose first one is a number."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text in UTF-8; restore the published file: {error}") from error
     rows = [line for line in lines if line[0].strip().isdigit()]
     if not rows or [int(line[0]) for line in rows] != list(range(1, len(rows) + 1)) or len(rows) >= IGNORED:
         raise ValueError(f"{path}: no list of classes 1, 2, ... (fewer than {IGNORED}); restore the published file.")
@@ -123,17 +145,17 @@ def _class_names(path: Path) -> tuple[str, ...]:
 
 
 def _pairs(root: Path, part: str) -> list[str]:
-    """Names of the pictures, each with its label map."""
-    pictures = {path.stem for path in (root / "images" / part).glob("*.jpg")}
+    """Names of the images, each with its label map."""
+    images = {path.stem for path in (root / "images" / part).glob("*.jpg")}
     maps = {path.stem for path in (root / "annotations" / part).glob("*.png")}
-    if not pictures and not maps:
-        raise ValueError(f"{str(root)!r}: no pictures of {part}; the format is {LAYOUT}.")
-    if alone := sorted(pictures ^ maps):
-        folder = "annotations" if alone[0] in pictures else "images"
+    if not images and not maps:
+        raise ValueError(f"{str(root)!r}: no images of {part}; the format is {LAYOUT}.")
+    if alone := sorted(images ^ maps):
+        folder = "annotations" if alone[0] in images else "images"
         raise ValueError(
             f"{str(root)!r}: {len(alone)} files of {part} are alone, such as {alone[0]}; add its fellow in {folder}."
         )
-    return sorted(pictures)
+    return sorted(images)
 
 
 def _by(shape: tuple[int, ...]) -> str:

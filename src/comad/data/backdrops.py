@@ -1,4 +1,4 @@
-"""Backdrops of composed pictures. Add one: a function of (generator, height, width), an entry in `BACKDROPS`."""
+"""Backdrops of composed images. Add one: a function of (generator, height, width), an entry in `BACKDROPS`."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ SIDE = 96
 
 
 class StampImages(ImageSet):
-    """Cut-out pictures of 96 px with alpha, read from one zip file.
+    """Cut-out images of 96 px with alpha, read from one zip file.
 
-    A picture is decoded once: the decoded bytes live in memory that forked worker processes share (36 KiB a picture).
+    An image is decoded once: the decoded bytes live in memory that forked worker processes share (36 KiB an image).
     """
 
     eval_crop = 1.0
@@ -79,14 +79,14 @@ class StampImages(ImageSet):
 
 
 def _premultiplied(image: Image.Image) -> np.ndarray:
-    """Centre a picture on a transparent square, colours multiplied by alpha: uint8 (4, 96, 96)."""
+    """Centre an image on a transparent square, colours multiplied by alpha: uint8 (4, 96, 96)."""
     canvas = Image.new("RGBA", (SIDE, SIDE))
     canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.array(canvas.convert("RGBa")).transpose(2, 0, 1)
 
 
 def load_stamps() -> Splits:
-    """Open the bundled set of stamps, split by concept: 7,573 train, 1,095 val, 2,167 test pictures."""
+    """Open the bundled set of stamps, split by concept: 7,573 train, 1,095 val, 2,167 test images."""
     with (STAMPS / "labels.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = {

@@ -1,4 +1,4 @@
-"""Random views of pictures with label maps or masks, and batches of them."""
+"""Random views of images with label maps or masks, and batches of them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from comad.data.images import UnreadableImageError
 from comad.data.loader import MAX_UNREADABLE_RUN, randomness_of
 
 GREY = [124.0, 116.0, 104.0]
-"""What fills a view beyond its picture: the mean of ImageNet."""
+"""What fills a view beyond its image: the mean of ImageNet."""
 NEAREST = InterpolationMode.NEAREST_EXACT
 CROP_TRIES = 10
+THIN = 8
+"""Times the shorter side, beyond which a piece of the longer one is taken before an image is resized."""
 
 
 @runtime_checkable
 class DenseImages(Protocol):
-    """Pictures with something to learn for each pixel or object."""
+    """Images with something to learn for each pixel or object."""
 
     def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
-        """Name one picture."""
+        """Name one image."""
         ...
 
     def load(self, index: int) -> tuple[Tensor, Any]:
-        """A picture, uint8 (3, h, w), and its target. Raises UnreadableImageError."""
+        """An image, uint8 (3, h, w), and its target. Raises UnreadableImageError."""
         ...
 
 
@@ -60,7 +62,7 @@ class SegmentationView:
 
     Args:
         crop: pixels on the side of the view.
-        short_side: pixels on the shorter side of the picture before ``scale``.
+        short_side: pixels on the shorter side of the image before ``scale``.
         scale: smallest and largest factor.
         largest_share: a crop whose commonest class has more of the labelled pixels is drawn again; after ten tries the
             one with the most labelled pixels is taken, for one without any teaches nothing.
@@ -73,6 +75,7 @@ class SegmentationView:
 
     def __call__(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (3, h, w) and (h, w) → (3, crop, crop) and (crop, crop)."""
+        image, classes = _piece(image, classes)
         factor = self.short_side * float(torch.empty(()).uniform_(*self.scale)) / min(image.shape[1:])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         image = F.resize(image, size, antialias=True)
@@ -100,13 +103,23 @@ class SegmentationView:
         return best
 
 
+def _piece(image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """A random piece of a thin image, for the whole would be made as high as a view; others are left as they are."""
+    longer, most = max(classes.shape), THIN * min(classes.shape)
+    if longer <= most:
+        return image, classes
+    start = int(torch.randint(0, longer - most + 1, ()))
+    axis = -1 if classes.shape[1] == longer else -2
+    return image.narrow(axis, start, most), classes.narrow(axis, start, most)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DetectionView:
     """Large-scale jitter (arXiv:2012.07177) and flip; boxes are those of the masks after it.
 
     Args:
         size: pixels on the side of the view.
-        scale: smallest and largest longer side of the picture, as a share of the view.
+        scale: smallest and largest longer side of the image, as a share of the view.
     """
 
     size: int
@@ -125,12 +138,12 @@ class DetectionView:
             image, masks = F.horizontal_flip(image), F.horizontal_flip(masks)
         return image, targets_of(masks, labels)
 
-    def _fit(self, picture: Tensor, corner: tuple[int, int], fill: list[float]) -> Tensor:
+    def _fit(self, image: Tensor, corner: tuple[int, int], fill: list[float]) -> Tensor:
         """Crop what is too large, fill up what is too small."""
-        if not len(picture):
-            return picture.new_zeros(0, self.size, self.size)
-        height, width = (min(side, self.size) for side in picture.shape[1:])
-        return F.pad(F.crop(picture, *corner, height, width), [0, 0, self.size - width, self.size - height], fill)
+        if not len(image):
+            return image.new_zeros(0, self.size, self.size)
+        height, width = (min(side, self.size) for side in image.shape[1:])
+        return F.pad(F.crop(image, *corner, height, width), [0, 0, self.size - width, self.size - height], fill)
 
 
 def targets_of(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -142,7 +155,7 @@ def targets_of(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 class DenseDataset(Dataset[DenseBatch]):
-    """Pictures as random views. A sample's randomness is a function of (seed, view number, picture)."""
+    """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
 
     def __init__(self, images: DenseImages, view: Callable[[Tensor, Any], tuple[Tensor, Any]], seed: int):
         self.images = images
@@ -163,7 +176,7 @@ class DenseDataset(Dataset[DenseBatch]):
                 return self.images.load((index + step) % len(self.images)), step == 0
             except UnreadableImageError as error:
                 problem = problem or str(error)
-        raise ValueError(f"{MAX_UNREADABLE_RUN} pictures in a row cannot be used; the first: {problem}")
+        raise ValueError(f"{MAX_UNREADABLE_RUN} images in a row cannot be used; the first: {problem}")
 
 
 def collate(samples: list[DenseBatch]) -> DenseBatch:

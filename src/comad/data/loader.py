@@ -21,6 +21,8 @@ from comad.runtime.options import COMMON, NO_EFFECT
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
+DECODED_FOR = 224
+"""Pixels of the view that images are decoded for, at least, when they are scored."""
 DECODED_TOGETHER = 4
 """More images at a time would push each other out of the cache."""
 
@@ -88,9 +90,18 @@ def randomness_of(seed: int, view: int, index: int) -> Iterator[None]:
 
 
 class ViewDataset(Dataset[Batch]):
-    """Images as random views. A sample's randomness is a function of (seed, view number, image)."""
+    """Images as random views. A sample's randomness is a function of (seed, view number, image).
 
-    def __init__(self, images: ImageSet, make: Callable[[Tensor], Sample], seed: int, min_side: int):
+    Args:
+        images: what is viewed.
+        make: image → its views, uint8 (3, H, W) each, and the random numbers that belong to them; draws with torch.
+        seed: of all views.
+        min_side: see `ImageSet.load`.
+    """
+
+    def __init__(
+        self, images: ImageSet, make: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]], seed: int, min_side: int
+    ):
         self.images = images
         self.make = make
         self.seed = seed
@@ -111,8 +122,8 @@ class ViewDataset(Dataset[Batch]):
     def _sample(self, key: tuple[int, int], image: Tensor, readable: bool) -> Batch:
         view, index = key
         with randomness_of(self.seed, view, index):
-            sample = self.make(image)
-        return Batch(sample.views, sample.noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
+            views, noise = self.make(image)
+        return Batch(views, noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
         tried = min(MAX_UNREADABLE_RUN, len(self.images))
@@ -194,37 +205,47 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _EvaluationDataset(Dataset[tuple[Tensor, bool]]):
-    def __init__(self, images: ImageSet, image_size: int, indices: Tensor):
+class _EvaluationDataset(Dataset[tuple[tuple[Tensor, ...], bool]]):
+    def __init__(self, images: ImageSet, image_sizes: Sequence[int], indices: Tensor):
         self.images = images
-        self.image_size = image_size
+        self.image_sizes = image_sizes
         self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, bool]:
-        crop = self.images.eval_crop
+    def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], bool]:
+        crop, index = self.images.eval_crop, int(self.indices[position])
+        sides = [round(max(DECODED_FOR, size) / crop) for size in self.image_sizes]
         try:
-            image = self.images.load(int(self.indices[position]), round(self.image_size / crop))
+            decoded = {side: self.images.load(index, side) for side in dict.fromkeys(sides)}
         except UnreadableImageError:
-            return torch.full((3, self.image_size, self.image_size), 255, dtype=torch.uint8), False
-        return evaluation_view(image, self.image_size, crop), True
+            return tuple(torch.full((3, size, size), 255, dtype=torch.uint8) for size in self.image_sizes), False
+        pairs = zip(self.image_sizes, sides, strict=True)
+        return tuple(evaluation_view(decoded[side], size, crop) for size, side in pairs), True
 
 
 def evaluation_batches(
     images: ImageSet, image_size: int, batch_size: int = 256, indices: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1].
+    """Fixed views in order: float32 (b, 3, image_size, image_size) in [0, 1]; see `evaluation_views`."""
+    return (batch for (batch,) in evaluation_views(images, (image_size,), batch_size, indices))
 
-    An unreadable file is a white picture, and it is said how many there are.
+
+def evaluation_views(
+    images: ImageSet, image_sizes: Sequence[int], batch_size: int = 256, indices: Tensor | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Fixed views of several sizes in order: float32 (b, 3, size, size) in [0, 1].
+
+    An image is decoded once for all views of up to `DECODED_FOR` pixels, and once for each larger size; so a view is
+    the same alone and beside others. An unreadable file is a white image, and it is said how many there are.
     """
-    dataset = _EvaluationDataset(images, image_size, torch.arange(len(images)) if indices is None else indices)
+    dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
     workers = 2 if len(dataset) > 2048 else 0
     unreadable = 0
-    for batch, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
+    for views, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
         unreadable += int((~readable).sum())
-        yield batch.float().div_(255)
+        yield tuple(view.float().div_(255) for view in views)
     if unreadable:
         _tell_unreadable(images.name, unreadable)
 
@@ -233,7 +254,7 @@ def evaluation_batches(
 def _tell_unreadable(name: str, count: int) -> None:
     """Once, however often the images are looked at."""
     sys.stderr.write(
-        f"comad: {count} unreadable images of {name} are scored as white pictures; restore or remove them.\n"
+        f"comad: {count} unreadable images of {name} are scored as white images; restore or remove them.\n"
     )
 
 

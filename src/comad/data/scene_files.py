@@ -20,7 +20,7 @@ from comad.data.scenes import Composer, Scene, SceneConfig
 PARTS = {"training": "train", "validation": "val"}
 """Names of the parts in ADE20K and in COCO."""
 
-README = """Scenes composed by `comad data scenes` of the pictures bundled with comad; licences: comad's NOTICE.
+README = """Scenes composed by `comad data scenes` of the images bundled with comad; licences: comad's NOTICE.
 
 images/, annotations/*/*.png, objectInfo{count}.txt   the format of ADE20K (ADEChallengeData2016); 0 is ignored
 train2017/, val2017/, annotations/*.json              the format of COCO 2017
@@ -32,7 +32,7 @@ numbers on them say nothing about photographs.
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    """Compose pictures with many objects of the bundled cut-outs, labelled for segmentation and detection.
+    """Compose images with many objects of the bundled cut-outs, labelled for segmentation and detection.
 
     Args:
         out: folder to write, in the formats of ADE20K and of COCO 2017.
@@ -65,7 +65,7 @@ def write_scenes(config: ScenesConfig) -> str:
     splits = load_stamps()
     names = splits.class_names["fine"]
     pixels = np.zeros((2, len(names) + 1), dtype=np.int64)
-    pictures = np.zeros_like(pixels)
+    shown = np.zeros_like(pixels)  # images that show a class
     counts = []
     for place, (part, count) in enumerate(zip(PARTS, (config.train, config.validation), strict=True)):
         images = splits.train if part == "training" else getattr(splits, config.concepts)
@@ -74,15 +74,15 @@ def write_scenes(config: ScenesConfig) -> str:
         for number in range(1, count + 1):
             scene = composer(np.random.default_rng((config.seed, place, number)))
             classes = _class_map(scene)
-            _write_pictures(root, part, number, scene, classes)
+            _write_images(root, part, number, scene, classes)
             coco["images"].append(_image(number, classes.shape))
             coco["annotations"] += _annotations(scene, number, len(coco["annotations"]) + 1)
             pixels[place] += np.bincount(classes.ravel(), minlength=len(names) + 1)
-            pictures[place, np.unique(classes)] += 1
+            shown[place, np.unique(classes)] += 1
         path = root / "annotations" / f"instances_{PARTS[part]}2017.json"
         path.write_text(json.dumps(coco), encoding="utf-8")
         counts.append(f"{count} {part} scenes with {len(coco['annotations'])} objects")
-    (root / f"objectInfo{len(names)}.txt").write_text(_object_info(names, pixels[0], pictures), encoding="utf-8")
+    (root / f"objectInfo{len(names)}.txt").write_text(_object_info(names, pixels[0], shown), encoding="utf-8")
     (root / "README.txt").write_text(README.format(count=len(names), concepts=config.concepts), encoding="utf-8")
     return f"{config.out}: {', '.join(counts)}, {len(names)} classes, in the formats of ADE20K and COCO."
 
@@ -93,19 +93,19 @@ def _class_map(scene: Scene) -> np.ndarray:
     return classes[scene.owner]  # -1 is the last entry
 
 
-def _write_pictures(root: Path, part: str, number: int, scene: Scene, classes: np.ndarray) -> None:
-    """Write one picture, its label map, and a second name of the picture for COCO."""
+def _write_images(root: Path, part: str, number: int, scene: Scene, classes: np.ndarray) -> None:
+    """Write one image, its label map, and a second name of the image for COCO."""
     name = f"{number:012}"
-    picture, labels = root / "images" / part / f"{name}.jpg", root / "annotations" / part / f"{name}.png"
+    image, labels = root / "images" / part / f"{name}.jpg", root / "annotations" / part / f"{name}.png"
     second = root / f"{PARTS[part]}2017" / f"{name}.jpg"
-    for path in (picture, labels, second):
+    for path in (image, labels, second):
         path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene.pixels).save(picture, quality=92)
+    Image.fromarray(scene.pixels).save(image, quality=92)
     Image.fromarray(classes).save(labels)
     try:
-        os.link(picture, second)
+        os.link(image, second)
     except OSError:  # a file system without hard links
-        shutil.copyfile(picture, second)
+        shutil.copyfile(image, second)
 
 
 def _image(number: int, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -152,10 +152,10 @@ def _empty_coco(names: tuple[str, ...], splits: Splits) -> dict[str, Any]:
     }
 
 
-def _object_info(names: tuple[str, ...], pixels: np.ndarray, pictures: np.ndarray) -> str:
-    """ADE20K's list of classes: number, share of the labelled pixels, pictures that show it, whether stuff, name."""
+def _object_info(names: tuple[str, ...], pixels: np.ndarray, shown: np.ndarray) -> str:
+    """ADE20K's list of classes: number, share of the labelled pixels, images that show it, whether stuff, name."""
     lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
     for label, name in enumerate(names, start=1):
         share = pixels[label] / max(1, pixels[1:].sum())
-        lines.append(f"{label}\t{share:.4f}\t{pictures[0, label]}\t{pictures[1, label]}\t0\t{name}")
+        lines.append(f"{label}\t{share:.4f}\t{shown[0, label]}\t{shown[1, label]}\t0\t{name}")
     return "\n".join(lines) + "\n"

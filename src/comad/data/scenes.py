@@ -1,4 +1,4 @@
-"""`comad data scenes`: pictures with many objects, composed of the bundled cut-outs, in the formats of ADE20K and COCO.
+"""`comad data scenes`: images with many objects, composed of the bundled cut-outs, in the formats of ADE20K and COCO.
 
 Training scenes show training concepts, validation scenes test concepts or, while choices are made, validation concepts.
 A scene is a function of (seed, part, number).
@@ -52,7 +52,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture and what is in it.
+    """An image and what is in it.
 
     Attributes:
         pixels: uint8 (h, w, 3).
@@ -99,7 +99,7 @@ class Composer:
         return Scene(canvas.pixels.clip(0, 255).astype(np.uint8), canvas.owner, canvas.things)
 
     def _place(self, generator: np.random.Generator, canvas: _Canvas, label: int) -> None:
-        """Put one object or piece of clutter anywhere, partly outside the picture too, if it hides nothing too much."""
+        """Put one object or piece of clutter anywhere, partly outside the image too, if it hides nothing too much."""
         low, high = np.log(self.config.object_sides)
         for _ in range(TRIES):
             sprite = self._sprite(generator, label, float(np.exp(generator.uniform(low, high))))
@@ -120,14 +120,14 @@ class Composer:
         """A cut-out of a label, by chance mirrored, its longer side ``side`` pixels, then turned: uint8 (h, w, 4)."""
         chosen = self.by_label[label] if label >= 0 else self.clutter
         stamp = self.images.load(int(generator.choice(chosen))).permute(1, 2, 0).numpy()
-        picture = Image.fromarray(stamp, "RGBa").crop(Image.fromarray(stamp[..., 3]).getbbox())
+        image = Image.fromarray(stamp, "RGBa").crop(Image.fromarray(stamp[..., 3]).getbbox())
         if generator.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        share = side / max(picture.size)
-        size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        share = side / max(image.size)
+        size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
         angle = generator.uniform(-self.config.turn, self.config.turn)
-        bands = [band.rotate(angle, Image.Resampling.BICUBIC, expand=True) for band in picture.split()]
+        bands = [band.rotate(angle, Image.Resampling.BICUBIC, expand=True) for band in image.split()]
         return np.asarray(Image.merge("RGBa", bands))
 
 
@@ -166,7 +166,7 @@ class _Canvas(NamedTuple):
         self.owner[window][part[..., 3] > 127] = len(self.things) - 1
 
     def end_heap(self) -> None:
-        """A heap that missed the picture is no thing."""
+        """A heap that missed the image is no thing."""
         self.areas[-1] = int((self.owner == len(self.things) - 1).sum())
         if self.areas[-1] < MIN_PIXELS:
             self.owner[self.owner == len(self.things) - 1] = -1
@@ -178,7 +178,7 @@ class _Canvas(NamedTuple):
 
 
 def _overlap(sprite: np.ndarray, centre: np.ndarray, shape: tuple[int, ...]) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The window of the picture that a sprite around ``centre`` covers, and the part of the sprite in it."""
+    """The window of the image that a sprite around ``centre`` covers, and the part of the sprite in it."""
     height, width = sprite.shape[:2]
     top, left = round(centre[0] - height / 2), round(centre[1] - width / 2)
     rows, columns = (

@@ -14,15 +14,17 @@ from torchvision.transforms.v2 import functional as F
 from comad.data.colours import change_colours
 
 BICUBIC = InterpolationMode.BICUBIC
+THIN = 4
+"""Times the shorter side, beyond which the longer one is cut before an image is resized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """A random resized crop and a flip; a picture with alpha is pasted on a random backdrop.
+    """A random resized crop and a flip; an image with alpha is pasted on a random backdrop.
 
     Args:
         size: pixels on the side of the view.
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         flip: probability of a horizontal flip.
     """
 
@@ -82,17 +84,25 @@ def random_backdrop(size: int) -> Tensor:
     return F.resize(colours, [size, size], InterpolationMode.BILINEAR, antialias=False)
 
 
-def paste(picture: Tensor, backdrop: Tensor) -> Tensor:
-    """Lay a premultiplied picture (4, H, W) over a backdrop (3, H, W), both uint8."""
-    behind = (255 - picture[3:].to(torch.int32)) * backdrop
-    return (picture[:3] + (behind + 127) // 255).clamp(max=255).to(torch.uint8)
+def paste(image: Tensor, backdrop: Tensor) -> Tensor:
+    """Lay a premultiplied image (4, H, W) over a backdrop (3, H, W), both uint8."""
+    behind = (255 - image[3:].to(torch.int32)) * backdrop
+    return (image[:3] + (behind + 127) // 255).clamp(max=255).to(torch.uint8)
 
 
 def evaluation_view(image: Tensor, size: int, crop: float) -> Tensor:
     """The fixed view for scores: resize the shorter side, centre crop, alpha on white; uint8 (3, size, size)."""
     shorter = round(size / crop)
-    view = F.center_crop(F.resize(image, [shorter], BICUBIC, antialias=True), [size, size])
+    view = F.center_crop(F.resize(_middle(image), [shorter], BICUBIC, antialias=True), [size, size])
     return view if len(view) == 3 else paste(view, torch.full((3, size, size), 255, dtype=torch.uint8))
+
+
+def _middle(image: Tensor) -> Tensor:
+    """The middle of a thin image, which is all that is seen of it: the whole would be made as high as the view."""
+    height, width = image.shape[1:]
+    most = max(THIN * min(height, width), 32)
+    top, left = max(0, (height - most) // 2), max(0, (width - most) // 2)
+    return image[:, top : height - top, left : width - left]
 
 
 def random_views(image: Tensor, crops: Sequence[tuple[Crop, ColourChange | None]]) -> tuple[Tensor, ...]:

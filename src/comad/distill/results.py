@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from comad.data.images import Splits
 from comad.distill.config import DistillConfig
 from comad.distill.distiller import Distiller
-from comad.evaluate.scoreboard import Score, Scoreboard, score
+from comad.distill.samples import leave_samples
+from comad.evaluate.scoreboard import Candidate, Score, Scoreboard, score_all
 from comad.evaluate.scores import write_scores
 from comad.export.package import ModelCard, export_backbone, snippet
 from comad.models.teachers import Teacher, inherited_licence
 from comad.models.timm_backbone import TimmBackbone
-from comad.report.figures import run_figure
+from comad.report.page import write_report
 from comad.runtime.log import hours_of_training
 from comad.runtime.provenance import code_version, hardware
 
@@ -78,19 +79,25 @@ class TrainedStudent(NamedTuple):
 def finish(
     students: Sequence[TrainedStudent], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric
 ) -> DistillResult:
-    """Score everything on the wanted part, write scoreboard and export of each student, and say how to use it.
+    """Score everything on the wanted part, write scoreboard, export and report of each student, and say how to use it.
 
     Pixels and teachers are scored once and stand on the board of every student.
     """
-    config, scored, others = students[0].config, None, ()
-    if config.split != "none":
-        scored = splits._replace(test=getattr(splits, config.split))
-        others = score_others(config, scored, teachers)
-    results = []
+    config, scores, others = students[0].config, (), ()
+    scored = splits if config.split == "none" else splits._replace(test=getattr(splits, config.split))
     for trained in students:
         trained.distiller.to(fabric.device)
-        scores = (*others, *score_student(trained, scored)) if scored else ()
-        results.append(_leave(trained, splits, teachers, scores, fabric))
+    if config.split != "none":
+        rows = [candidates(trained) for trained in students]
+        shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
+        shared += [Candidate(t.name, "teacher", t.backbone, t.backbone.image_size) for t in teachers]
+        dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+        scores = score_all([*shared, *(row for own in rows for row in own)], scored, dtype)
+        others, scores = scores[: len(shared)], scores[len(shared) :]
+    results, each = [], len(scores) // len(students)
+    for number, trained in enumerate(students):
+        own = (*others, *_with_untrained(trained.config, scores[number * each : (number + 1) * each]))
+        results.append(_leave(trained, scored, teachers, own, fabric))
     return replace(results[0], others=tuple(results[1:]))
 
 
@@ -111,39 +118,33 @@ def _leave(
         model_args=config.student.arguments,
         card=_card(trained, splits, teachers, board, fabric),
     )
-    fabric.print(f"curves and scores as a picture: {run_figure(out)}")
+    leave_samples(trained.distiller, teachers, splits, scores, out)
+    fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return DistillResult(out, scores, board)
 
 
-def score_others(config: DistillConfig, splits: Splits, teachers: Sequence[Teacher]) -> tuple[Score, ...]:
-    """Rows: pixels and every teacher."""
-    sizes = [teacher.backbone.image_size for teacher in teachers]
-    return (
-        score("pixels", "pixels", None, splits, config.student.image_size),
-        *(
-            score(t.name, "teacher", t.backbone, splits, side, _dtype(config))
-            for t, side in zip(teachers, sizes, strict=True)
-        ),
-    )
-
-
-def score_student(trained: TrainedStudent, splits: Splits) -> tuple[Score, ...]:
-    """Rows: the student untrained, at its start, and trained."""
-    config, size, dtype = trained.config, trained.config.student.image_size, _dtype(trained.config)
-    init = score("init-only", "init_only", trained.untrained, splits, size, dtype)
+def candidates(trained: TrainedStudent) -> list[Candidate]:
+    """Rows to be scored: the student without any training where it began with some, at its start, and trained."""
+    config, size = trained.config, trained.config.student.image_size
+    rows = [
+        Candidate("init-only", "init_only", trained.untrained, size),
+        Candidate("student", "student", trained.distiller.student, size),
+    ]
     if config.student.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             random = replace(config.student, pretrained=False).build()
-        untrained = score("untrained", "untrained", random, splits, size, dtype)
-    else:
-        untrained = init._replace(row=replace(init.row, name="untrained", role="untrained"))
-    return untrained, init, score("student", "student", trained.distiller.student, splits, size, dtype)
+        rows.insert(0, Candidate("untrained", "untrained", random, size))
+    return rows
 
 
-def _dtype(config: DistillConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.run.precision == "bf16" else None
+def _with_untrained(config: DistillConfig, scores: Sequence[Score]) -> tuple[Score, ...]:
+    """A student from scratch is untrained at its start, and is scored once."""
+    if config.student.pretrained or not scores:
+        return tuple(scores)
+    first = scores[0]
+    return first._replace(row=replace(first.row, name="untrained", role="untrained")), *scores
 
 
 def _card(
@@ -167,5 +168,5 @@ def _card(
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
         teachers=tuple(teacher.card for teacher in teachers),
-        scores=tuple(asdict(row) for row in board.shared_rows) if config.split == "test" else (),
+        scores=tuple(board.as_dict()["rows"]) if config.split == "test" else (),
     )

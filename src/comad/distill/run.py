@@ -18,6 +18,7 @@ from comad.distill.features import TeacherOutput
 from comad.distill.health import CollapseDetector
 from comad.distill.masking import Masks, drop_unused_masks
 from comad.distill.results import DistillResult, TrainedStudent, finish
+from comad.distill.samples import leave_facts
 from comad.distill.setup import Inputs, Setup, Student, prepare
 from comad.evaluate.probe import KnnProbe
 from comad.models.compiling import eager_mode
@@ -47,10 +48,14 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     runs = open_runs(config.run, config.student_folders, fabric)
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
+    summary = setup.splits.summary()
+    fabric.print(summary.text)
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         _write_recipes(config, runs)
+        for number, run in enumerate(runs):
+            leave_facts(config.alone(number, run), summary.facts, Path(run.out))
     if config.compile:
         setup.compile()
     with Trainer(make_jobs(setup, runs), setup.data, config.optim, fabric) as trainer:

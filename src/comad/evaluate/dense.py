@@ -1,4 +1,4 @@
-"""What a run of segmentation and one of detection share: the job of the loop, and what is written at its end."""
+"""What a run of segmentation and one of detection share: the job and its loop, and what is written at its end."""
 
 from __future__ import annotations
 
@@ -12,69 +12,68 @@ import numpy as np
 from lightning_fabric import Fabric
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
-from torch.utils.data import DataLoader
 
-from comad.data.dense import DenseBatch, DenseDataset, collate
-from comad.data.loader import EpochBatches, training_batches
+from comad.data.dense import DenseDataset, collate
+from comad.data.loader import TrainingBatches
 from comad.models.teachers import TeacherCard
-from comad.runtime.job import identity_of
-from comad.runtime.optim import not_decayed
-from comad.runtime.train import Job, Metrics, Step
+from comad.runtime.optim import OptimConfig, not_decayed
+from comad.runtime.options import identity_of
+from comad.runtime.run import Metrics
+from comad.runtime.trainer import Job, Trainer
 
 NUM_SAMPLES = 8
-"""Pictures whose answers are kept, for figures."""
+"""Images whose answers are kept, for figures."""
 PROBED = 48
-"""Pictures that the scores during a run are of."""
+"""Images that the scores during a run are of."""
 
 
 def dense_job(
-    config: Any,
-    module: nn.Module,
-    dataset: DenseDataset,
-    fabric: Fabric,
-    card: TeacherCard,
-    probe: Callable[[Any], Metrics],
-) -> Job:
-    """The job of training a dense head.
+    config: Any, module: nn.Module, dataset: DenseDataset, card: TeacherCard, probe: Callable[[Any], Metrics]
+) -> tuple[Job, TrainingBatches]:
+    """What is trained, and on what.
 
     Args:
         config: has ``optim``, ``layer_decay``, ``loader`` and ``run``.
-        module: its forward takes images and targets and returns a `Step`.
-        dataset: the training pictures.
-        fabric: the engine.
+        module: its forward takes images and targets and returns the loss and a function that computes metrics.
+        dataset: the training images.
         card: of the backbone; a resumed run must have the same.
         probe: scores now and then.
+
+    Raises:
+        ValueError: too few images for a batch.
     """
-    batch_size, count = config.optim.batch_size, len(dataset.images)
-    whole = batch_size * config.optim.accumulate
+    optim, count = config.optim, len(dataset.images)
+    whole = optim.batch_size * optim.accumulate
     if count < whole:
         raise ValueError(
             f"{count} training pictures are too few for a batch of {whole}; set --optim.batch-size {count}."
         )
-
-    def batches(first: int, last: int) -> DataLoader:
-        share = (fabric.global_rank, fabric.world_size)
-        order = EpochBatches(
-            count, batch_size, config.run.seed, (first, last), fixed_views=config.loader.fixed_views, share=share
-        )
-        return training_batches(dataset, order, config.loader, collate)
-
-    def step(wrapped: nn.Module, batch: DenseBatch, progress: float) -> Step:
-        return wrapped(batch.images, batch.targets)
-
-    return Job(
+    job = Job(
         module=module,
-        step=step,
-        batches=batches,
-        steps_per_epoch=config.optim.steps_per_epoch(count),
-        identity={**identity_of(config, "figures", "backbone", "data"), "backbone": card.as_dict()},
+        run=config.run,
+        identity={**identity_of(config), "backbone": card.as_dict(), "images": count},
         probe=probe,
-        watch=lambda done, metrics: None,
-        name_image=dataset.images.path,
         groups=param_groups_layer_decay(
-            module, config.optim.weight_decay, not_decayed(module), layer_decay=config.layer_decay
+            module, optim.weight_decay, not_decayed(module), layer_decay=config.layer_decay
         ),
     )
+    path, seed = dataset.images.path, config.run.seed
+    return job, TrainingBatches(dataset, count, path, optim.batch_size, seed, config.loader, collate)
+
+
+def train_dense(job: Job, data: TrainingBatches, optim: OptimConfig, fabric: Fabric) -> Any:
+    """Train to the end. Returns the module to score; for what it raises see `comad.runtime.trainer.Trainer`."""
+    with Trainer([job], data, optim, fabric) as trainer:
+        train_steps(trainer)
+    return trainer.states[0].scored
+
+
+def train_steps(trainer: Trainer) -> None:
+    """The training loop: the module computes its loss from images and targets."""
+    for step in trainer:
+        for batch in step:
+            with step.microbatch(trainer.states[0]) as state:
+                state.backward(*state.module(batch.images, batch.targets))
 
 
 def sampled(count: int) -> list[int]:

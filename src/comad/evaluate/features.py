@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from comad.data.images import ImageSet, Splits
-from comad.data.loader import evaluation_batches
+from comad.data.loader import evaluation_views
 from comad.models.backbone import Backbone, Tokens
+
+PIXELS = 16
+"""Pixels on the side of the small copies that stand for no network at all."""
 
 
 class Features(NamedTuple):
@@ -28,10 +31,14 @@ class Features(NamedTuple):
     labels: dict[str, Int[Tensor, " n"]]
     groups: Int[Tensor, " n"]
 
+    def known(self, label_set: str) -> Bool[Tensor, " n"]:
+        """Which images have a label in ``label_set``."""
+        return self.labels[label_set] >= 0
+
     def labelled(self, label_set: str, pool: str) -> tuple[Float[Tensor, "m width"], Int[Tensor, " m"]]:
-        """Features and labels of the m images that have a label in ``label_set``."""
-        known = self.labels[label_set] >= 0
-        return self.pools[pool][known], self.labels[label_set][known]
+        """Features and labels of the m images that have a label in ``label_set``; no copy if all have."""
+        known, rows, labels = self.known(label_set), self.pools[pool], self.labels[label_set]
+        return (rows, labels) if known.all() else (rows[known], labels[known])
 
 
 class FeatureSplits(NamedTuple):
@@ -47,6 +54,20 @@ class FeatureSplits(NamedTuple):
         return tuple(name for name in self.train.labels if name in self.val.labels and name in self.test.labels)
 
 
+class View(NamedTuple):
+    """A network, and the pixels on the side of its square images. None is raw pixels: see `pixel_features`."""
+
+    backbone: Backbone | None
+    image_size: int
+
+    def allocate(self, count: int) -> dict[str, Float[Tensor, "n width"]]:
+        """Room for the features of so many images."""
+        if self.backbone is None:
+            return {"pixels": torch.empty(count, 3 * self.image_size**2)}
+        names = ("cls", "patch") if "cls" in self.backbone.token_types else ("patch",)
+        return {name: torch.empty(count, self.backbone.width) for name in names}
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[torch.device]:
     """Put a module into eval mode, give its device, and restore the mode of each of its parts afterwards."""
@@ -60,40 +81,66 @@ def evaluating(module: nn.Module) -> Iterator[torch.device]:
 
 
 def extract_features(
-    backbone: Backbone,
+    backbone: Backbone | None,
     images: ImageSet,
     image_size: int,
     dtype: torch.dtype | None = None,
     batch_size: int = 256,
     indices: Int[Tensor, " n"] | None = None,
 ) -> dict[str, Float[Tensor, "n width"]]:
-    """Encode whole images and pool their tokens, on the backbone's device.
+    """Features of one network; see `extract_many`."""
+    return extract_many([View(backbone, image_size)], images, dtype, batch_size, indices)[0]
+
+
+def extract_many(
+    views: Sequence[View],
+    images: ImageSet,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 256,
+    indices: Int[Tensor, " n"] | None = None,
+) -> list[dict[str, Float[Tensor, "n width"]]]:
+    """Encode whole images and pool their tokens, by several networks that each compute on their own device.
+
+    Every image is decoded once for all of them (those of more than 224 pixels: see `evaluation_views`), and a network's
+    features do not depend on the others.
 
     Args:
-        backbone: the network; its train or eval mode is restored afterwards.
+        views: networks and their image sizes; their train or eval mode is restored afterwards.
         images: a split.
-        image_size: pixels on the side of the square view.
         dtype: autocast to this type, for example ``torch.bfloat16``; None computes as the weights are.
         batch_size: images per forward.
         indices: only these images, in this order; None takes all.
 
     Returns:
-        Pool name → float32 (n, width) on the CPU: ``cls``, if the backbone's class token carries meaning, and
-        ``patch``, the mean of the patch tokens.
+        For each network, pool name → float32 (n, width) on the CPU: ``cls``, if its class token carries meaning, and
+        ``patch``, the mean of the patch tokens; without a network ``pixels``.
     """
     num_images = len(images) if indices is None else len(indices)
-    names = tuple(name for name in ("cls", "patch") if name == "patch" or name in backbone.token_types)
-    features = {name: torch.empty(num_images, backbone.width) for name in names}
+    features = [view.allocate(num_images) for view in views]
+    sizes = tuple(dict.fromkeys(view.image_size for view in views))
     start = 0
-    with evaluating(backbone) as device, torch.inference_mode():
-        for batch in evaluation_batches(images, image_size, batch_size, indices):
-            with torch.autocast(device.type, dtype, enabled=dtype not in (None, torch.float32)):
-                pooled = pool_tokens(backbone(batch.to(device)))
-            for name, rows in features.items():
-                rows[start : start + len(batch)] = pooled[name]
-            start += len(batch)
+    with ExitStack() as stack, torch.inference_mode():
+        places = [None if v.backbone is None else stack.enter_context(evaluating(v.backbone)) for v in views]
+        for batches in evaluation_views(images, sizes, batch_size, indices):
+            stop = start + len(batches[0])
+            for view, place, rows in zip(views, places, features, strict=True):
+                batch = batches[sizes.index(view.image_size)]
+                for name, pooled in _pooled(view.backbone, batch, place, dtype).items():
+                    if name in rows:
+                        rows[name][start:stop] = pooled
+            start = stop
     assert start == num_images, f"{images.name} gave {start} images, not {num_images}"
     return features
+
+
+def _pooled(
+    backbone: Backbone | None, batch: Tensor, place: torch.device | None, dtype: torch.dtype | None
+) -> dict[str, Float[Tensor, "B width"]]:
+    if backbone is None or place is None:
+        flat = batch.flatten(1)
+        return {"pixels": flat - flat.mean(dim=1, keepdim=True)}
+    with torch.autocast(place.type, dtype, enabled=dtype not in (None, torch.float32)):
+        return pool_tokens(backbone(batch.to(place)))
 
 
 def pool_tokens(tokens: Tokens) -> dict[str, Float[Tensor, "B width"]]:
@@ -103,39 +150,35 @@ def pool_tokens(tokens: Tokens) -> dict[str, Float[Tensor, "B width"]]:
 
 
 def pixel_features(
-    images: ImageSet, size: int = 16, indices: Int[Tensor, " n"] | None = None
+    images: ImageSet, size: int = PIXELS, indices: Int[Tensor, " n"] | None = None
 ) -> dict[str, Float[Tensor, "n width"]]:
     """Small copies of the images as features: what a network must beat to have learnt anything.
 
     Returns:
         ``pixels`` → float32 (n, 3 * size * size), each image's mean value subtracted.
     """
-    flat = (batch.flatten(1) for batch in evaluation_batches(images, size, indices=indices))
-    batches = [pixels - pixels.mean(dim=1, keepdim=True) for pixels in flat]
-    return {"pixels": torch.cat([torch.empty(0, 3 * size * size), *batches])}
+    return extract_features(None, images, size, indices=indices)
 
 
-def split_features(
-    backbone: Backbone | None, splits: Splits, image_size: int, dtype: torch.dtype | None = None
-) -> FeatureSplits:
-    """Extract the features of every labelled image of all three splits, each image once.
+def split_features(views: Sequence[View], splits: Splits, dtype: torch.dtype | None = None) -> list[FeatureSplits]:
+    """Extract the features of every labelled image of all three splits for several networks, each image decoded once.
+
+    They are in memory together: 4 bytes for each image, pool and channel of all networks.
 
     Args:
-        backbone: the network, or None for `pixel_features`.
+        views: networks and their image sizes.
         splits: the images; those without any label are skipped.
-        image_size: pixels on the side of the square view (of networks; pixels keep their own size).
-        dtype: see `extract_features`.
+        dtype: see `extract_many`.
     """
 
-    def extract(images: ImageSet) -> Features:
+    def extract(images: ImageSet) -> list[Features]:
         indices = labelled_indices(images)
-        if backbone is None:
-            pools = pixel_features(images, indices=indices)
-        else:
-            pools = extract_features(backbone, images, image_size, dtype, indices=indices)
-        return Features(pools, {name: y[indices] for name, y in images.labels.items()}, images.groups[indices])
+        labels = {name: y[indices] for name, y in images.labels.items()}
+        found = extract_many(views, images, dtype, indices=indices)
+        return [Features(pools, labels, images.groups[indices]) for pools in found]
 
-    return FeatureSplits(extract(splits.train), extract(splits.val), extract(splits.test))
+    parts = [extract(images) for images in (splits.train, splits.val, splits.test)]
+    return [FeatureSplits(*found) for found in zip(*parts, strict=True)]
 
 
 def labelled_indices(images: ImageSet) -> Int[Tensor, " n"]:

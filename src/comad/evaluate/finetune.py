@@ -2,22 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from comad.data.images import ImageSet, Splits, load_images
-from comad.evaluate.classifier import Classifier
-from comad.evaluate.scoreboard import LABEL_SETS, Score, cost, shortage
+from comad.data.loader import Sample, TrainingBatches, ViewDataset
+from comad.data.transforms import ColourChange, Crop, random_views
+from comad.evaluate.classifier import Classifier, correct_answers, cross_entropy, mix, mixed_labels, set_drop_path
+from comad.evaluate.evaluation import LABEL_SETS, PerImage
+from comad.evaluate.scoreboard import Role, Score, cost, shortage
 from comad.evaluate.scores import write_scores
-from comad.evaluate.trial import PretrainedModel, Trial, answers, finetune_once, top1
-from comad.evaluate.tuning import FinetuneConfig
+from comad.evaluate.tuning import FinetuneConfig, Tuning
 from comad.evaluate.views import load_one, view_size
+from comad.models.backbone import Backbone
+from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.log import hours_of_training
+from comad.runtime.optim import OptimConfig
+from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
-from comad.runtime.train import RunConfig, open_runs, start_fabric
+from comad.runtime.run import RunConfig, open_runs, start_fabric
+from comad.runtime.trainer import Job, Trainer
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What is fine-tuned.
+
+    Attributes:
+        name, role: for the row of scores.
+        backbone: the network. It is left as it is: a copy learns.
+        identity: plain values that tell these weights from others; a run does not go on with other ones.
+    """
+
+    name: str
+    role: Role
+    backbone: Backbone
+    identity: dict[str, Any]
+
+
+class Trial(NamedTuple):
+    """A setting and what came of it.
+
+    Attributes:
+        optim: the setting.
+        classifier: the trained network.
+        validation: label set → top-1 percent of the validation images.
+        seconds: of training.
+    """
+
+    optim: OptimConfig
+    classifier: Classifier
+    validation: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClassifierViews:
+    """One crop and flip with changed colours: what a student sees in a distillation."""
+
+    crop: Crop
+    colour: ColourChange | None
+
+    def __call__(self, image: Tensor) -> Sample:
+        """uint8 image → one view."""
+        return Sample(random_views(image, [(self.crop, self.colour)]), torch.empty(0))
 
 
 class Finetuned(NamedTuple):
@@ -47,10 +103,11 @@ def finetune(config: FinetuneConfig) -> str:
     if done is None:
         return ""
     row, (optim, _, validation, _) = done.score.row, done.chosen
-    coarse = "" if row.finetune_coarse is None else f", coarse {row.finetune_coarse:.1f} %"
+    coarse = f", coarse {row.scores['finetune_coarse']:.1f} %" if "finetune_coarse" in row.scores else ""
     return (
         f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
-        f"{config.split} top-1 {row.finetune:.1f} %{coarse} (validation {validation['fine']:.1f} %); "
+        f"{config.split} top-1 {row.scores['finetune']:.1f} %{coarse} on {row.num_images['finetune']:,} images "
+        f"(validation {validation['fine']:.1f} %); "
         f"every image's result is in {config.run.out}/finetune.json"
     )
 
@@ -106,6 +163,88 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
     return Finetuned(score, best)
 
 
+def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Splits, fabric: Fabric) -> Trial:
+    """Train a classifier by ``config.tuning`` in the folder ``config.run.out``, and score it on the validation images.
+
+    Raises:
+        Interrupted, TrainingError, ValueError: see `comad.runtime.trainer.Trainer`.
+    """
+    tuning, optim, seed, images = config.tuning, config.tuning.optim, config.run.seed, splits.train
+    fabric.seed_everything(seed, verbose=False)
+    backbone, num_classes = copy.deepcopy(subject.backbone), _num_classes(splits)
+    set_drop_path(backbone, tuning.drop_path)
+    classifier = Classifier(backbone, num_classes, tuning.pool)
+    math_attention_on_cpu(classifier, fabric.device)
+    size = view_size(backbone)
+    colour = ColourChange(strength=tuning.jitter, hue=tuning.jitter / 4) if tuning.jitter else None
+    views = ViewDataset(images, ClassifierViews(Crop(size=size, scale=tuning.crop_scale), colour), seed, 2 * size)
+    data = TrainingBatches(views, len(images), images.path, optim.batch_size, seed, config.loader)
+
+    def probe(module: Classifier) -> dict[str, float]:
+        return _by_score(top1(answers(module, splits.val, config.run)))
+
+    job = Job(
+        module=classifier,
+        run=config.run,
+        identity={**identity_of(config), "subject": subject.identity, "data": images.fingerprint()},
+        probe=probe,
+        groups=classifier.parameter_groups(optim.weight_decay, tuning.layer_decay),
+    )
+    with Trainer([job], data, optim, fabric) as trainer:
+        train_steps(trainer, tuning, {name: images.labels[name] for name in num_classes}, num_classes)
+    trained = trainer.states[0].scored
+    seconds = 3600 * hours_of_training(Path(config.run.out), optim.batch_size * optim.accumulate)
+    return Trial(optim, trained, top1(answers(trained, splits.val, config.run)), seconds)
+
+
+def train_steps(trainer: Trainer, tuning: Tuning, labels: Mapping[str, Tensor], num_classes: Mapping[str, int]) -> None:
+    """The training loop: mixed images, and the cross-entropy of each label set.
+
+    Args:
+        trainer: of one classifier.
+        tuning: how images and labels are mixed.
+        labels: label set → int64 (n,), the class of each training image, -1 for none.
+        num_classes: label set → number of its classes.
+    """
+    labels = {name: values.to(trainer.fabric.device) for name, values in labels.items()}
+    for step in trainer:
+        for batch in step:
+            with step.microbatch(trainer.states[0]) as state:
+                images, shares = mix(batch.views[0].float() / 255, tuning.mixup, tuning.cutmix)
+                losses = {}
+                for name, scores in state.module(images).items():
+                    own = labels[name][batch.image].where(
+                        batch.readable, -1
+                    )  # of an unreadable image another stands in
+                    targets = mixed_labels(shares, own, num_classes[name], tuning.smoothing)
+                    losses[name] = cross_entropy(scores, targets)
+                found = {name: loss.detach() for name, loss in losses.items()}
+                state.backward(torch.stack(list(losses.values())).mean(), lambda found=found: found)
+
+
+def answers(classifier: Classifier, images: ImageSet, run: RunConfig) -> dict[str, Tensor]:
+    """Label set → bool (n,): is each labelled image named rightly, in the precision of the run."""
+    dtype = torch.bfloat16 if run.precision == "bf16" else None
+    return correct_answers(classifier, images, view_size(classifier.backbone), dtype)
+
+
+def top1(hits: dict[str, Tensor]) -> dict[str, float]:
+    """Percent of right answers per label set."""
+    return {name: 100 * correct.double().mean().item() for name, correct in hits.items()}
+
+
+def _num_classes(splits: Splits) -> dict[str, int]:
+    """Label set → number of classes, of the label sets that can be scored."""
+    parts = (splits.train, splits.val, splits.test)
+    known = [name for name in LABEL_SETS if shortage(splits, name) is None]
+    return {name: 1 + max(int(images.labels[name].max()) for images in parts) for name in known}
+
+
+def _by_score(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Label set → value, by the name of the score."""
+    return {"finetune" + LABEL_SETS[name]: value for name, value in values.items()}
+
+
 def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
     """One config per setting to try, each with a folder of its own if there are several."""
     tuning = config.tuning
@@ -117,10 +256,9 @@ def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
 
 
 def _score(subject: PretrainedModel, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:
-    hits = answers(classifier, images, run)
-    percent = {"finetune" + LABEL_SETS[name]: value for name, value in top1(hits).items()}
-    row = replace(
-        cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role, **percent
-    )
-    groups = {"finetune" + LABEL_SETS[name]: images.groups[images.labels[name] >= 0] for name in hits}
-    return Score(row, {"finetune" + LABEL_SETS[name]: correct for name, correct in hits.items()}, groups)
+    row = replace(cost(classifier.backbone, view_size(subject.backbone)), name=subject.name, role=subject.role)
+    found = {
+        "finetune" + LABEL_SETS[name]: PerImage(correct, images.groups[images.labels[name] >= 0])
+        for name, correct in answers(classifier, images, run).items()
+    }
+    return Score(row, {}, {}).joined(found)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from comad.data.images import Splits, load_images
 from comad.evaluate import sanity_checks
+from comad.evaluate.intervals import paired_interval
 from comad.evaluate.probe import MIN_BANK, KnnProbe
 from comad.evaluate.sanity_checks import TokenStatistics, reinitialised_copy, token_statistics, weight_structure
-from comad.evaluate.scoreboard import paired_interval
 from comad.evaluate.views import device, load_one, readable, sample, token_batches, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, licence_notice

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comad.evaluate.evaluation import Evaluation, Result
 from comad.evaluate.features import FeatureSplits
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Setting(NamedTuple):
@@ -24,56 +23,74 @@ class Setting(NamedTuple):
     weight_decay: float
 
 
-class Weights(NamedTuple):
-    """One linear classifier for each of the G settings."""
+class Classifiers(nn.Module):
+    """One linear classifier for each of the G settings, on features standardised by those of the train images."""
 
-    weight: Float[Tensor, "G width C"]
-    bias: Float[Tensor, "G 1 C"]
+    mean: Tensor
+    deviation: Tensor
 
+    def __init__(self, train: Float[Tensor, "n width"], num_classes: int, num_settings: int):
+        super().__init__()
+        deviation, mean = torch.std_mean(train, dim=0, correction=0)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation.clamp_min(1e-6))
+        zeros = [train.new_zeros(num_classes, train.shape[1]) for _ in range(num_settings)]
+        self.weights = nn.ParameterList(zeros)
+        self.biases = nn.ParameterList([weight[:, 0].clone() for weight in zeros])
 
-@dataclass(frozen=True, kw_only=True)
-class LinearResult:
-    """Test scores of the probes chosen on the validation images.
-
-    Attributes:
-        top1: label set → percent of the labelled test images that were named rightly.
-        correct: label set → bool (n,), one per labelled test image, in order.
-        settings: label set → the setting chosen for it.
-        pool: the pool chosen, on the first label set; every label set uses it.
-        validation: percent on the validation images, first label set.
-    """
-
-    top1: dict[str, float]
-    correct: dict[str, Bool[Tensor, " _"]]
-    settings: dict[str, Setting]
-    pool: str
-    validation: float
+    def forward(self, features: Float[Tensor, "b width"]) -> Float[Tensor, "b G C"]:
+        """Class scores of all settings, by one product of matrices."""
+        x = (features - self.mean) / self.deviation
+        return F.linear(x, torch.cat(list(self.weights)), torch.cat(list(self.biases))).unflatten(
+            1, (len(self.weights), -1)
+        )
 
 
 class Probe(NamedTuple):
-    """The best classifier of one label set on one pool."""
+    """The best classifier of one label set on one pool.
+
+    Attributes:
+        setting: of it.
+        ranking: all settings that were trained, the best first.
+        validation: its percent on the validation images.
+        correct: its answers on the test images.
+    """
 
     setting: Setting
+    ranking: tuple[Setting, ...]
     validation: float
     correct: Bool[Tensor, " n"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbe:
-    """Multinomial logistic regression by AdamW with a cosine schedule, in float32, from zero weights.
+class LinearProbe(Evaluation, name="linear"):
+    """Multinomial logistic regression by AdamW with a cosine schedule, from zero weights.
 
-    Features are standardised by the mean and deviation of the labelled train images.
+    Features are standardised by the mean and deviation of the labelled train images. Where training takes more than
+    ``trial_steps``, a whole schedule of that length chooses the pool and the settings that are worth the full one.
 
-    Attributes:
-        learning_rates, weight_decays: the grid; all G settings train as one batched problem on the same batches.
-        epochs, batch_size: passes over the labelled train images, images per step.
+    Args:
+        learning_rates: of the grid.
+        weight_decays: of the grid; all G settings are trained together, on the same batches.
+        epochs: passes over the labelled train images.
+        max_steps: fewer passes if they would take more steps than this.
+        trial_steps: steps of the first choice among many.
+        kept: settings that are trained in full after it.
+        batch_size: images per step.
+        precision: of the products; bf16 is faster where the hardware has it.
         seed: of the order of the images; the global random state is neither read nor changed.
     """
+
+    title: ClassVar[str] = "linear"
 
     learning_rates: tuple[float, ...] = (2e-3, 1e-2, 5e-2)
     weight_decays: tuple[float, ...] = (0.01, 1.0, 5.0)
     epochs: int = 60
+    max_steps: int = 5000
+    trial_steps: int = 500
+    kept: int = 3
     batch_size: int = 1024
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
 
     @property
@@ -81,79 +98,90 @@ class LinearProbe:
         """The grid, in the order in which equal choices win."""
         return tuple(Setting(*values) for values in product(self.learning_rates, self.weight_decays))
 
-    def __call__(self, features: FeatureSplits, device: torch.device | str = "cpu") -> LinearResult:
+    def num_steps(self, num_images: int) -> int:
+        """Steps of a full schedule."""
+        return min(self.max_steps, self.epochs * math.ceil(num_images / self.batch_size))
+
+    def __call__(self, features: FeatureSplits, device: torch.device | str = "cpu") -> Result:
         """Choose the setting (per label set) and the pool by validation accuracy, never by the test images.
 
         Raises:
             ValueError: no label set has labelled images in all three splits.
         """
-        if not features.label_sets:
-            raise ValueError("The probe needs labels in train, val and test; give images in one folder per class.")
-        first, *others = features.label_sets
-        probes = {pool: self.probe(features, first, pool, device) for pool in features.train.pools}
+        first, *others = self.label_sets(features)
+        pool, probe = self.best(features, first, tuple(features.train.pools), device)
+        probes = {first: probe, **{name: self.best(features, name, (pool,), device)[1] for name in others}}
+        scores = self.results(features, {name: found.correct for name, found in probes.items()})
+        return Result(scores, {"pool_linear": pool, "validation_linear": probe.validation})
+
+    def best(
+        self, features: FeatureSplits, label_set: str, pools: tuple[str, ...], device: torch.device | str = "cpu"
+    ) -> tuple[str, Probe]:
+        """The pool and the setting that are best on ``val``, and the classifier."""
+        total = self.num_steps(int(features.train.known(label_set).sum()))
+        first = min(total, self.trial_steps)
+        probes = {pool: self.probe(features, label_set, pool, self.settings, first, device) for pool in pools}
         pool = max(probes, key=lambda name: probes[name].validation)
-        best = {first: probes[pool], **{name: self.probe(features, name, pool, device) for name in others}}
-        return LinearResult(
-            top1={name: 100 * probe.correct.double().mean().item() for name, probe in best.items()},
-            correct={name: probe.correct for name, probe in best.items()},
-            settings={name: probe.setting for name, probe in best.items()},
-            pool=pool,
-            validation=best[first].validation,
-        )
+        if total == first:
+            return pool, probes[pool]
+        return pool, self.probe(features, label_set, pool, probes[pool].ranking[: self.kept], total, device)
 
-    def probe(self, features: FeatureSplits, label_set: str, pool: str, device: torch.device | str = "cpu") -> Probe:
-        """Train the grid on one label set and one pool, and keep the setting that is best on ``val``."""
-        parts = [part.labelled(label_set, pool) for part in features]
-        if empty := [name for name, part in zip(features._fields, parts, strict=True) if not len(part[0])]:
-            raise ValueError(f"no {label_set} label in {' and '.join(empty)}; the probe needs some in each split.")
-        (train, labels), val, test = parts
+    def probe(
+        self,
+        features: FeatureSplits,
+        label_set: str,
+        pool: str,
+        settings: tuple[Setting, ...],
+        num_steps: int,
+        device: torch.device | str = "cpu",
+    ) -> Probe:
+        """Train settings on one label set and one pool, and keep the one that is best on ``val``."""
+        (train, labels), val, test = (part.labelled(label_set, pool) for part in features)
         classes, targets = labels.to(device).unique(return_inverse=True)
-        mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
-        weights = self.fit(((train - mean) / deviation).to(device), targets, len(classes))
+        classifiers = self.fit(train.to(device), targets, settings, num_steps)
 
-        def hits(x: Tensor, y: Tensor, chosen: slice) -> Tensor:
-            w, b = weights.weight[chosen], weights.bias[chosen]
-            chunks = ((x - mean) / deviation).split(4096)
-            predicted = [(chunk.to(device) @ w + b).argmax(dim=-1) for chunk in chunks]  # (G, n), by chunks
-            return classes[torch.cat(predicted, dim=-1)].cpu() == y
+        @torch.no_grad()
+        def hits(x: Tensor, y: Tensor) -> Bool[Tensor, "n G"]:
+            predicted = [classifiers(chunk.to(device)).argmax(dim=2) for chunk in x.split(self.batch_size)]
+            return classes[torch.cat(predicted)].cpu() == y.unsqueeze(1)
 
-        accuracy = 100 * hits(*val, chosen=slice(None)).double().mean(dim=1)
-        best = int(accuracy.argmax())
-        return Probe(self.settings[best], accuracy[best].item(), hits(*test, chosen=slice(best, best + 1))[0])
+        accuracy = 100 * hits(*val).double().mean(dim=0)
+        order = accuracy.argsort(descending=True, stable=True).tolist()
+        best = order[0]
+        ranking = tuple(settings[place] for place in order)
+        return Probe(settings[best], ranking, accuracy[best].item(), hits(*test)[:, best])
 
-    @torch.no_grad()
-    def fit(self, x: Float[Tensor, "n width"], y: Int[Tensor, " n"], num_classes: int) -> Weights:
-        """Train all G classifiers at once on standardised features.
+    @torch.enable_grad()
+    def fit(
+        self, x: Float[Tensor, "n width"], y: Int[Tensor, " n"], settings: tuple[Setting, ...], num_steps: int
+    ) -> Classifiers:
+        """Train all G classifiers at once.
 
         Args:
             x: features of the train images.
-            y: their classes, 0 to ``num_classes`` - 1.
-            num_classes: C.
+            y: their classes, 0 to C - 1.
+            settings: G of them.
+            num_steps: of the schedule.
         """
-        rates, decays = torch.tensor(self.settings, device=x.device).T.reshape(2, -1, 1, 1).unbind()
-        ones = torch.cat([x, x.new_ones(len(x), 1)], dim=1)  # the last row of the weights is the bias
-        w = x.new_zeros(len(rates), ones.shape[1], num_classes)
-        first, second = torch.zeros_like(w), torch.zeros_like(w)
+        classifiers = Classifiers(x, int(y.max()) + 1, len(settings))
+        groups = [
+            {"params": [parameter], "lr": rate, "weight_decay": decay * (parameter.ndim > 1)}
+            for (rate, decay), *pair in zip(settings, classifiers.weights, classifiers.biases, strict=True)
+            for parameter in pair
+        ]
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
         generator = torch.Generator().manual_seed(self.seed)
-        num_steps = self.epochs * math.ceil(len(x) / self.batch_size)
-        step = 0
-        for _ in range(self.epochs):
-            for batch in torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size):
-                rate = rates * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
-                step += 1
-                gradient = _gradient(w, ones[batch], y[batch])
-                first.lerp_(gradient, 1 - BETA1)
-                second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-                w[:, :-1].mul_(1 - rate * decays)  # decoupled; the bias does not decay
-                root = (second / (1 - BETA2**step)).sqrt_().add_(EPSILON)
-                w.sub_(first.div(root).mul_(rate / (1 - BETA1**step)))
-        return Weights(w[:, :-1], w[:, -1:])
-
-
-def _gradient(w: Float[Tensor, "G d C"], x: Float[Tensor, "b d"], y: Int[Tensor, " b"]) -> Float[Tensor, "G d C"]:
-    """Gradient of the mean cross-entropy of each classifier: xᵀ (softmax(x w) - one_hot(y)) / b."""
-    num_settings, width, num_classes = w.shape
-    flat = w.transpose(0, 1).reshape(width, -1)
-    error = (x @ flat).view(len(x), num_settings, num_classes).softmax(dim=-1)
-    error -= F.one_hot(y, num_classes).unsqueeze(1)
-    return (x.T @ error.view(len(x), -1)).view(width, num_settings, num_classes).transpose(0, 1) / len(x)
+        batches: list[Tensor] = []
+        for _ in range(num_steps):
+            batches = batches or list(torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size))
+            batch = batches.pop(0)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                scores = classifiers(x[batch])
+            targets = y[batch, None].expand(-1, len(settings)).flatten()
+            loss = F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum") / len(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return classifiers

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from comad.data.images import ImageSet, Splits
 from comad.evaluate.features import extract_features, pixel_features
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.knn import KNN
 from comad.models.backbone import Backbone
 
 MIN_BANK = 20
@@ -27,7 +27,7 @@ class KnnProbe:
         self.image_size = image_size
         self.bank = _labelled(splits.train, 2 * limit)
         self.queries = _labelled(splits.val, limit)
-        self.knn = NearestNeighbours(neighbours=(10,))
+        self.knn = KNN(neighbours=(10,))
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """``knn``: percent of fine labels found, by class token or mean patch, the better; ``{}`` without labels."""

@@ -8,45 +8,45 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.images import Splits
-from comad.evaluate.features import FeatureSplits, evaluating, split_features
-from comad.evaluate.knn import NearestNeighbours
+from comad.evaluate.evaluation import LABEL_SETS, Evaluation, PerImage, choose, score_names, title_of
+from comad.evaluate.features import PIXELS, FeatureSplits, View, evaluating, split_features
+from comad.evaluate.knn import KNN
 from comad.evaluate.linear import LinearProbe
 from comad.models.backbone import Backbone
 
+OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
+"""The evaluations of the package; those of plugins follow them on a board."""
 Role = Literal["teacher", "untrained", "init_only", "student", "pixels"]
 """What a row is. ``init_only``: the student's starting weights, before distillation; ``pixels``: no network at all."""
 
-LABEL_SETS = {"fine": "", "coarse": "_coarse"}
-"""Label set → ending of the score's name: ``knn`` and ``knn_coarse``. The first one is required."""
 MIN_CLASSES = 2
 MIN_TRAIN_LABELS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One network on the board; scores are percent of the test images, None where there are no labels.
+    """One network on the board.
 
     Attributes:
         name, role: what it is.
         params: number of parameters.
         flops: floating point operations of one image's forward; a multiplication and an addition count as two.
         latency_ms: milliseconds of one image's forward on the CPU, median.
-        knn, knn_coarse, linear, linear_coarse: top-1 accuracy per method and label set.
-        finetune, finetune_coarse: the same after training the whole network with labels.
-        pool_knn, pool_linear, k: choices made on the validation images.
+        scores: score name (``knn``, ``linear_coarse``, …) → percent of the test images, unrounded.
+        num_images, num_concepts: score name → how many test images, and concepts of them, it is the mean over.
+        choices: what was chosen on the validation images: ``pool_knn``, ``k``, ``pool_linear``, …
         knn_share: ``knn`` in percent of the best teacher's; set by the board.
-        reason: why scores are missing.
+        reason: why there are no scores.
     """
 
     name: str
@@ -54,17 +54,18 @@ class Row:
     params: int
     flops: int
     latency_ms: float
-    knn: float | None = None
-    knn_coarse: float | None = None
-    linear: float | None = None
-    linear_coarse: float | None = None
-    finetune: float | None = None
-    finetune_coarse: float | None = None
-    pool_knn: str | None = None
-    pool_linear: str | None = None
-    k: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    num_images: dict[str, int] = field(default_factory=dict)
+    num_concepts: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
     knn_share: float | None = None
     reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row in JSON's types, scores and choices among the other keys; a usual score that is missing is None."""
+        plain = asdict(self)
+        scores, choices = plain.pop("scores"), plain.pop("choices")
+        return plain | dict.fromkeys(score_names()) | scores | choices
 
 
 class Score(NamedTuple):
@@ -72,21 +73,30 @@ class Score(NamedTuple):
 
     Attributes:
         row: for the board.
-        correct: score name (``knn``, ``linear_coarse``, …) → bool (n,), one per labelled test image.
+        correct: score name (``knn``, ``linear_coarse``, …) → (n,), one per labelled test image: bool, or 0 to 1.
         groups: score name → int64 (n,), the concepts of these images, for `paired_interval`.
     """
 
     row: Row
-    correct: dict[str, Bool[Tensor, " _"]]
+    correct: dict[str, Bool[Tensor, " _"] | Float[Tensor, " _"]]
     groups: dict[str, Int[Tensor, " _"]]
 
+    def joined(self, found: dict[str, PerImage], choices: dict[str, Any] | None = None) -> Score:
+        """The same with more scores."""
+        row = replace(
+            self.row,
+            scores=self.row.scores | {name: part.percent for name, part in found.items()},
+            num_images=self.row.num_images | {name: len(part.correct) for name, part in found.items()},
+            num_concepts=self.row.num_concepts | {name: len(part.groups.unique()) for name, part in found.items()},
+            choices=self.row.choices | (choices or {}),
+        )
+        correct = {name: part.correct for name, part in found.items()}
+        return Score(row, self.correct | correct, self.groups | {name: part.groups for name, part in found.items()})
 
-class Interval(NamedTuple):
-    """A difference of accuracies and its 95 % interval, in percentage points."""
-
-    difference: float
-    low: float
-    high: float
+    @property
+    def found(self) -> dict[str, PerImage]:
+        """Score name → result of each test image."""
+        return {name: PerImage(correct, self.groups[name]) for name, correct in self.correct.items()}
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,16 @@ class Scoreboard:
     @property
     def shared_rows(self) -> tuple[Row, ...]:
         """The rows with ``knn_share`` filled in, where there is a teacher to compare with."""
-        best = max((row.knn for row in self.rows if row.role == "teacher" and row.knn is not None), default=0.0)
+        best = max((row.scores.get("knn", 0.0) for row in self.rows if row.role == "teacher"), default=0.0)
         if not best:
             return self.rows
-        return tuple(row if row.knn is None else replace(row, knn_share=100 * row.knn / best) for row in self.rows)
+        return tuple(
+            replace(row, knn_share=100 * row.scores["knn"] / best) if "knn" in row.scores else row for row in self.rows
+        )
 
     def as_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Give the board as plain values: ``{"rows": [...]}``."""
-        return {"rows": [asdict(row) for row in self.shared_rows]}
+        return {"rows": [row.as_dict() for row in self.shared_rows]}
 
     def write(self, path: Path) -> None:
         """Write JSON. A reader never sees half a file: it is renamed into place."""
@@ -115,14 +127,81 @@ class Scoreboard:
         os.replace(temporary, path)
 
     def table(self) -> str:
-        """Lay the board out for a terminal; the reasons for missing scores stand below."""
-        titles = ("name", "role", "params", "GFLOPs", "ms", "kNN %", "share %", "coarse %", "linear %", "coarse %")
-        cells = [titles, *(_cells(row) for row in self.shared_rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
+        """Lay the board out for a terminal; below stand what scores rest on, and the reasons for missing ones."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.scores))
+        columns = {name: f"{title_of(name)} %" for name in names or ["knn"]}
+        if any(row.knn_share is not None for row in self.shared_rows):
+            place = list(columns).index("knn") + 1
+            columns = dict([*list(columns.items())[:place], ("share", "share %"), *list(columns.items())[place:]])
+        cells = [("name", "role", "params", "GFLOPs", "ms", *columns.values())]
+        cells += [_cells(row, columns) for row in self.shared_rows]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         lines = ["  ".join(_pad(line, widths)).rstrip() for line in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
         reasons = dict.fromkeys(row.reason for row in self.rows if row.reason)
-        return "\n".join([*lines, *(f"no scores: {reason}" for reason in reasons)])
+        return "\n".join([*lines, *self._counts(names), *(f"no scores: {reason}" for reason in reasons)])
+
+    def _counts(self, names: Sequence[str]) -> list[str]:
+        """What the scores rest on, those of equal numbers together."""
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            numbers = {(r.num_images[name], r.num_concepts[name]) for r in self.rows if name in r.num_images}
+            for images, concepts in sorted(numbers):
+                alike.setdefault(f"{images:,} test images of {concepts:,} concepts", []).append(title_of(name))
+        return [f"{', '.join(titles)}: {counts}, one seed" for counts, titles in alike.items()]
+
+
+class Candidate(NamedTuple):
+    """A network to be scored.
+
+    Attributes:
+        name, role: of its row.
+        backbone: on the device to compute on; None for the row of raw pixels.
+        image_size: pixels on the side of the square view; None is the size it was built for.
+    """
+
+    name: str
+    role: Role
+    backbone: Backbone | None
+    image_size: int | None = None
+
+    @property
+    def view(self) -> View:
+        """What it sees; raw pixels have their own size."""
+        if self.backbone is None:
+            return View(None, PIXELS)
+        return View(self.backbone, self.image_size or self.backbone.image_size)
+
+
+def score_all(
+    candidates: Sequence[Candidate],
+    splits: Splits,
+    dtype: torch.dtype | None = None,
+    evaluations: tuple[Evaluation | str, ...] | None = None,
+) -> tuple[Score, ...]:
+    """Measure networks: cost, and every evaluation, from features of images that are decoded once for all.
+
+    Args:
+        candidates: the networks, in the order of the scores.
+        splits: the images. With too few labels there are no scores and each row says why.
+        dtype: see `extract_many`; cost is always measured as the weights are.
+        evaluations: by name or as objects; None is every one that exists, also of plugins, with its defaults.
+
+    Raises:
+        ValueError: no evaluation has that name.
+    """
+    chosen = choose(evaluations)
+    scores = [Score(replace(cost(*c.view), name=c.name, role=c.role), {}, {}) for c in candidates]
+    if reason := shortage(splits, next(iter(LABEL_SETS))):
+        return tuple(score._replace(row=replace(score.row, reason=reason)) for score in scores)
+    known = [name for name in LABEL_SETS if shortage(splits, name) is None]
+    every = split_features([candidate.view for candidate in candidates], splits, dtype)
+    for number, candidate in enumerate(candidates):
+        features = _only(every.pop(0), known)
+        device = torch.device("cpu") if candidate.backbone is None else next(candidate.backbone.parameters()).device
+        for evaluation in chosen:
+            scores[number] = scores[number].joined(*evaluation(features, device))
+    return tuple(scores)
 
 
 def score(
@@ -130,33 +209,12 @@ def score(
     role: Role,
     backbone: Backbone | None,
     splits: Splits,
-    image_size: int,
+    image_size: int | None = None,
     dtype: torch.dtype | None = None,
+    evaluations: tuple[Evaluation | str, ...] | None = None,
 ) -> Score:
-    """Measure one network: cost, kNN and linear probe, from features that are extracted once.
-
-    Args:
-        name, role: of the row.
-        backbone: the network, on the device to compute on; None for the row of raw pixels.
-        splits: the images. With too few labels the scores are None and the row says why.
-        image_size: pixels on the side of the square view.
-        dtype: see `extract_features`; cost is always measured as the weights are.
-    """
-    row = replace(cost(backbone, image_size), name=name, role=role)
-    if reason := shortage(splits, next(iter(LABEL_SETS))):
-        return Score(replace(row, reason=reason), {}, {})
-    device = torch.device("cpu") if backbone is None else next(backbone.parameters()).device
-    features = split_features(backbone, splits, image_size, dtype)
-    features = _only(features, [name for name in LABEL_SETS if shortage(splits, name) is None])
-    neighbours, probe = NearestNeighbours()(features, device), LinearProbe()(features, device)
-    top1, correct, groups = {}, {}, {}
-    for method, result in (("knn", neighbours), ("linear", probe)):
-        for label_set, hits in result.correct.items():
-            key = method + LABEL_SETS[label_set]
-            top1[key], correct[key] = result.top1[label_set], hits
-            groups[key] = features.test.groups[features.test.labels[label_set] >= 0]
-    row = replace(row, **top1, pool_knn=neighbours.pool, pool_linear=probe.pool, k=neighbours.k)
-    return Score(row, correct, groups)
+    """Measure one network; see `Candidate` and `score_all`."""
+    return score_all([Candidate(name, role, backbone, image_size)], splits, dtype, evaluations)[0]
 
 
 def shortage(splits: Splits, label_set: str) -> str | None:
@@ -198,46 +256,6 @@ def measure_latency(backbone: Backbone, image_size: int, num_runs: int = 9) -> f
     return statistics.median(times[2:])
 
 
-def paired_interval(
-    correct_a: Bool[Tensor, "*seeds n"],
-    correct_b: Bool[Tensor, "*seeds n"],
-    groups: Int[Tensor, " n"],
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Accuracy of a minus accuracy of b on the same images, with a 95 % interval.
-
-    A paired bootstrap over clusters: whole concepts are drawn with replacement, since images of one concept are not
-    independent (Field and Welsh 2007, doi:10.1111/j.1467-9868.2007.00593.x). With several seeds these are drawn as
-    well, apart from the concepts (the pigeonhole bootstrap, Owen 2007, doi:10.1214/07-AOAS122). The difference of a
-    draw is a ratio of sums. Two or three seeds say little about seeds; the interval is then too short.
-
-    Args:
-        correct_a, correct_b: was each test image named rightly; a row per training seed, the same seed in both.
-        groups: the concept of each image.
-        num_resamples: bootstrap draws.
-        seed: of the draws.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    if not len(groups):
-        raise ValueError("no images to compare; both scores need labelled test images.")
-    _, cluster, sizes = np.unique(groups.numpy(), return_inverse=True, return_counts=True)
-    gain = (correct_a.double() - correct_b.double()).view(-1, len(groups)).numpy()
-    gains = np.stack([np.bincount(cluster, row) for row in gain])  # (seeds, concepts)
-    generator = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(sizes))  # draws at once: bounds memory with many clusters
-    differences = []
-    for start in range(0, num_resamples, chunk):
-        count = min(chunk, num_resamples - start)
-        seeds = generator.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), count)  # how often each is drawn
-        concepts = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), count)
-        differences.append(((seeds @ gains) * concepts).sum(axis=1) / (len(gains) * (concepts @ sizes)))
-    low, high = 100 * np.quantile(np.concatenate(differences), (0.025, 0.975))
-    return Interval(float(100 * gains.sum() / (len(gains) * sizes.sum())), float(low), float(high))
-
-
 def cost(backbone: Backbone | None, image_size: int) -> Row:
     """A row without a name and without scores: parameters, operations, latency; zeros for raw pixels."""
     if backbone is None:
@@ -251,8 +269,8 @@ def _only(features: FeatureSplits, label_sets: Sequence[str]) -> FeatureSplits:
     return FeatureSplits(*(part._replace(labels={name: part.labels[name] for name in label_sets}) for part in features))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    percents = (row.knn, row.knn_share, row.knn_coarse, row.linear, row.linear_coarse)
+def _cells(row: Row, columns: dict[str, str]) -> tuple[str, ...]:
+    percents = [row.knn_share if name == "share" else row.scores.get(name) for name in columns]
     costs = (f"{row.params:,}", f"{row.flops / 1e9:.3f}", f"{row.latency_ms:.1f}")
     return (row.name, row.role, *costs, *("–" if value is None else f"{value:.1f}" for value in percents))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from comad.evaluate.scoreboard import Row, Score
@@ -25,6 +25,8 @@ class Scores(NamedTuple):
 
 def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any] | None = None) -> None:
     """Write JSON: of each score its row, ``correct`` as a text of 0 and 1 per test image, and the images' concepts.
+
+    Per-image results that are no bool are a list of numbers.
 
     A reader never sees half a file: it is renamed into place.
     """
@@ -42,28 +44,27 @@ def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any] |
     os.replace(temporary, path)
 
 
-def read_scores(path: Path) -> Scores:
-    """Read what `write_scores` wrote, exactly.
-
-    Raises:
-        ValueError: the file is damaged, or was written by another version.
-    """
+def read_scores(path: Path) -> Scores | None:
+    """Read what `write_scores` wrote, exactly. None, and a line that says so, if there is none of this version."""
+    if not path.is_file():
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Scores(tuple(_score(part) for part in content["scores"]), content["facts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no scores of this version; remove it, and it is computed again.") from error
+    except (ValueError, KeyError, TypeError):
+        sys.stderr.write(f"comad: {path} is damaged or of another version; its scores are computed again.\n")
+        return None
 
 
 def _score(plain: Mapping[str, Any]) -> Score:
-    correct = {name: _hits(text) for name, text in plain["correct"].items()}
+    correct = {name: _hits(found) for name, found in plain["correct"].items()}
     groups = {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in plain["groups"].items()}
     return Score(Row(**plain["row"]), correct, groups)
 
 
-def _text(hits: Bool[Tensor, " n"]) -> str:
-    return "".join("1" if hit else "0" for hit in hits.tolist())
+def _text(hits: Tensor) -> str | list[float]:
+    return "".join("1" if hit else "0" for hit in hits.tolist()) if hits.dtype == torch.bool else hits.tolist()
 
 
-def _hits(text: str) -> Bool[Tensor, " n"]:
-    return torch.tensor([letter == "1" for letter in text], dtype=torch.bool)
+def _hits(found: str | list[float]) -> Tensor:
+    return torch.tensor([letter == "1" for letter in found] if isinstance(found, str) else found)

@@ -11,8 +11,9 @@ from comad.data.bundled import BUNDLED
 from comad.data.loader import LoaderConfig
 from comad.evaluate.classifier import Pool
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Tuning:
         mixup: parameter of the beta distribution by which images are blended; 0 leaves it out.
         cutmix: the same for pasting a part of one image into another.
         pool: what is classified: the mean patch token, or the class token.
-        crop_scale: smallest and largest share of the picture's area in a training view.
+        crop_scale: smallest and largest share of the image's area in a training view.
         jitter: strength of colour changes, as in a distillation.
     """
 
@@ -36,12 +37,12 @@ class Tuning:
             epochs=100.0, batch_size=256, base_lr=1e-3, warmup_epochs=5.0, betas=(0.9, 0.999)
         )
     )
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
+    layer_decay: float = field(default=0.75, metadata=COMMON)
+    drop_path: float = field(default=0.1, metadata=COMMON)
     smoothing: float = 0.1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    pool: Pool = "patch"
+    mixup: float = field(default=0.8, metadata=COMMON)
+    cutmix: float = field(default=1.0, metadata=COMMON)
+    pool: Pool = field(default="patch", metadata=COMMON)
     crop_scale: tuple[float, float] = (0.25, 1.0)
     jitter: float = 0.4
 
@@ -86,13 +87,13 @@ class FinetuneConfig:
         run: where the run lives.
     """
 
-    backbone: str
-    data: str = "stamps"
-    image_size: int | None = None
+    backbone: str = field(metadata=COMMON | NO_EFFECT)
+    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
+    image_size: int | None = field(default=None, metadata=COMMON)
     tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
-    try_lr: tuple[float, ...] = ()
-    try_epochs: tuple[float, ...] = ()
-    split: Literal["test", "val"] = "test"
+    try_lr: tuple[float, ...] = field(default=(), metadata=COMMON | NO_EFFECT)
+    try_epochs: tuple[float, ...] = field(default=(), metadata=COMMON | NO_EFFECT)
+    split: Literal["test", "val"] = field(default="test", metadata=COMMON | NO_EFFECT)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/finetune"))
 

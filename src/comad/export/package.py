@@ -1,14 +1,13 @@
-"""A folder with weights, config and model card that timm loads without comad."""
+"""A folder with weights, config and model card that timm and transformers load without comad."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,11 +15,18 @@ from jaxtyping import Float
 from timm.data.config import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from comad.models.files import sha256
-from comad.models.teachers import TeacherCard
-from comad.models.timm_backbone import TimmBackbone
+from comad.export import programs
+from comad.export.card import ModelCard, model_card
+from comad.export.encoder import Pool, Preprocessing, pool_of, pooled, preprocessing_of
+from comad.export.formats import Graph
+from comad.models.backbone import Backbone
+from comad.models.files import read_json, sha256
+from comad.models.networks import gives_tokens
+from comad.runtime.atomic import replacing
+
+__all__ = ["ModelCard", "export_backbone", "snippet", "verify_export", "write_timm"]
 
 TOLERANCE = 1e-5
 """Largest absolute difference between the tokens of a float32 export and of the backbone."""
@@ -28,51 +34,8 @@ HALF_TOLERANCE = 2e-2
 """Largest difference for a 16-bit export, relative to the largest token value."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """What is known about an exported model: the text of ``README.md`` and the key ``comad`` of ``config.json``.
-
-    Attributes:
-        name: of the model.
-        licence: of the exported weights, such as ``apache-2.0``; see `comad.models.teachers.inherited_licence`.
-        architecture: the timm name.
-        token_types: tokens that carry meaning.
-        about: one sentence on where it comes from.
-        preset, seed, images_seen: of the run.
-        command: what repeats the run.
-        code: version and commit of comad.
-        hardware, hours: what trained it, and for how long.
-        curve: lines of the log worth keeping, such as loss and kNN by epoch.
-        data, data_licence: the images that were learnt from.
-        eval_crop: share of the shorter side that an evaluation view shows.
-        teachers: each teacher's origin.
-        scores: rows of the scoreboard, as in its JSON file; percent.
-        sha256: of ``model.safetensors``; `export_backbone` fills it in.
-    """
-
-    name: str
-    licence: str
-    architecture: str
-    token_types: tuple[str, ...]
-    about: str
-    preset: str
-    seed: int
-    images_seen: int
-    data: str
-    data_licence: str
-    eval_crop: float = 0.875
-    command: str = ""
-    code: str = ""
-    hardware: str = ""
-    hours: float = 0.0
-    curve: tuple[dict[str, Any], ...] = ()
-    teachers: tuple[TeacherCard, ...] = ()
-    scores: tuple[dict[str, Any], ...] = ()
-    sha256: str = ""
-
-
 def export_backbone(
-    backbone: TimmBackbone,
+    backbone: Backbone,
     folder: Path,
     *,
     model_args: dict[str, Any],
@@ -83,7 +46,8 @@ def export_backbone(
 
     The folder holds ``model.safetensors``, ``config.json`` (with the card under the key ``comad``) and ``README.md``.
     It is written beside its place and renamed when it is verified; an earlier export at its place is replaced.
-    ``model(images)`` then gives the class token, or the mean of the patches if the class token carries no meaning.
+    Of a Vision Transformer ``model(images)`` then gives the class token, or the mean of the patches if the class token
+    carries no meaning.
 
     Args:
         backbone: the network, on any device; left as it is.
@@ -96,25 +60,43 @@ def export_backbone(
         ValueError: timm knows no such architecture, or the place is taken by something else than an export.
         RuntimeError: timm does not give the same tokens as the backbone; nothing is written.
     """
-    if not timm.is_model(card.architecture):
-        raise ValueError(f"timm knows no model {card.architecture!r}; give the name the student was built by.")
-    _check_place(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        vit = _save(backbone, partial, model_args, dtype)
-        card = replace(card, sha256=sha256(partial / "model.safetensors"))
-        _complete_config(partial / "config.json", _preprocessing(backbone, vit, card), card)
-        (partial / "README.md").write_text(model_card(card, folder), encoding="utf-8")
+    check_architecture(card.architecture)
+    check_place(folder)
+    with replacing(folder) as partial:
+        card = write_timm(backbone, partial, model_args=model_args, card=card, dtype=dtype)
+        graph = replace(timm_facts(backbone, preprocessing_of(backbone, card.eval_crop)), labels=card.labels)
+        (partial / "README.md").write_text(model_card(card, both_programs(graph, folder.name)), encoding="utf-8")
         verify_export(backbone, partial, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def write_timm(
+    backbone: Backbone,
+    folder: Path,
+    *,
+    model_args: dict[str, Any],
+    card: ModelCard,
+    dtype: torch.dtype = torch.float32,
+    head: tuple[nn.Linear, Pool] | None = None,
+) -> ModelCard:
+    """Write ``model.safetensors`` and ``config.json``; see `export_backbone`.
+
+    Args:
+        head: a linear head on a pool of the tokens, for the classes ``card.labels``.
+
+    Returns:
+        The card with the hash of the weights.
+
+    Raises:
+        ValueError: the network has no place for this head.
+    """
+    network = _save(backbone, folder, model_args, dtype, head)
+    card = replace(card, sha256=sha256(folder / "model.safetensors"))
+    _complete_config(folder / "config.json", _pretrained_cfg(backbone, network, card), card)
+    return card
+
+
+def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Load a folder by timm and compare the tokens of a random image, and what they are pooled to, with the backbone's.
 
     Raises:
@@ -124,69 +106,19 @@ def verify_export(backbone: TimmBackbone, folder: Path, dtype: torch.dtype = tor
     height, width = (side * backbone.patch_size for side in backbone.grid)
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        tokens = network(image)
-        prefix = [] if tokens.cls is None else [tokens.cls.unsqueeze(1)]
-        pooled = tokens.cls if tokens.cls is not None and "cls" in network.token_types else tokens.patches.mean(dim=1)
-        expected = torch.cat([pooled.unsqueeze(1), *prefix, tokens.patches], dim=1)
+        tokens, is_map = network(image), not gives_tokens(next(backbone.children()))
+        prefix = [] if tokens.cls is None or is_map else [tokens.cls.unsqueeze(1)]
+        first = [] if is_map else [pooled(tokens, pool_of(backbone)).unsqueeze(1)]
+        expected = torch.cat([*first, *prefix, tokens.patches], dim=1)
         found = _timm_tokens(folder, image, len(prefix))
-    difference = (found - expected).abs().max().item()
+    difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
     limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * expected.abs().max().item()
     if not difference <= limit:  # so that NaN fails too
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
 
 
-def model_card(card: ModelCard, folder: Path) -> str:
-    """Build the text of ``README.md``, with the metadata block that the Hugging Face Hub reads."""
-    teachers = [(f"`{t.name}`", t.format, f"`{t.sha256}`", t.licence) for t in card.teachers]
-    scores = [(f"`{row['name']}`", row["role"], *(_percent(row.get(key)) for key in _SCORES)) for row in card.scores]
-    known = card.licence if card.licence == "apache-2.0" else "other"  # the hub has its own names
-    metadata = {"library_name": "timm", "license": known, "tags": ["timm", "image-feature-extraction", "comad"]}
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {json.dumps(value)}" for key, value in metadata.items()),
-            "---",
-            f"# {card.name}",
-            "",
-            card.about,
-            "",
-            f"A Vision Transformer (timm `{card.architecture}` with arguments in `config.json`) without a head, for",
-            f"features of images. Tokens that carry meaning: {', '.join(card.token_types)}. Licence: {card.licence}.",
-            "",
-            "## Use",
-            "",
-            "```python",
-            snippet(Path(folder.name)).rstrip(),
-            "```",
-            "",
-            *(
-                ["## Teachers", "", *_markdown(("teacher", "format", "sha256", "licence"), teachers), ""]
-                if teachers
-                else []
-            ),
-            "## Training",
-            "",
-            f"- data: {card.data} (licence: {card.data_licence})",
-            f"- preset: `{card.preset}`, seed {card.seed}",
-            f"- images seen: {card.images_seen:,}",
-            *([f"- weights: sha256 `{card.sha256}`"] if card.sha256 else []),
-            *([f"- command: `{card.command}`"] if card.command else []),
-            *([f"- code: comad {card.code}"] if card.code else []),
-            *([f"- hardware: {card.hardware}, {card.hours:.2f} hours"] if card.hardware else []),
-            *(f"- {json.dumps(line)}" for line in card.curve),
-            "",
-            "## Scores",
-            "",
-            "Top-1 percent on the test images; k, pool and probe settings were chosen on the validation images.",
-            "",
-            *_markdown(("model", "role", *_SCORES.values()), scores),
-            "",
-        ]
-    )
-
-
 def snippet(folder: Path) -> str:
-    """Give the Python code that loads an export by timm and encodes ``photo.jpg``."""
+    """Give the Python code that loads an exported Vision Transformer by timm and encodes ``photo.jpg``."""
     return f"""import timm
 import torch
 from PIL import Image
@@ -200,79 +132,124 @@ with torch.inference_mode():
 """
 
 
-_SCORES = {"knn": "kNN", "knn_coarse": "kNN coarse", "linear": "linear", "linear_coarse": "linear coarse"}
+def both_programs(graph: Graph, folder: str) -> Sequence[tuple[str, str]]:
+    """The ways to use timm's folder, with their titles."""
+    file = "model.safetensors"
+    return [
+        ("With timm", programs.timm(graph, folder, file)),
+        ("With transformers", programs.transformers(graph, folder, file)),
+    ]
 
 
-def _check_place(folder: Path) -> None:
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+def timm_facts(backbone: Backbone, preprocessing: Preprocessing) -> Graph:
+    """A graph without a module: how timm's output is read."""
+    network = cast(Any, next(backbone.children()))
+    return Graph(
+        module=nn.Identity(),
+        outputs=("feature", "patches"),
+        preprocessing=preprocessing,
+        num_prefix_tokens=network.num_prefix_tokens if gives_tokens(network) else None,
+        channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC",
+        pool=pool_of(backbone),
+    )
+
+
+def check_architecture(name: str) -> None:
+    """Refuse a network that timm does not know.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r}; give the name the student was built by.")
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place that is taken by something else than an export.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    config = folder / "config.json"
-    if folder.is_dir() and not any(folder.iterdir()):
+    config, rows = folder / "config.json", folder / "exports.json"
+    if rows.is_file() or (config.is_file() and "comad" in read_json(config, "name another folder")):
         return
-    if not config.is_file() or "comad" not in json.loads(config.read_text(encoding="utf-8")):
-        raise ValueError(f"{folder} exists and is not an export of comad; name another folder.")
+    raise ValueError(f"{folder} exists and is not an export of comad; name another folder.")
 
 
-def _save(backbone: TimmBackbone, folder: Path, model_args: dict[str, Any], dtype: torch.dtype) -> VisionTransformer:
+def _save(
+    backbone: Backbone,
+    folder: Path,
+    model_args: dict[str, Any],
+    dtype: torch.dtype,
+    head: tuple[nn.Linear, Pool] | None,
+) -> nn.Module:
     """Save weights and config by timm, from a copy that pools what carries meaning."""
-    vit = copy.deepcopy(backbone.vit).cpu().to(dtype)
-    pool = "token" if "cls" in backbone.token_types else "avg"
+    network = cast(Any, copy.deepcopy(next(backbone.children()))).cpu()
+    linear, chosen = head or (None, pool_of(backbone))
+    classes = 0 if linear is None else linear.out_features
     model_args = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
-    if vit.global_pool != pool:
-        model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
-    vit.reset_classifier(0, pool)
-    save_for_hf(vit, str(folder), model_args=model_args, safe_serialization=True)
-    return vit
+    if isinstance(network, VisionTransformer):
+        pool = "token" if chosen == "cls" else "avg"
+        if network.global_pool != pool:
+            model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
+        network.reset_classifier(classes, pool)
+    else:
+        network.reset_classifier(classes)
+    if linear is not None:
+        own = network.get_classifier()
+        if not isinstance(own, nn.Linear) or own.weight.shape != linear.weight.shape or linear.bias is None:
+            raise ValueError(f"{type(network).__name__} has no linear classifier in timm; export it --to onnx.")
+        own.load_state_dict(linear.state_dict())
+    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    save_for_hf(network, str(folder), model_args=model_args, safe_serialization=True)
+    return network
 
 
-def _preprocessing(backbone: TimmBackbone, vit: VisionTransformer, card: ModelCard) -> dict[str, Any]:
+def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:
     """Describe our weights, and none of the origin, licence and labels that timm keeps for its own weights."""
     height, width = (side * backbone.patch_size for side in backbone.grid)
+    known, pixels = cast(Any, network).pretrained_cfg or {}, preprocessing_of(backbone, card.eval_crop)
+    fixed = not network.dynamic_img_size if isinstance(network, VisionTransformer) else known.get("fixed_input_size")
     return {
         "input_size": [3, height, width],
-        "fixed_input_size": not vit.dynamic_img_size,
-        "interpolation": "bicubic",
+        "fixed_input_size": bool(fixed),
+        "interpolation": pixels.interpolation,
         "crop_pct": card.eval_crop,
         "crop_mode": "center",
-        "mean": _shortest(backbone.pixel_mean),
-        "std": _shortest(backbone.pixel_std),
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "num_classes": len(card.labels),
+        "pool_size": known.get("pool_size"),
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier"),
         "license": card.licence,
     }
-
-
-def _shortest(values: Float[Tensor, "3 1 1"]) -> list[float]:
-    """Give the shortest decimals that are the same in float32: 0.485, not 0.48500001430511475."""
-    return [float(str(value)) for value in values.flatten().float().cpu().numpy()]
 
 
 def _complete_config(path: Path, pretrained_cfg: dict[str, Any], card: ModelCard) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("num_classes", "in_chans"):  # transformers passes these itself and fails if they come twice
         config["model_args"].pop(key, None)
-    config |= {"architecture": card.architecture, "num_classes": 0, "pretrained_cfg": pretrained_cfg}
+    config |= {"architecture": card.architecture, "num_classes": len(card.labels), "pretrained_cfg": pretrained_cfg}
+    if card.labels:
+        config["label_names"] = list(card.labels)
     config["comad"] = asdict(card)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _timm_tokens(folder: Path, image: Float[Tensor, "1 3 H W"], num_prefix: int) -> Float[Tensor, "1 n E"]:
-    """Encode as a user of timm would, pixels normalised by the config: what is pooled, class token, patches."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert isinstance(model, VisionTransformer)
+    """Encode as a user of timm would, pixels normalised by the config: what is pooled, class token, patches.
+
+    Of a network with a map only its places, row by row.
+    """
+    model = cast(Any, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    tokens = model.forward_features((image - mean) / std)
-    pooled = model.forward_head(tokens).unsqueeze(1)
-    return torch.cat([pooled, tokens[:, :num_prefix], tokens[:, model.num_prefix_tokens :]], dim=1)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _markdown(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (titles, ("---",) * len(titles), *rows)]
+    features = model.forward_features((image - mean) / std)
+    if not gives_tokens(model):
+        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+    first = model.forward_head(features).unsqueeze(1)
+    return torch.cat([first, features[:, :num_prefix], features[:, model.num_prefix_tokens :]], dim=1)

@@ -5,12 +5,50 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
 
-from comad.plan.config import DetectPlan, DistillPlan, SegmentPlan
+import tyro
+
+from comad.distill.config import DistillConfig
+from comad.evaluate.detection.config import COCO, DetectConfig
+from comad.evaluate.segmentation.config import ADE20K, SegmentConfig
 from comad.plan.dense import plan_detection, plan_segmentation
 from comad.plan.distillation import plan_distillation
-from comad.plan.forecast import Plan
+from comad.plan.forecast import Plan, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillPlan(Target):
+    """Say what a distillation will cost: images/s, memory, hours, disk, FLOPs, here and on other GPUs.
+
+    Args:
+        recipe: of the distillation.
+    """
+
+    recipe: Annotated[DistillConfig, tyro.conf.arg(name="")] = field(default_factory=DistillConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPlan(Target):
+    """Say what `comad evaluate segment` will cost: images/s, memory, hours, disk, FLOPs, here and on other GPUs.
+
+    Args:
+        recipe: of the training.
+    """
+
+    recipe: Annotated[SegmentConfig, tyro.conf.arg(name="")] = ADE20K
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectPlan(Target):
+    """Say what `comad evaluate detect` will cost: images/s, memory, hours, disk, FLOPs, here and on other GPUs.
+
+    Args:
+        recipe: of the training.
+    """
+
+    recipe: Annotated[DetectConfig, tyro.conf.arg(name="")] = COCO
 
 
 class Task(NamedTuple):

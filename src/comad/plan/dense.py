@@ -1,4 +1,4 @@
-"""The plans of segmentation and detection: steps, and the pictures that are scored between and after them."""
+"""The plans of segmentation and detection: steps, and the images that are scored between and after them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from comad.evaluate.dense import PROBED
+from comad.evaluate.dense import PROBED, train_steps
 from comad.evaluate.detection import run as detection
 from comad.evaluate.detection.config import DetectConfig
 from comad.evaluate.segmentation import run as segmentation
 from comad.evaluate.segmentation.config import SegmentConfig
-from comad.plan.assemble import Phases, Planned, assemble, engine, share_of, stage
 from comad.plan.forecast import Plan
-from comad.plan.measure import measure
-from comad.plan.profile import now, seconds_of
+from comad.plan.measure import Phases, assemble, engine, measure, share_of
+from comad.plan.profile import Training, now, seconds_of
 
 ANSWERED = 2
-"""Pictures of the validation part that are timed."""
+"""Images of the validation part that are timed."""
 
 
 def plan_segmentation(config: SegmentConfig) -> Plan:
@@ -31,23 +30,19 @@ def plan_detection(config: DetectConfig) -> Plan:
 
 
 def _plan(task: str, prepare: Callable[..., Any], score: Callable[..., object], config: Any) -> Plan:
-    """Set a training up as the verb does, by its own ``prepare``; ``score`` answers validation pictures."""
-    start, devices = now(), config.run.devices
-    config, fabric = engine(config)
-    job, splits, _ = prepare(config, fabric)
-    loading, pictures = now() - start, len(splits.validation)
-    quick = replace(config, loader=replace(config.loader, workers=0))
-    answered = min(ANSWERED, pictures)
+    """Set a training up as the verb does, by its own ``prepare``; ``score`` answers validation images."""
+    start = now()
+    alone, fabric = engine(config)
+    job, data, splits, _ = prepare(alone, fabric)
+    loading, images = now() - start, len(splits.validation)
+    quick = replace(alone, loader=replace(alone.loader, workers=0))
 
-    def seconds_per_picture(module: Any) -> float:
-        return seconds_of(lambda: score(module, splits.validation, quick, limit=ANSWERED)) / answered
+    def seconds_per_image(module: Any) -> float:
+        return seconds_of(lambda: score(module, splits.validation, quick, limit=ANSWERED)) / min(ANSWERED, images)
 
     probing: list[float] = []
-    optim = share_of(config.optim, devices)
-    own = replace(config, optim=optim)
-    measured = measure(job, own, fabric, probe=lambda module: probing.append(seconds_per_picture(module)))
-    outside = seconds_per_picture(job.module)
-    steps = config.optim.total_steps(job.steps_per_epoch)
-    stages = {"live": stage(float(steps), measured.steps, optim, measured.flops)}
-    phases = Phases(loading, 0.0, min(PROBED, pictures) * probing[0], pictures * outside)
-    return assemble(Planned(task, config, devices), fabric, measured, stages, phases)
+    training = Training(job, data, share_of(config), fabric, train_steps)
+    measured = measure(training, probe=lambda module: probing.append(seconds_per_image(module)))
+    steps = config.optim.total_steps(config.optim.steps_per_epoch(data.num_images))
+    phases = Phases(loading, 0.0, min(PROBED, images) * probing[0], images * seconds_per_image(job.module))
+    return assemble(task, config, measured, {"live": measured.stage(steps)}, phases, cache=0, export=0)

@@ -6,11 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from comad.plan.config import Target
 from comad.plan.profile import Flops
 
 FORMULA = "hours = max(FLOPs / (GPUs x peak x mfu), images x seconds per view / cores) / 3600"
 """Of another machine: bound by arithmetic or by reading; training alone, teachers and student at the same mfu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Another machine than this one, and how the forecast is printed.
+
+    Args:
+        gpus: GPUs of the other machine.
+        gpu_tflops: what one of them computes at best, 10¹² operations per second in the run's precision; 312 is an A100
+            in bf16.
+        mfu: share of that which training reaches.
+        gpu_cores: CPU cores per GPU that decode images, as fast as this machine's.
+        json: print one JSON object.
+    """
+
+    gpus: int = 8
+    gpu_tflops: float = 312.0
+    mfu: float = 0.3
+    gpu_cores: int = 12
+    json: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for a machine that there cannot be."""
+        for flag in ("gpus", "gpu_tflops", "mfu", "gpu_cores"):
+            if getattr(self, flag) <= 0 or self.mfu > 1:
+                name, value = ("mfu", self.mfu) if self.mfu > 1 else (flag, getattr(self, flag))
+                limit = "above 0 and at most 1" if name == "mfu" else "above 0"
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be {limit}.")
 
 
 class Stage(NamedTuple):

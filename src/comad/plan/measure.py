@@ -1,9 +1,9 @@
-"""What one job costs for each step, by a few of its own steps."""
+"""What distillation and dense training have in common: steps are measured, and put together with the other phases."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,17 +11,20 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from comad.plan.forecast import Disk, Plan, Stage
 from comad.plan.profile import (
     Flops,
     StepProfile,
+    Training,
     count_flops,
     largest_that_fits,
     profile_steps,
-    resized,
     seconds_per_view,
 )
-from comad.runtime.job import Job
-from comad.runtime.memory import available_bytes
+from comad.runtime.memory import available_bytes, peak_bytes
+from comad.runtime.optim import OptimConfig
+from comad.runtime.provenance import hardware
+from comad.runtime.run import start_fabric
 
 BUDGET = 16.0
 """Seconds that steps of one kind are measured for; a step that takes longer than half of it is measured on less."""
@@ -29,74 +32,137 @@ MOST_STEPS = 40
 
 
 class Measured(NamedTuple):
-    """What the steps of a job cost.
+    """What the steps of a training cost.
 
     Attributes:
+        training: of one device.
         steps: what a step took.
         flops: for one image.
-        view_seconds: in which one core reads an image.
-        readers: cores that read at once.
         peak: bytes of memory at the batch of the run.
         largest_batch, estimated: see `comad.plan.forecast.Plan`.
     """
 
+    training: Training
     steps: StepProfile
     flops: Flops
-    view_seconds: float
-    readers: int
     peak: int
     largest_batch: int | None
     estimated: bool
 
+    def stage(self, count: float, took: StepProfile | None = None, cached: bool = False) -> Stage:
+        """So many optimiser steps, from forward passes of another batch; from a cache teachers compute nothing."""
+        took, optim = took or self.steps, self.training.optim
+        flops = self.flops._replace(teachers=0.0) if cached else self.flops
+        return Stage(count, took.seconds * optim.batch_size / took.batch * optim.accumulate, flops)
+
+
+class Phases(NamedTuple):
+    """Seconds of what is not training: once each, a probe as often as the run takes one."""
+
+    loading: float
+    calibration: float
+    probe: float
+    scoring: float
+
+
+def engine(config: Any) -> tuple[Any, Fabric]:
+    """One device for the measurements, and the config for it."""
+    config = replace(config, run=replace(config.run, devices=1, resume=False))
+    return config, start_fabric(config.run)
+
+
+def share_of(config: Any) -> OptimConfig:
+    """What one of the run's devices computes."""
+    return replace(config.optim, batch_size=max(1, config.optim.batch_size // config.run.devices))
+
 
 def measure(
-    job: Job,
-    config: Any,
-    fabric: Fabric,
+    training: Training,
     frozen: Sequence[nn.Module] = (),
-    probe: Callable[[Any], None] | None = None,
+    probe: Callable[[Any], object] | None = None,
     brief: bool = False,
 ) -> Measured:
     """Count operations, then take steps of a part of the batch and of all of it, or of as much as is quick.
 
     Args:
-        job, fabric: of `comad.runtime.train.train`.
-        config: has ``optim`` and ``run``, of one device.
+        training: of one device.
         frozen: networks whose operations are counted apart.
-        probe: see `profile_steps`.
+        probe: see `comad.plan.profile.ProfiledTrainer`.
         brief: the time of a step does not matter.
     """
-    optim, run = config.optim, config.run
-    batch, device = optim.batch_size, fabric.device
+    batch, device = training.optim.batch_size, training.fabric.device
     least = min(batch, 2)
-    flops, seconds = count_flops(resized(job, least), replace(optim, batch_size=least), run, fabric, frozen)
+    flops, seconds = count_flops(training, least, frozen)
     few = max(1, min(2, batch // 2), min(batch // 4, int(BUDGET / 8 * least / seconds)))
-
-    def take(size: int, num_steps: int, then: Callable[[Any], None] | None = None) -> StepProfile:
-        return profile_steps(resized(job, size), replace(optim, batch_size=size), run, fabric, num_steps, then)
-
-    first = take(few, 3)
+    first = profile_steps(training, few, 3)
     chosen = max(min(batch, 2 * few), min(batch, int(BUDGET / 2 * few / first.seconds)))
     num_steps = 3 if brief else steps_within_budget(chosen * first.seconds / few)
-    second = take(chosen, num_steps, probe)
+    second = profile_steps(training, chosen, num_steps, probe)
+    with_probe = peak_bytes(device)
     line = straight_line((first.batch, first.peak), (second.batch, second.peak))
-    peak = max(second.probe_peak, round(line[0] + line[1] * batch))
     if device.type == "cuda":
-        fits, estimated = largest_that_fits(lambda size: take(size, 2), chosen, int(job.steps_per_epoch * batch)), False
+        most, estimated = training.data.num_images, False
+        fits = largest_that_fits(lambda size: profile_steps(training, size, 2), chosen, most)
         torch.cuda.empty_cache()
     else:
         fits, estimated = room_for(line, available_bytes(device)), True
-    workers = job.batches(0, 1).num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Measured(
+        training=training,
         steps=second._replace(starting=max(first.starting, second.starting)),
         flops=flops,
-        view_seconds=seconds_per_view(job),
-        readers=min(workers, cores),
-        peak=peak,
+        peak=max(with_probe, round(line[0] + line[1] * batch)),
         largest_batch=fits or None,
         estimated=estimated,
     )
+
+
+def assemble(
+    task: str, config: Any, measured: Measured, stages: Mapping[str, Stage], phases: Phases, *, cache: int, export: int
+) -> Plan:
+    """The plan of a run, from what was measured of its parts.
+
+    Args:
+        task: the command.
+        config: has ``optim``, ``loader`` and ``run``, of the whole run.
+        measured, stages, phases: the parts.
+        cache, export: bytes on disk.
+    """
+    run, steps, took = config.run, round(sum(stage.steps for stage in stages.values())), measured.steps
+    probes, saved, logged = (times(steps, every) for every in (run.probe_every, run.checkpoint_every, run.log_every))
+    device, data = measured.training.fabric.device, measured.training.data
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Plan(
+        task=task,
+        machine=hardware(device, run.threads),
+        epochs=config.optim.epochs,
+        images_per_step=config.optim.batch_size * config.optim.accumulate,
+        batch=measured.training.optim.batch_size,
+        measured_batch=took.batch,
+        stages=stages,
+        other={
+            "loading": phases.loading + took.starting,
+            "calibration": phases.calibration,
+            "probes": probes * phases.probe,
+            "log and checkpoints": logged * took.logging + saved * took.saving,
+            "scores": phases.scoring,
+        },
+        view_seconds=seconds_per_view(data),
+        readers=min(data.config.num_workers, cores) * run.devices,
+        peak=max(measured.peak, peak_bytes(device)),
+        largest_batch=measured.largest_batch,
+        estimated=measured.estimated,
+        disk=Disk(
+            checkpoints=(min(run.keep, saved - 1) + 1) * took.checkpoint,  # one is written before an old one goes
+            teacher_cache=cache,
+            logs=round(logged * took.log),
+            export=export,
+        ),
+    )
+
+
+def times(steps: int, every: int) -> int:
+    """How often something is done that is done every so many steps, and at the end; 0: at the end alone."""
+    return -(-steps // every) if every else 1
 
 
 def steps_within_budget(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""A few steps of a real run with a clock on them: the training loop itself, in a folder that is removed afterwards."""
+"""A few steps of a real run with a clock on them: the verb's own loop, in a folder that is removed afterwards."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.data.loader import EpochBatches, LoaderConfig, training_batches
-from comad.runtime.job import Job, Metrics, RunConfig, Step
+from comad.data.loader import TrainingBatches
 from comad.runtime.memory import peak_bytes, reset_peak
 from comad.runtime.optim import OptimConfig
-from comad.runtime.train import train
+from comad.runtime.run import Metrics
+from comad.runtime.trainer import Job, Trainer, TrainStep
 
 CLOCK = time.perf_counter
 """What everything is measured by; `benchmarks/plan.py` also plans by the processor's time, for busy machines."""
@@ -31,6 +30,22 @@ CLOCK = time.perf_counter
 def now() -> float:
     """Seconds of that clock."""
     return CLOCK()
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a verb trains, as it set it up itself.
+
+    Attributes:
+        job, data, optim, fabric: of `comad.runtime.trainer.Trainer`, ``optim`` at the batch of one device.
+        loop: the verb's training loop.
+    """
+
+    job: Job
+    data: TrainingBatches
+    optim: OptimConfig
+    fabric: Fabric
+    loop: Callable[[Trainer], None]
 
 
 class StepProfile(NamedTuple):
@@ -42,7 +57,7 @@ class StepProfile(NamedTuple):
         starting: seconds before the first step.
         logging: seconds of a log line.
         saving: seconds of a checkpoint.
-        peak, probe_peak: bytes in the steps, and with the probe.
+        peak: bytes in the steps, without the probe.
         checkpoint: bytes of a file.
         log: bytes of a log line wherever it goes.
     """
@@ -53,7 +68,6 @@ class StepProfile(NamedTuple):
     logging: float
     saving: float
     peak: int
-    probe_peak: int
     checkpoint: int
     log: float
 
@@ -70,95 +84,124 @@ class Flops(NamedTuple):
     student: float
 
 
-def profile_steps(
-    job: Job,
-    optim: OptimConfig,
-    run: RunConfig,
-    fabric: Fabric,
-    num_steps: int,
-    probe: Callable[[Any], None] | None = None,
-) -> StepProfile:
-    """Train for so many steps of one batch and measure them; the first ones only warm up.
+class ProfiledTrainer(Trainer):
+    """A trainer that notes when its steps begin, on a clock that stands still for log, probe and checkpoint.
 
     Args:
-        job, optim, run, fabric: of `train`.
-        num_steps: optimiser steps, 2 or more.
+        training: what is trained.
+        batch_size: images of a step, in one batch.
+        num_steps: how many, 2 or more.
+        folder: of the run.
         probe: called with the weights at the end, under the loop's number of threads.
+        log_metrics: log what the loop computes for the log, as a run does.
     """
-    clock = _Clock(job, fabric.device, probe)
-    short = replace(optim, accumulate=1, epochs=num_steps / job.steps_per_epoch)
+
+    def __init__(
+        self,
+        training: Training,
+        batch_size: int,
+        num_steps: int,
+        folder: str,
+        probe: Callable[[Any], object] | None = None,
+        log_metrics: bool = True,
+    ):
+        self.probe, self.log_metrics, self.device = probe, log_metrics, training.fabric.device
+        self.begun: list[float] = []
+        self.peak = 0
+        self.waited_at_first = 0.0
+        data = replace(training.data, batch_size=batch_size)
+        epochs = num_steps / (data.num_images // batch_size)
+        optim = replace(training.optim, batch_size=batch_size, accumulate=1, epochs=epochs)
+        quiet = {"resume": False, "probe_every": 0, "wandb": False, "stop_on_collapse": False}
+        run = replace(training.job.run, out=folder, checkpoint_every=num_steps, **quiet)
+        job = replace(training.job, run=run, probe=self._at_the_end, watch=lambda step, metrics: None)
+        super().__init__([job], data, optim, training.fabric, self._when_all_is_done)
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        for step in super().__iter__():
+            self._begin()
+            yield step
+            if not self.log_metrics:
+                self.states[0].metrics = dict
+            if not step.number:
+                self.waited_at_first = self.prefetcher.waited
+        self._begin()
+
+    def _begin(self) -> None:
+        self.begun.append(self.now() - sum(map(sum, self.spent.values())))
+
+    def _when_all_is_done(self) -> float:
+        wait_for(self.device)
+        return now()
+
+    def _at_the_end(self, module: Any) -> Metrics:
+        self.peak = peak_bytes(self.device)
+        if self.probe is not None:
+            self.probe(module)
+        return {}
+
+
+def profile_steps(
+    training: Training,
+    batch_size: int,
+    num_steps: int,
+    probe: Callable[[Any], object] | None = None,
+    log_metrics: bool = True,
+) -> StepProfile:
+    """Take so many steps of one batch and measure them; the first ones only warm up. See `ProfiledTrainer`."""
+    device = training.fabric.device
     with tempfile.TemporaryDirectory(prefix="comad-plan-") as folder:
-        quiet = replace(run, out=folder, resume=False, probe_every=0, checkpoint_every=num_steps, wandb=False)
-        reset_peak(fabric.device)
-        start = clock.now()
-        with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody):
-            train(clock.job(), short, replace(quiet, stop_on_collapse=False), fabric)
-        saving = clock.now() - clock.probed
-        checkpoint = sum(file.stat().st_size for file in Path(folder).rglob("step-*.pt"))
-        log = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) - checkpoint
-    steps = clock.steps()
+        reset_peak(device)
+        wait_for(device)
+        start = now()
+        trainer = ProfiledTrainer(training, batch_size, num_steps, folder, probe, log_metrics)
+        with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody), trainer:
+            training.loop(trainer)
+        sizes = {file: file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()}
+    seconds = [after - before for before, after in zip(trainer.begun, trainer.begun[1:], strict=False)]
+    checkpoint = sum(size for file, size in sizes.items() if file.match("step-*.pt"))
     return StepProfile(
-        batch=optim.batch_size,
-        seconds=statistics.fmean(steps[2 if num_steps > 4 else 1 :]),
-        starting=clock.starts[0] - start,
-        logging=statistics.fmean(clock.logs),
-        saving=saving,
-        peak=clock.peak,
-        probe_peak=peak_bytes(fabric.device),
+        batch=batch_size,
+        seconds=statistics.fmean(seconds[2 if num_steps > 4 else 1 :]),
+        starting=trainer.begun[0] - start + trainer.waited_at_first,
+        logging=statistics.fmean(trainer.spent["log"]),
+        saving=trainer.spent["save"][-1],
+        peak=trainer.peak,
         checkpoint=checkpoint,
-        log=log / len(clock.logs),
+        log=(sum(sizes.values()) - checkpoint) / len(trainer.spent["log"]),
     )
 
 
-def count_flops(
-    job: Job, optim: OptimConfig, run: RunConfig, fabric: Fabric, frozen: Sequence[nn.Module]
-) -> tuple[Flops, float]:
-    """FLOPs of one image in one real step, and the seconds that it took, which are too many."""
-    marks, spent = [0.0], [0.0]
-
-    def step(module: nn.Module, batch: Any, progress: float) -> Step:  # log lines compute as well, now and then
-        return Step(job.step(module, batch, progress).loss, dict)
-
+def count_flops(training: Training, batch_size: int, frozen: Sequence[nn.Module]) -> tuple[Flops, float]:
+    """FLOPs of one image in real steps, without those of log lines, and seconds of a step, which are too many."""
+    started, of_frozen = 0.0, 0.0
     counter = FlopCounterMode(display=False)
 
     def before(module: nn.Module, inputs: Any) -> None:
-        marks.append(counter.get_total_flops())
+        nonlocal started
+        started = counter.get_total_flops()
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        spent.append(counter.get_total_flops() - marks[-1])
+        nonlocal of_frozen
+        of_frozen += counter.get_total_flops() - started
 
     handles = [h for n in frozen for h in (n.register_forward_pre_hook(before), n.register_forward_hook(after))]
     try:
         with counter:
-            took = profile_steps(replace(job, step=step), optim, run, fabric, 2)
+            took = profile_steps(training, batch_size, 2, log_metrics=False)
     finally:
         for handle in handles:
             handle.remove()
-    images = 2 * optim.batch_size
-    teachers = sum(spent) / images
-    return Flops(teachers, counter.get_total_flops() / images - teachers), took.seconds
+    images = 2 * batch_size
+    return Flops(of_frozen / images, (counter.get_total_flops() - of_frozen) / images), took.seconds
 
 
-def resized(job: Job, batch_size: int) -> Job:
-    """The same job in batches of another size."""
-    loader = job.batches(0, 1)
-    order = cast(EpochBatches, loader.batch_sampler)
-
-    def batches(first: int, last: int) -> DataLoader:
-        span, fixed = (first, last), order.fixed_views
-        again = EpochBatches(order.num_images, batch_size, order.seed, span, fixed_views=fixed)
-        return training_batches(loader.dataset, again, LoaderConfig(workers=loader.num_workers), loader.collate_fn)
-
-    return replace(job, batches=batches, steps_per_epoch=order.num_images // batch_size)
-
-
-def seconds_per_view(job: Job, count: int = 48) -> float:
+def seconds_per_view(data: TrainingBatches, count: int = 48) -> float:
     """Seconds in which one core reads and changes one image."""
-    dataset, threads = job.batches(0, 1).dataset, torch.get_num_threads()
-    count = min(count, cast(EpochBatches, job.batches(0, 1).batch_sampler).num_images)
+    count, threads = min(count, data.num_images), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return seconds_of(lambda: [dataset[0, i] for i in range(count)]) / count
+        return seconds_of(lambda: [data.dataset[0, i] for i in range(count)]) / count
     finally:
         torch.set_num_threads(threads)
 
@@ -197,49 +240,3 @@ def largest_that_fits(attempt: Callable[[int], object], start: int, stop: int) -
             break
         fits, batch = batch, 2 * batch
     return fits
-
-
-class _Clock:
-    """A job whose steps, log lines and end are noted."""
-
-    def __init__(self, job: Job, device: torch.device, probe: Callable[[Any], None] | None):
-        self.original, self.device, self.then = job, device, probe
-        self.starts: list[float] = []
-        self.logs: list[float] = []
-        self.logged: dict[int, float] = {}
-        self.ended = self.probed = 0.0
-        self.peak = 0
-
-    def now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
-        wait_for(self.device)
-        return now()
-
-    def job(self) -> Job:
-        """The job for the loop."""
-        return replace(self.original, step=self._step, watch=self._watch, probe=self._probe)
-
-    def steps(self) -> list[float]:
-        """Seconds from step to step, log lines left out."""
-        ends = [*self.starts[1:], self.ended]
-        return [b - a - self.logged.get(i, 0.0) for i, (a, b) in enumerate(zip(self.starts, ends, strict=True))]
-
-    def _step(self, module: nn.Module, batch: Any, progress: float) -> Step:
-        self.starts.append(self.now())
-        loss, metrics = self.original.step(module, batch, progress)
-
-        def timed() -> dict[str, Tensor]:
-            self.logs.append(self.now())
-            return metrics()
-
-        return Step(loss, timed)
-
-    def _watch(self, done: int, metrics: Metrics) -> None:
-        self.logs[-1] = self.logged[len(self.starts) - 1] = self.now() - self.logs[-1]
-
-    def _probe(self, module: Any) -> Metrics:
-        self.ended, self.peak = self.now(), peak_bytes(self.device)
-        if self.then is not None:
-            self.then(module)
-        self.probed = self.now()
-        return {}

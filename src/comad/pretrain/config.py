@@ -10,8 +10,9 @@ from comad.pretrain.ibot import Ibot
 from comad.pretrain.mae import Mae
 from comad.pretrain.mocov3 import MoCoV3
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 Method = Mae | MoCoV3 | Ibot
 
@@ -31,8 +32,8 @@ class PretrainConfig:
     """
 
     method: Method = field(default_factory=Mae)
-    data: str = "stamps"
-    init: str | None = None
+    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
+    init: str | None = field(default=None, metadata=COMMON | NO_EFFECT)
     vit: VitConfig = field(default_factory=lambda: VitConfig(image_size=48, patch_size=8, width=192, depth=6, heads=3))
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import tyro
 from lightly.loss import DINOLoss, IBOTPatchLoss
 from lightly.models.modules import DINOProjectionHead
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from comad.data.loader import Batch, Sample
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.models.timm_backbone import TimmBackbone
 from comad.pretrain.momentum import Momentum
-from comad.runtime.train import Step
+from comad.runtime.run import LossAndMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +27,25 @@ class Ibot:
     Args:
         local_crops: small crops seen by the student alone.
         local_size: their side as a share of the global crops' side, rounded to whole patches.
-        global_scale, local_scale: shares of the picture's area.
+        global_scale: smallest and largest share of the image's area in a global crop.
+        local_scale: the same for a local crop.
         prototypes: outputs of the head that class and patch tokens share.
-        hidden_width, bottleneck_width: of the head.
+        hidden_width: hidden units of the head.
+        bottleneck_width: of the head, before the prototypes.
         patch_loss: weight of the masked patch loss; 0 makes it DINO.
         mask_ratio: range of the share of hidden patches in a masked crop.
         masked_share: how many of the global crops are masked.
         student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax, at the start and after ``temperature_warmup`` of the run.
+        teacher_temperature: of the teacher's softmax, at the start and after ``temperature_warmup``.
+        temperature_warmup: share of the run in which the teacher's temperature rises.
         momentum: of the teacher's weights at the start; it rises to 1 along a cosine.
         freeze_head: share of the run in which the head's last layer stays fixed.
-        jitter, grey, blur: augmentation.
+        jitter: strength of brightness, contrast, saturation and hue changes.
+        grey: how often a crop loses its colours.
+        blur: how often a crop is blurred.
     """
 
-    kind: Literal["ibot"] = "ibot"
+    kind: tyro.conf.Suppress[Literal["ibot"]] = "ibot"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     vit_arguments: ClassVar[dict[str, Any]] = {"dynamic_img_size": True}  # local crops have fewer patches
     fixed_positions: ClassVar[bool] = False
@@ -148,7 +154,7 @@ class IbotModel(nn.Module):
         """The momentum teacher, as the official files."""
         return self.teacher
 
-    def forward(self, batch: Batch, progress: float) -> Step:
+    def forward(self, batch: Batch, progress: float) -> LossAndMetrics:
         """One step: L_[CLS] over crops (equation 1) + L_MIM on hidden patches (equation 2)."""
         self.head_is_frozen = progress < self.config.freeze_head
         if self.training:
@@ -173,9 +179,9 @@ class IbotModel(nn.Module):
         with torch.autocast(large.device.type, enabled=False):  # the losses' products in float32
             class_loss = self.class_loss([*target_cls.float().chunk(2)], outputs, teacher_temp=temperature)
             if not self.config.patch_loss:
-                return Step(class_loss, dict)
+                return class_loss, dict
             patch_loss = patches.sum()  # 0 if no patch of the batch is hidden: its mean would spoil the centre for good
             if len(patches):
                 patch_loss = self.patch_loss(target_patches.float(), patches, hidden, teacher_temp=temperature)
         metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
-        return Step(class_loss + self.config.patch_loss * patch_loss, lambda: metrics)
+        return class_loss + self.config.patch_loss * patch_loss, lambda: metrics

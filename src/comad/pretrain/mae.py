@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -14,7 +15,8 @@ from comad.data.transforms import Crop
 from comad.models.backbone import normalised_patches, random_visible, visible_map
 from comad.models.decoder import MaskedDecoder
 from comad.models.timm_backbone import TimmBackbone
-from comad.runtime.train import Step
+from comad.runtime.options import COMMON
+from comad.runtime.run import LossAndMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +25,17 @@ class Mae:
 
     Args:
         mask_ratio: share of hidden patches.
-        decoder_width, decoder_depth, decoder_heads: of the decoder; it is kept beside the teacher, for `g2sd`.
+        decoder_width: of the decoder, which is kept beside the teacher, for `g2sd`.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder.
         crop_scale: of the random resized crop; the only augmentation besides the flip.
     """
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
     fixed_positions: ClassVar[bool] = True
-    kind: Literal["mae"] = "mae"
+    kind: tyro.conf.Suppress[Literal["mae"]] = "mae"
     token_types: ClassVar[tuple[str, ...]] = ("patch",)
-    mask_ratio: float = 0.75
+    mask_ratio: float = field(default=0.75, metadata=COMMON)
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
@@ -73,14 +77,14 @@ class MaeModel(nn.Module):
         """The encoder."""
         return self.backbone
 
-    def forward(self, batch: Batch, progress: float) -> Step:
+    def forward(self, batch: Batch, progress: float) -> LossAndMetrics:
         """One step: squared error to the normalised pixels of the hidden patches (section 3, reconstruction target)."""
         images = batch.views[0].float() / 255
         visible = random_visible(batch.noise, self.num_visible)
         tokens = self.backbone(images, visible)
         prediction = self.decoder(tokens.cls, tokens.patches, visible).float()
         hidden = ~visible_map(visible, len(images), self.backbone.num_patches, images.device)
-        return Step(mae_loss(prediction, images, self.backbone.patch_size, hidden), dict)
+        return mae_loss(prediction, images, self.backbone.patch_size, hidden), dict
 
 
 def mae_loss(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import tyro
 from jaxtyping import Float
 from lightly.models.modules import MoCoProjectionHead
 from lightly.utils.dist import gather, rank, world_size
@@ -17,7 +18,7 @@ from comad.data.loader import Batch, Sample
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.models.timm_backbone import TimmBackbone
 from comad.pretrain.momentum import Momentum
-from comad.runtime.train import Step
+from comad.runtime.run import LossAndMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +28,18 @@ class MoCoV3:
     Args:
         temperature: of InfoNCE.
         momentum: of the momentum encoder at the start; it rises to 1 along a cosine.
-        hidden_width, out_width: of projector and predictor.
+        hidden_width: hidden units of projector and predictor.
+        out_width: outputs of projector and predictor.
         freeze_patches: do not train the patch projection (section 4.1 of the paper).
-        crop_scale, jitter, grey, blur: augmentation.
+        crop_scale: smallest and largest share of the image's area in a view.
+        jitter: strength of brightness, contrast, saturation and hue changes.
+        grey: how often a view loses its colours.
+        blur: how often a view is blurred.
     """
 
     vit_arguments: ClassVar[dict[str, Any]] = {}
     fixed_positions: ClassVar[bool] = True
-    kind: Literal["mocov3"] = "mocov3"
+    kind: tyro.conf.Suppress[Literal["mocov3"]] = "mocov3"
     token_types: ClassVar[tuple[str, ...]] = ("cls", "patch")
     temperature: float = 0.2
     momentum: float = 0.99
@@ -90,7 +95,7 @@ class MoCoV3Model(nn.Module):
         """The encoder, not its momentum copy, as the official files."""
         return self.backbone
 
-    def forward(self, batch: Batch, progress: float) -> Step:
+    def forward(self, batch: Batch, progress: float) -> LossAndMetrics:
         """One step of the symmetrised loss; the momentum encoder moves first (algorithm 1)."""
         if self.training:
             self.momentum.move(progress)
@@ -100,7 +105,7 @@ class MoCoV3Model(nn.Module):
             halves = self.momentum_backbone(images).cls.chunk(2)
             first_key, second_key = (self.momentum_projector(half) for half in halves)
         tau = self.config.temperature
-        return Step(info_nce(first, second_key, tau) + info_nce(second, first_key, tau), dict)
+        return info_nce(first, second_key, tau) + info_nce(second, first_key, tau), dict
 
 
 def info_nce(queries: Float[Tensor, "B out"], keys: Float[Tensor, "B out"], temperature: float) -> Float[Tensor, ""]:

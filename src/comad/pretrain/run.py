@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
-from torch.utils.data import DataLoader
 
 from comad.data.images import Splits, load_images
-from comad.data.loader import Batch, EpochBatches, ViewDataset, training_batches
+from comad.data.loader import TrainingBatches, ViewDataset
 from comad.evaluate.probe import KnnProbe
 from comad.evaluate.scoreboard import Scoreboard, score
 from comad.export.package import ModelCard, export_backbone
@@ -24,11 +21,12 @@ from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.pretrain.config import PretrainConfig, recipe
 from comad.pretrain.mae import MaeModel
 from comad.pretrain.positions import fix_positions
-from comad.runtime.job import identity_of
 from comad.runtime.log import hours_of_training
+from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.recipe import flags, write_recipe
-from comad.runtime.train import Job, Metrics, Step, open_run, start_fabric, train
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job, Trainer
 
 
 def pretrain(config: PretrainConfig) -> Path | None:
@@ -53,13 +51,37 @@ def pretrain(config: PretrainConfig) -> Path | None:
     math_attention_on_cpu(model, fabric.device)
     if fabric.is_global_zero and not config.run.resume:
         write_recipe(config, out / "config.yaml")
-    scored = train(_job(config, splits, model, fabric), config.optim, config.run, fabric)
+    seed, size, images = config.run.seed, config.vit.image_size, splits.train
+    views = ViewDataset(images, config.method.views(size, backbone.num_patches), seed, 2 * size)
+    data = TrainingBatches(views, len(images), images.path, config.optim.batch_size, seed, config.loader)
+    knn = KnnProbe(splits, size)
+    job = Job(
+        module=model,
+        run=config.run,
+        identity={
+            **identity_of(config),
+            "init": start.as_dict() if start else None,
+            "data": images.fingerprint(),
+        },
+        probe=lambda module: knn(module.trained),
+    )
+    with Trainer([job], data, config.optim, fabric) as trainer:
+        train_steps(trainer)
+    scored = trainer.states[0].scored
     if not fabric.is_global_zero:
         return None
     folder = export_teacher(config, splits, scored.trained, out, fabric, start)
     if isinstance(scored, MaeModel):
         save_decoder(scored.decoder, folder)
     return folder
+
+
+def train_steps(trainer: Trainer) -> None:
+    """The training loop: the model of a method computes its loss from the views."""
+    for step in trainer:
+        for batch in step:
+            with step.microbatch(trainer.states[0]) as state:
+                state.backward(*state.module(batch, step.progress))
 
 
 def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
@@ -137,7 +159,7 @@ def export_teacher(
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
-        scores=tuple(asdict(row) for row in board.shared_rows),
+        scores=tuple(board.as_dict()["rows"]),
     )
     return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
 
@@ -147,33 +169,3 @@ def _curve(out: Path) -> Iterator[dict[str, float]]:
     for line in map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines()):
         if "knn" in line:
             yield {"step": line["step"], "validation_knn": round(line["knn"], 1)}
-
-
-def _job(config: PretrainConfig, splits: Splits, model: Any, fabric: Fabric) -> Job:
-    size, batch_size, seed = config.vit.image_size, config.optim.batch_size, config.run.seed
-    backbone: TimmBackbone = model.backbone
-    views = ViewDataset(splits.train, config.method.views(size, backbone.num_patches), seed, 2 * size)
-    probe = KnnProbe(splits, size)
-
-    def batches(first: int, last: int) -> DataLoader:
-        span, share = (first, last), (fabric.global_rank, fabric.world_size)
-        fixed = config.loader.fixed_views
-        order = EpochBatches(len(splits.train), batch_size, seed, span, fixed_views=fixed, share=share)
-        return training_batches(views, order, config.loader)
-
-    def step(module: nn.Module, batch: Batch, progress: float) -> Step:
-        return module(batch, progress)
-
-    def watch(done: int, metrics: Metrics) -> str | None:
-        return None
-
-    return Job(
-        module=model,
-        step=step,
-        batches=batches,
-        steps_per_epoch=config.optim.steps_per_epoch(len(splits.train)),
-        identity=identity_of(config),
-        probe=lambda module: probe(module.trained),
-        watch=watch,
-        name_image=splits.train.path,
-    )

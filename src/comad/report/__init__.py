@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""What people see of a run: a page, figures."""

@@ -1,4 +1,4 @@
-"""Pictures of dense evaluations: answers beside the truth, and the curves of the run."""
+"""Figures of dense evaluations: answers beside the truth, and the curves of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNLABELLED = 255
 
 
 def draw_segmentation(folder: Path) -> list[Path]:
-    """Draw ``predictions.png`` (picture, truth, answer) and ``curves.png`` of a run of `comad evaluate segment`."""
+    """Draw ``predictions.png`` (image, truth, answer) and ``curves.png`` of a run of `comad evaluate segment`."""
     samples = _read(folder)
     maps = [part for name, part in samples.items() if name.startswith(("truth", "answer"))]
     shown = sorted({int(label) for part in maps for label in np.unique(part)} - {UNLABELLED})
@@ -36,7 +36,7 @@ def draw_segmentation(folder: Path) -> list[Path]:
         axes[1].imshow(palette[truth])
         axes[2].imshow(palette[np.where(truth == UNLABELLED, UNLABELLED, answer)])
 
-    figure = _sheet(samples, ("picture", "truth", "answer, where there is a truth"), draw)
+    figure = _sheet(samples, ("image", "truth", "answer, where there is a truth"), draw)
     handles = [Patch(color=palette[label] / 255, label=str(samples["names"][label])) for label in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=7, frameon=False)
     return [_save(figure, folder / "predictions.png"), _curves(folder, ["miou", "aacc"])]
@@ -65,7 +65,7 @@ def _read(folder: Path) -> Samples:
 
 
 def _sheet(samples: Samples, titles: tuple[str, ...], draw: Callable[[list[Axes], int], None]) -> Any:
-    """A row of axes per kept picture, two pictures side by side."""
+    """A row of axes per kept image, two images side by side."""
     count = sum(name.startswith("image") for name in samples)
     rows, columns = -(-count // 2), len(titles)
     size = (4.4 * columns, 2.3 * rows + 0.8)
@@ -82,7 +82,7 @@ def _sheet(samples: Samples, titles: tuple[str, ...], draw: Callable[[list[Axes]
 
 
 def _objects(axis: Axes, image: np.ndarray, boxes: np.ndarray, masks: np.ndarray, words: list[str]) -> None:
-    """A picture with coloured masks, boxes and names on it."""
+    """An image with coloured masks, boxes and names on it."""
     shown, colours = image.astype(np.float64), _palette(max(1, len(masks)))
     for mask, colour in zip(masks, colours, strict=False):
         shown[mask.astype(bool)] = 0.45 * shown[mask.astype(bool)] + 0.55 * colour
@@ -113,7 +113,7 @@ def _curves(folder: Path, keys: list[str]) -> Path:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     draw_lines(axes[0], log, ["loss"], "loss")
     draw_lines(axes[1], log, ["lr"], "learning rate")
-    draw_lines(axes[2], log, keys, "first validation pictures, %")
+    draw_lines(axes[2], log, keys, "first validation images, %")
     return _save(figure, folder / "curves.png")
 
 

@@ -1,4 +1,4 @@
-"""Pictures: curves and scoreboard of a run, differences of a comparison."""
+"""Figures: curves and scoreboard of a run, differences of a comparison."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def comparison_figure(folder: Path) -> Path:
     """
     table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     rows = table["rows"][::-1]
-    titles = {"knn": "kNN", "linear": "linear probe", "finetune": "fine-tuned"}
+    titles = {name: title for name, title in table["scores"].items() if not name.endswith("_coarse")}
     names = [name for name in titles if any(row[f"{name}_interval"] for row in rows)]
     size = (2 + 4 * max(1, len(names)), 1.3 + 0.32 * len(rows))
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=size, sharey=True, squeeze=False, layout="constrained")

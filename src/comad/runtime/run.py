@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from comad.runtime.checkpoint import checkpoints
 from comad.runtime.log import truncate_log
 from comad.runtime.options import COMMON, NO_EFFECT
 
 Metrics = Mapping[str, Any]
+LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
+"""Of a forward pass; the metrics are computed only for steps that are logged."""
 
 
 class Interrupted(KeyboardInterrupt):

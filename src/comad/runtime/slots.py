@@ -75,7 +75,7 @@ class Slot(ABC):
         if not isinstance(value, str | Mapping):
             raise ValueError(f"{value!r} is no {cls.slot}; give a name, or a name and options.")
         options = {"name": value} if isinstance(value, str) else dict(value)
-        member = type(cls.choose(str(options.pop("name", cls.default))))
+        member: type[Slot] = type(cls.choose(str(options.pop("name", cls.default))))
         known = ["name", *(field.name for field in fields(member))]
         if unknown := sorted(map(str, options.keys() - set(known))):
             raise ValueError(f"unknown key {unknown[0]!r}; {hint(unknown[0], known)}")

@@ -37,7 +37,7 @@ def test_a_run_scores_draws_and_goes_on_after_a_stop(command, capfd):
     assert main([*command, "--run.out=whole", "--figures"]) == 0
     told = capfd.readouterr().out
     scores = json.loads(Path("whole/scores.json").read_text())
-    assert f"box   AP {scores['box']['ap']:.2f}" in told and len(scores["mask"]) == 12 and scores["pictures"] == 4
+    assert f"box   AP {scores['box']['ap']:.2f}" in told and len(scores["mask"]) == 12 and scores["images"] == 4
     assert Path("whole/predictions.png").stat().st_size > 10_000 and Path("whole/curves.png").is_file()
     log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
     assert "loss_objectness" in log[0] and any("box_ap" in line for line in log)
@@ -66,9 +66,9 @@ def test_faults_in_the_files_are_counted_and_told(command, dense_folder, tmp_pat
     command[3] = f"--data={copy}"
     assert main([*command, "--run.out=run", "--detector.kind=plain"]) == 0
     told = capfd.readouterr().err
-    assert "1 objects with a box outside the picture are left out" in told and "1 pictures are not in" in told
+    assert "1 objects with a box outside the image are left out" in told and "1 images are not in" in told
     skipped = json.loads(Path("run/scores.json").read_text())["skipped"]
-    assert skipped == {"objects": {"with a box outside the picture": 1}, "pictures": 1}
+    assert skipped == {"objects": {"with a box outside the image": 1}, "images": 1}
 
 
 def test_mistakes_are_told_in_one_line(capfd, command, teacher_specs):

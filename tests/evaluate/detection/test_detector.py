@@ -5,7 +5,7 @@ from torchvision.ops import box_iou
 from comad.data.dense import targets_of
 from comad.evaluate.detection.cascade import BoxStage, CascadeHeads
 from comad.evaluate.detection.config import DetectorConfig
-from comad.evaluate.detection.detector import Detector, detect_in_picture
+from comad.evaluate.detection.detector import Detector, detect_in_image
 from comad.models.maps import load_maps
 
 SMALL = DetectorConfig(channels=16, num_convs=(0, 1), hidden=32, anchor=4, proposals=(40, 20), regions=16, detections=5)
@@ -33,12 +33,12 @@ def detector(request, teacher_specs):
 def test_a_loss_for_each_stage_and_a_gradient_for_each_weight(detector):
     torch.manual_seed(0)
     result = detector.train()(*scene())
-    names = {name for name in result.metrics() if name.startswith("loss_class")}
+    names = {name for name in result[1]() if name.startswith("loss_class")}
     stages = len(detector.heads.stages)
     assert names == {f"loss_class_{number}" for number in range(stages)} and stages in (1, 3)
     detector.zero_grad()
-    result.loss.backward()
-    assert torch.isfinite(result.loss)
+    result[0].backward()
+    assert torch.isfinite(result[0])
     assert [name for name, weight in detector.named_parameters() if weight.grad is None] == []
 
 
@@ -46,18 +46,18 @@ def test_a_batch_without_any_object_trains(detector):
     images, _ = scene()
     result = detector.train()(images, [NOTHING, NOTHING])
     detector.zero_grad()
-    result.loss.backward()
-    assert torch.isfinite(result.loss) and result.metrics()["loss_mask"] == 0
+    result[0].backward()
+    assert torch.isfinite(result[0]) and result[1]()["loss_mask"] == 0
     assert [name for name, weight in detector.named_parameters() if weight.grad is None] == []
 
 
 @pytest.mark.parametrize("size", [(64, 64), (30, 90), (101, 50)])
-def test_answers_lie_within_the_picture(detector, size):
+def test_answers_lie_within_the_image(detector, size):
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     for stage in detector.heads.stages:
         stage.score_thresh = 0.0
-    found = detect_in_picture(detector.eval(), image, 64)
+    found = detect_in_image(detector.eval(), image, 64)
     boxes = found["boxes"]
     assert 0 < len(boxes) <= 5 and found["masks"].shape == (len(boxes), *size) and found["masks"].dtype == torch.bool
     assert (boxes >= 0).all() and (boxes[:, 2] <= size[1] + 1e-3).all() and (boxes[:, 3] <= size[0] + 1e-3).all()
@@ -73,7 +73,7 @@ def test_answers_lie_within_the_picture(detector, size):
 def test_nothing_found_is_an_answer(detector):
     for stage in detector.heads.stages:
         stage.score_thresh = 1.1
-    found = detect_in_picture(detector.eval(), torch.zeros(3, 20, 30, dtype=torch.uint8), 64)
+    found = detect_in_image(detector.eval(), torch.zeros(3, 20, 30, dtype=torch.uint8), 64)
     assert found["boxes"].shape == (0, 4) and found["masks"].shape == (0, 20, 30)
     for stage in detector.heads.stages:
         stage.score_thresh = 0.05
@@ -122,7 +122,7 @@ def test_the_class_is_by_the_mean_of_the_stages():
 
 
 @pytest.mark.slow
-def test_it_can_learn_a_picture_by_heart(teacher_specs):
+def test_it_can_learn_an_image_by_heart(teacher_specs):
     torch.manual_seed(0)
     maps, _ = load_maps(teacher_specs[0], 64)
     model = Detector(maps, 3, SMALL)
@@ -130,9 +130,9 @@ def test_it_can_learn_a_picture_by_heart(teacher_specs):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(200):
         optimizer.zero_grad()
-        model(images, targets).loss.backward()
+        model(images, targets)[0].backward()
         optimizer.step()
-    found = detect_in_picture(model.eval(), images[0], 64)
+    found = detect_in_image(model.eval(), images[0], 64)
     assert box_iou(targets[0]["boxes"], found["boxes"]).max(dim=1).values.min() > 0.7
     assert sorted(found["labels"][found["scores"] > 0.5].unique().tolist()) == [1, 3]
-    assert len(detect_in_picture(model, images[1], 64)["boxes"]) == 0
+    assert len(detect_in_image(model, images[1], 64)["boxes"]) == 0

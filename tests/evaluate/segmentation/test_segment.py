@@ -1,11 +1,13 @@
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from comad.cli import main
 from comad.data.ade20k import load_ade20k
@@ -38,8 +40,8 @@ def test_a_run_scores_and_draws(command, dense_folder, capfd):
     assert main([*command, "--run.out=run", "--figures"]) == 0
     told = capfd.readouterr().out
     scores = json.loads(Path("run/scores.json").read_text())
-    assert f"mIoU {scores['miou']:.2f} %" in told and scores["pictures"] == 4 and len(scores["iou"]) == 37
-    assert scores["absent"] and "have no pixel" in told  # four pictures do not show 37 classes
+    assert f"mIoU {scores['miou']:.2f} %" in told and scores["images"] == 4 and len(scores["iou"]) == 37
+    assert scores["absent"] and "have no pixel" in told  # four images do not show 37 classes
     counts = np.load("run/counts.npz")["counts"]
     images = load_ade20k(str(dense_folder)).validation
     labelled = [int((images.load(index)[1] != 255).sum()) for index in range(4)]
@@ -60,6 +62,14 @@ def test_a_stopped_run_goes_on_to_the_same_scores(command, capfd):
     capfd.readouterr()
     assert "already" in failure(capfd, *command, "--run.out=part")
     assert "channels: 16 → 32" in failure(capfd, *command, "--run.out=part", "--run.resume", "--channels=32")
+
+
+def test_a_training_label_map_with_colours_is_told_before_anything_is_written(command, dense_folder, capfd, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "copy")
+    path = load_ade20k(str(folder)).train.label_path(3)
+    Image.open(path).convert("RGB").save(path)
+    told = failure(capfd, *command, f"--data={folder}", "--run.out=run")
+    assert f"{path}: a label map of mode RGB; save one channel" in told and not Path("run").exists()
 
 
 def test_a_linear_head_and_a_recorded_recipe(command):

@@ -67,7 +67,7 @@ def test_equal_to_torchmetrics():
 
 
 def test_the_whole_data_set_is_added_up_before_dividing():
-    """One large picture, all right; a small one, all wrong: not the mean of 1 and 0."""
+    """One large image, all right; a small one, all wrong: not the mean of 1 and 0."""
     large = torch.zeros(9, 10, dtype=torch.uint8)
     small = torch.zeros(1, 10, dtype=torch.uint8)
     found = scores([(large, large), (small + 1, small)])
@@ -82,5 +82,5 @@ def test_a_class_that_is_answered_but_never_true_counts_as_0():
 
 def test_no_labelled_pixel_is_an_error():
     nothing = torch.full((2, 2), 255, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="no pixel of the validation pictures has a class"):
+    with pytest.raises(ValueError, match="no pixel of the validation images has a class"):
         scores([(nothing * 0, nothing)])

@@ -6,7 +6,7 @@ from torch import nn
 
 from comad.data.ade20k import IGNORED
 from comad.evaluate.segmentation.heads import LinearHead, UPerHead
-from comad.evaluate.segmentation.segmenter import Segmenter, _starts, segment_picture
+from comad.evaluate.segmentation.segmenter import Segmenter, _starts, segment_image
 from comad.models.maps import load_maps
 
 
@@ -33,7 +33,7 @@ def test_upernet_answers_at_its_finest_level(widths, strides):
 
 def test_every_weight_learns_at_batch_1(segmenter):
     segmenter.train().zero_grad()
-    segmenter(*batch(1)).loss.backward()
+    segmenter(*batch(1))[0].backward()
     assert [name for name, weight in segmenter.named_parameters() if weight.grad is None] == []
 
 
@@ -44,12 +44,12 @@ def test_the_loss_ignores_pixels_without_a_class(segmenter):
     half[:, 16:] = IGNORED
     scores = segmenter.scores(images.float() / 255)
     expected = nn.functional.cross_entropy(scores[:, :, :16], classes[:, :16].long())
-    assert torch.allclose(segmenter(images, half).metrics()["loss_main"], expected, atol=1e-5)
+    assert torch.allclose(segmenter(images, half)[1]()["loss_main"], expected, atol=1e-5)
     nothing = segmenter(images, torch.full_like(classes, IGNORED))
-    assert nothing.loss == 0 and nothing.metrics()["pixel_accuracy"] == 0
+    assert nothing[0] == 0 and nothing[1]()["pixel_accuracy"] == 0
 
 
-def test_it_can_learn_a_picture_by_heart(teacher_specs):
+def test_it_can_learn_an_image_by_heart(teacher_specs):
     torch.manual_seed(0)
     maps, _ = load_maps(teacher_specs[0], 32)
     model = Segmenter(maps, 5, 16, 0.4)
@@ -59,9 +59,9 @@ def test_it_can_learn_a_picture_by_heart(teacher_specs):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
-        model(images, classes).loss.backward()
+        model(images, classes)[0].backward()
         optimizer.step()
-    answer = segment_picture(model.eval(), images[0], 32, 32, 32)
+    answer = segment_image(model.eval(), images[0], 32, 32, 32)
     assert (answer == classes[0]).float().mean() > 0.9
 
 
@@ -74,16 +74,16 @@ def test_windows_cover_the_side_and_end_with_it():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 45), (70, 33), (9, 9)])
-def test_answers_have_the_size_of_the_picture(segmenter, size):
+def test_answers_have_the_size_of_the_image(segmenter, size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-    answer = segment_picture(segmenter.eval(), image, 32, 32, 24)
+    answer = segment_image(segmenter.eval(), image, 32, 32, 24)
     assert answer.shape == size and answer.dtype == torch.uint8 and answer.max() < 5
 
 
 def test_one_window_is_the_plain_answer(segmenter):
     image = batch(1)[0][0]
     plain = segmenter.eval().scores(image[None].float() / 255)[0].argmax(dim=0)
-    assert (segment_picture(segmenter, image, 32, 32, 24) == plain).float().mean() > 0.999
+    assert (segment_image(segmenter, image, 32, 32, 24) == plain).float().mean() > 0.999
 
 
 def test_windows_are_averaged(teacher_specs):
@@ -92,7 +92,7 @@ def test_windows_are_averaged(teacher_specs):
     model = Segmenter(maps, 2, 0, 0.0).eval()
     ramp = torch.linspace(0, 1, 32).expand(32, 32)
     model.scores = lambda images: torch.stack([ramp, torch.full_like(ramp, 0.5)]).expand(len(images), -1, -1, -1)
-    answer = segment_picture(model, torch.zeros(3, 32, 48, dtype=torch.uint8), 32, 32, 16)
+    answer = segment_image(model, torch.zeros(3, 32, 48, dtype=torch.uint8), 32, 32, 16)
     x = torch.arange(48)
     mean = torch.where(x < 16, x / 31, torch.where(x < 32, (x / 31 + (x - 16) / 31) / 2, (x - 16) / 31))
     assert torch.equal(answer[0] == 0, mean > 0.5)
@@ -104,4 +104,4 @@ def test_a_linear_head_trains_nothing_else(teacher_specs):
     assert isinstance(model.head, LinearHead) and model.auxiliary is None
     trainable = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trainable == ["head.classify.weight", "head.classify.bias"]
-    model(*batch()).loss.backward()
+    model(*batch())[0].backward()

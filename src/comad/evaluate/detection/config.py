@@ -7,8 +7,9 @@ from typing import Literal
 
 from comad.data.loader import LoaderConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +52,25 @@ class DetectConfig:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
         data: a folder in the format of COCO 2017.
         detector: its sizes.
-        image_size: pixels on the side of training views, and on the longer side of pictures in the test.
-        scale: smallest and largest longer side of a picture in training, as a share of ``image_size``.
+        image_size: pixels on the side of training views, and on the longer side of images in the test.
+        scale: smallest and largest longer side of an image in training, as a share of ``image_size``.
         window: patches on the side of the windows that most blocks attend within; 0: all see the whole image.
         drop_path: stochastic depth of the backbone's last block.
         layer_decay: learning rate of a block of the backbone as a share of the next one's; the heads have all of it.
-        loader: how pictures are read.
+        loader: how images are read.
         optim: the optimiser and how long it runs.
         run: where the run lives.
         figures: draw boxes and masks beside the truth, and the run's curves.
     """
 
-    backbone: str
-    data: str
+    backbone: str = field(metadata=COMMON | NO_EFFECT)
+    data: str = field(metadata=COMMON | NO_EFFECT)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
-    image_size: int = 1024
+    image_size: int = field(default=1024, metadata=COMMON)
     scale: tuple[float, float] = (0.1, 2.0)
     window: int = 14
     drop_path: float = 0.1
-    layer_decay: float = 0.7
+    layer_decay: float = field(default=0.7, metadata=COMMON)
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(workers=4))
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -88,7 +89,7 @@ class DetectConfig:
             out="runs/detect", log_every=50, probe_every=10000, checkpoint_every=2000, keep=1
         )
     )
-    figures: bool = False
+    figures: bool = field(default=False, metadata=COMMON | NO_EFFECT)
 
 
 COCO = DetectConfig(backbone="", data="")
@@ -123,7 +124,7 @@ SCENES = replace(
     ),
     run=replace(COCO.run, log_every=50, probe_every=600, checkpoint_every=300, threads=1),
 )
-"""For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
+"""For the images of `comad data scenes`: minutes on one CPU core for a small student."""
 
 RECIPES = {"coco": COCO, "scenes": SCENES}
 

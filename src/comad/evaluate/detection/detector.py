@@ -18,7 +18,7 @@ from comad.evaluate.detection.cascade import CascadeHeads
 from comad.evaluate.detection.config import DetectorConfig
 from comad.models.maps import FeatureMaps
 from comad.models.pyramid import STRIDES, SimplePyramid
-from comad.runtime.train import Step
+from comad.runtime.run import LossAndMetrics
 
 RATIOS = (0.5, 1.0, 2.0)
 
@@ -51,7 +51,7 @@ class Detector(nn.Module):
         )
         self.heads = CascadeHeads(config, num_classes + 1)
 
-    def forward(self, images: UInt8[Tensor, "B 3 H W"], targets: list[dict[str, Tensor]]) -> Step:
+    def forward(self, images: UInt8[Tensor, "B 3 H W"], targets: list[dict[str, Tensor]]) -> LossAndMetrics:
         """The sum of all losses, in training mode.
 
         Args:
@@ -62,10 +62,10 @@ class Detector(nn.Module):
         levels, proposals, losses = self._propose(images.float() / 255, shapes, targets)
         losses |= self.heads.losses(levels, proposals, shapes, targets)
         total = torch.stack(list(losses.values())).sum()
-        return Step(total, lambda: {name: value.detach() for name, value in losses.items()})
+        return total, lambda: {name: value.detach() for name, value in losses.items()}
 
     def detect(self, images: Float[Tensor, "B 3 H W"], shapes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections in views in [0, 1], in eval mode, within the part of each view that its picture fills."""
+        """Detections in views in [0, 1], in eval mode, within the part of each view that its image fills."""
         levels, proposals, _ = self._propose(images, shapes, None)
         return self.heads.detect(levels, proposals, shapes)
 
@@ -83,11 +83,11 @@ class Detector(nn.Module):
 
 
 @torch.inference_mode()
-def detect_in_picture(detector: Detector, image: UInt8[Tensor, "3 h w"], image_size: int) -> dict[str, Tensor]:
-    """What a detector in eval mode finds in a picture whose longer side is brought to ``image_size`` pixels.
+def detect_in_image(detector: Detector, image: UInt8[Tensor, "3 h w"], image_size: int) -> dict[str, Tensor]:
+    """What a detector in eval mode finds in an image whose longer side is brought to ``image_size`` pixels.
 
     Returns:
-        On the CPU ``boxes`` (k, 4) in pixels of the picture as left, top, right, bottom, ``labels`` (k,) from 1 on,
+        On the CPU ``boxes`` (k, 4) in pixels of the image as left, top, right, bottom, ``labels`` (k,) from 1 on,
         ``scores`` (k,) and ``masks``, bool (k, h, w).
     """
     device = detector.maps.pixel_mean.device

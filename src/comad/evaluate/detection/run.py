@@ -1,4 +1,4 @@
-"""The verb `comad evaluate detect`: train a detector on a backbone and score it on the validation pictures."""
+"""The verb `comad evaluate detect`: train a detector on a backbone and score it on the validation images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
-from comad.evaluate.dense import PROBED, dense_job, sampled, tell, write_json
+from comad.data.loader import TrainingBatches
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
 from comad.evaluate.detection.config import DetectConfig
-from comad.evaluate.detection.detector import Detector, detect_in_picture
+from comad.evaluate.detection.detector import Detector, detect_in_image
 from comad.evaluate.detection.scores import DetectionScore, as_results, score_results
 from comad.evaluate.features import evaluating
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, open_run, start_fabric, train
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job
 
 SURE, LIKELIEST = 0.5, 3
 
@@ -42,17 +44,17 @@ def detect(config: DetectConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
-    job, splits, card = prepare(config, fabric)
+    job, data, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero:
-        _tell_skipped(splits)
+        tell(splits.summary().text)
         if not config.run.resume:
             write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
+    trained = train_dense(job, data, config.optim, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
 
 
-def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits, TeacherCard]:
+def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, DetectionSplits, TeacherCard]:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -60,7 +62,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
     """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_coco(config.data)
-    splits.validation.check_pictures()
+    splits.validation.check_images()
     model, card = build(config, len(splits.class_names))
     math_attention_on_cpu(model, fabric.device)
     dataset = DenseDataset(splits.train, DetectionView(size=config.image_size, scale=config.scale), config.run.seed)
@@ -69,7 +71,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, DetectionSplits,
         score, _ = score_detector(module, splits.validation, config, limit=PROBED)
         return {"box_ap": score.box["ap"], "mask_ap": score.mask["ap"]}
 
-    return dense_job(config, model, dataset, fabric, card, probe), splits, card
+    return *dense_job(config, model, dataset, card, probe), splits, card
 
 
 def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard]:
@@ -84,30 +86,22 @@ def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard
 def score_detector(
     module: Detector, images: DetectionImages, config: DetectConfig, limit: int | None = None
 ) -> tuple[DetectionScore, list[dict[str, Any]]]:
-    """Scores and results on the first ``limit`` pictures, all if None."""
+    """Scores and results on the first ``limit`` images, all if None."""
     results, count = [], min(len(images), limit or len(images))
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
-        pictures = in_order(images.load_picture, count, config.loader.num_workers)
-        for image, listed in zip(pictures, images.pictures, strict=False):
-            results += as_results(detect_in_picture(module, image, config.image_size), listed.id, images.categories)
-    return score_results(images, results, [picture.id for picture in images.pictures[:count]]), results
-
-
-def _tell_skipped(splits: DetectionSplits) -> None:
-    """Say what of the files is not used."""
-    for images in (splits.train, splits.validation):
-        for reason, count in images.skipped.items():
-            tell(f"{images.annotations.name}: {count} objects {reason} are left out of training; correct the file.")
-        if images.missing:
-            tell(f"{len(images.missing)} pictures are not in {images.folder}, such as {images.missing[0]}; left out.")
+        loaded = in_order(images.load_image, count, config.loader.num_workers)
+        for image, record in zip(loaded, images.records, strict=False):
+            results += as_results(detect_in_image(module, image, config.image_size), record.id, images.categories)
+    return score_results(images, results, [record.id for record in images.records[:count]]), results
 
 
 def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path, card: TeacherCard) -> str:
-    """Score the trained network on all validation pictures."""
+    """Score the trained network on all validation images."""
     images = splits.validation
     score, results = score_detector(module, images, config)
-    skipped = {"objects": dict(splits.train.skipped), "pictures": len(splits.train.missing)}
-    facts = {"backbone": card.name, "detector": config.detector.kind, "pictures": len(images), "skipped": skipped}
+    skipped = {"objects": dict(splits.train.skipped), "images": len(splits.train.missing)}
+    facts = {"backbone": card.name, "detector": config.detector.kind, "images": len(images), "skipped": skipped}
+    facts["data"] = splits.summary().facts
     write_json(out / "scores.json", {**facts, **score.as_dict()})
     (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
     _save_samples(config, splits, module, out)
@@ -115,17 +109,17 @@ def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, out
     for kind, values in score.as_dict().items():
         numbers = "  ".join(f"{name.upper().replace('_', ' ')} {values[name]:.2f}" for name in list(values)[:6])
         lines.append(f"{kind:4}  {numbers}")
-    return "\n".join([*lines, f"on {len(images)} pictures, in percent; all twelve numbers: {out}/scores.json"])
+    return "\n".join([*lines, f"on {len(images)} images, in percent; all twelve numbers: {out}/scores.json"])
 
 
 def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path) -> None:
-    """Keep some pictures with their objects and what was found, for figures."""
+    """Keep some images with their objects and what was found, for figures."""
     arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
     images = splits.validation
     with evaluating(module):
         for number, index in enumerate(sampled(len(images))):
             image, (masks, labels) = images.load(index)
-            found = detect_in_picture(module, image, config.image_size)
+            found = detect_in_image(module, image, config.image_size)
             arrays[f"image{number}"] = image.numpy()
             for name, part in _parts(masks, labels, found):
                 arrays[f"{name}{number}"] = part.numpy()
@@ -133,7 +127,7 @@ def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detecto
 
 
 def shown(scores: Float[Tensor, " k"]) -> Tensor:
-    """Pick the detections of a picture that figures show: those of .5 and more, else the best three."""
+    """Pick the detections of an image that figures show: those of .5 and more, else the best three."""
     sure = scores >= SURE
     return sure if sure.any() else scores.argsort(descending=True)[:LIKELIEST]
 

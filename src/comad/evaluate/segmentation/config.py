@@ -7,8 +7,9 @@ from typing import Literal
 
 from comad.data.loader import LoaderConfig
 from comad.runtime.optim import OptimConfig
+from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
-from comad.runtime.train import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,28 +23,28 @@ class SegmentConfig:
         channels: of UPerNet's maps.
         auxiliary: weight of the loss of the auxiliary head, which sees the third map.
         crop: pixels on the side of training views and of the test's windows.
-        short_side: pixels on the shorter side of pictures, in the test and before the jitter of scale.
+        short_side: pixels on the shorter side of images, in the test and before the jitter of scale.
         scale: smallest and largest factor of that jitter.
         stride: pixels from one window of the test to the next.
         drop_path: stochastic depth of the backbone's last block.
         layer_decay: learning rate of a block of the backbone as a share of the next one's; the heads have all of it.
-        loader: how pictures are read.
+        loader: how images are read.
         optim: the optimiser and how long it runs.
         run: where the run lives.
         figures: draw predictions beside the truth, and the run's curves.
     """
 
-    backbone: str
-    data: str
-    head: Literal["upernet", "linear"] = "upernet"
+    backbone: str = field(metadata=COMMON | NO_EFFECT)
+    data: str = field(metadata=COMMON | NO_EFFECT)
+    head: Literal["upernet", "linear"] = field(default="upernet", metadata=COMMON)
     channels: int = 512
     auxiliary: float = 0.4
-    crop: int = 512
-    short_side: int = 512
+    crop: int = field(default=512, metadata=COMMON)
+    short_side: int = field(default=512, metadata=COMMON)
     scale: tuple[float, float] = (0.5, 2.0)
-    stride: int = 341
+    stride: int = field(default=341, metadata=COMMON)
     drop_path: float = 0.1
-    layer_decay: float = 0.65
+    layer_decay: float = field(default=0.65, metadata=COMMON)
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(workers=4))
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
@@ -61,7 +62,7 @@ class SegmentConfig:
             out="runs/segment", log_every=50, probe_every=16000, checkpoint_every=4000, keep=1
         )
     )
-    figures: bool = False
+    figures: bool = field(default=False, metadata=COMMON | NO_EFFECT)
 
 
 ADE20K = SegmentConfig(backbone="", data="")
@@ -81,7 +82,7 @@ SCENES = replace(
     optim=replace(ADE20K.optim, epochs=12.0, batch_size=32, base_lr=8e-3, warmup_epochs=0.3, clip=1.0),
     run=replace(ADE20K.run, log_every=25, probe_every=300, checkpoint_every=300, threads=1),
 )
-"""For the pictures of `comad data scenes`: minutes on one CPU core for a small student."""
+"""For the images of `comad data scenes`: minutes on one CPU core for a small student."""
 
 LINEAR = OptimConfig(epochs=40.0, batch_size=16, base_lr=1.6e-2, warmup_epochs=1.0, schedule="poly", clip=0.0)
 """A linear head learns faster, and all of it alike."""

@@ -1,4 +1,4 @@
-"""The verb `comad evaluate segment`: train a head on a backbone and score it on the validation pictures."""
+"""The verb `comad evaluate segment`: train a head on a backbone and score it on the validation images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.evaluate.dense import PROBED, dense_job, sampled, write_json
+from comad.data.loader import TrainingBatches
+from comad.evaluate.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
 from comad.evaluate.features import evaluating
 from comad.evaluate.segmentation.config import SegmentConfig
 from comad.evaluate.segmentation.scores import count_pixels, score_counts
-from comad.evaluate.segmentation.segmenter import Segmenter, segment_picture
+from comad.evaluate.segmentation.segmenter import Segmenter, segment_image
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.recipe import write_recipe
-from comad.runtime.train import Job, open_run, start_fabric, train
+from comad.runtime.run import open_run, start_fabric
+from comad.runtime.trainer import Job
 
 
 def segment(config: SegmentConfig) -> str:
@@ -38,15 +40,16 @@ def segment(config: SegmentConfig) -> str:
         Interrupted: a signal came; a checkpoint is written.
     """
     fabric = start_fabric(config.run)
-    job, splits, card = prepare(config, fabric)
+    job, data, splits, card = prepare(config, fabric)
     out = open_run(config.run, fabric)
     if fabric.is_global_zero and not config.run.resume:
+        tell(splits.summary().text)
         write_recipe(config, out / "config.yaml")
-    trained = train(job, config.optim, config.run, fabric)
+    trained = train_dense(job, data, config.optim, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
 
 
-def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSplits, TeacherCard]:
+def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, SegmentationSplits, TeacherCard]:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -54,7 +57,8 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
     """
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_ade20k(config.data)
-    splits.validation.check_pictures()
+    splits.validation.check_images()
+    splits.train.check_label_maps()
     model, card = build(config, len(splits.class_names))
     math_attention_on_cpu(model, fabric.device)
     view = SegmentationView(crop=config.crop, short_side=config.short_side, scale=config.scale)
@@ -65,7 +69,7 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, SegmentationSpl
         scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
         return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
 
-    return dense_job(config, model, dataset, fabric, card, probe), splits, card
+    return *dense_job(config, model, dataset, card, probe), splits, card
 
 
 def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:
@@ -80,40 +84,47 @@ def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCa
 def count_answers(
     module: Segmenter, images: SegmentationImages, config: SegmentConfig, limit: int | None = None
 ) -> Int[Tensor, "n 3 C"]:
-    """Count the pixels of the first ``limit`` pictures, all if None; see `count_pixels`."""
+    """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
         for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
-            answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
+            answer = segment_image(module, image, config.short_side, config.crop, config.stride)
             counts.append(count_pixels(answer, truth, images.num_classes))
     return torch.stack(counts)
 
 
 def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path, card: TeacherCard) -> str:
-    """Score the trained network on all validation pictures."""
+    """Score the trained network on all validation images."""
     counts = count_answers(module, splits.validation, config)
     score = score_counts(counts, splits.class_names)
     truth = counts[:, 2].sum(dim=0)
     absent = [name for name, pixels in zip(splits.class_names, truth, strict=True) if not pixels]
-    pictures = len(splits.validation)
+    images = len(splits.validation)
     write_json(
         out / "scores.json",
-        {"backbone": card.name, "head": config.head, "pictures": pictures, "absent": absent, **score.as_dict()},
+        {
+            "backbone": card.name,
+            "head": config.head,
+            "images": images,
+            "absent": absent,
+            **score.as_dict(),
+            "data": splits.summary().facts,
+        },
     )
     np.savez_compressed(out / "counts.npz", counts=counts.numpy().astype(np.int32))
     _save_samples(config, splits, module, out)
-    note = f"\n{len(absent)} classes have no pixel in the validation pictures: {', '.join(absent)}." if absent else ""
-    return f"{card.summary()}\nmIoU {score.miou:.2f} %  aAcc {score.aacc:.2f} %  on {pictures} pictures{note}"
+    note = f"\n{len(absent)} classes have no pixel in the validation images: {', '.join(absent)}." if absent else ""
+    return f"{card.summary()}\nmIoU {score.miou:.2f} %  aAcc {score.aacc:.2f} %  on {images} images{note}"
 
 
 def _save_samples(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path) -> None:
-    """Keep some pictures with truth and answer, for figures."""
+    """Keep some images with truth and answer, for figures."""
     arrays: dict[str, Any] = {"names": np.array(splits.class_names)}
     images = splits.validation
     with evaluating(module):
         for number, index in enumerate(sampled(len(images))):
             image, truth = images.load(index)
-            answer = segment_picture(module, image, config.short_side, config.crop, config.stride)
+            answer = segment_image(module, image, config.short_side, config.crop, config.stride)
             arrays |= {
                 f"image{number}": image.numpy(),
                 f"truth{number}": truth.numpy(),

@@ -31,7 +31,7 @@ class SegmentationScore(NamedTuple):
 
 
 def count_pixels(answer: UInt8[Tensor, "h w"], truth: UInt8[Tensor, "h w"], num_classes: int) -> Int[Tensor, "3 C"]:
-    """Of the labelled pixels of one picture, per class: named rightly, named so, truly so."""
+    """Of the labelled pixels of one image, per class: named rightly, named so, truly so."""
     known = truth != IGNORED
     answer, truth = answer[known], truth[known]
     parts = (truth[answer == truth], answer, truth)
@@ -39,14 +39,14 @@ def count_pixels(answer: UInt8[Tensor, "h w"], truth: UInt8[Tensor, "h w"], num_
 
 
 def score_counts(counts: Int[Tensor, "n 3 C"], names: Sequence[str]) -> SegmentationScore:
-    """Scores from the counts of n pictures, added up before anything is divided.
+    """Scores from the counts of n images, added up before anything is divided.
 
     Raises:
         ValueError: no pixel has a class.
     """
     right, answer, truth = counts.sum(dim=0).double()
     if not truth.sum():
-        raise ValueError("no pixel of the validation pictures has a class; check the label maps, where 0 is ignored.")
+        raise ValueError("no pixel of the validation images has a class; check the label maps, where 0 is ignored.")
     union = answer + truth - right
     iou = [float(100 * r / u) if u else None for r, u in zip(right, union, strict=True)]
     occurring = [value for value in iou if value is not None]

@@ -1,4 +1,4 @@
-"""A backbone with a segmentation head: its loss, and its answer for a whole picture by a sliding window."""
+"""A backbone with a segmentation head: its loss, and its answer for a whole image by a sliding window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comad.data.ade20k import IGNORED
 from comad.data.dense import GREY
 from comad.evaluate.segmentation.heads import ConvHead, LinearHead, UPerHead
 from comad.models.maps import FeatureMaps
-from comad.runtime.train import Step
+from comad.runtime.run import LossAndMetrics
 
 WINDOWS_AT_ONCE = 8
 
@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
             ConvHead(maps.widths[2], max(16, channels // 2), num_classes) if self.auxiliary_weight else None
         )
 
-    def forward(self, images: UInt8[Tensor, "B 3 H W"], classes: UInt8[Tensor, "B H W"]) -> Step:
+    def forward(self, images: UInt8[Tensor, "B 3 H W"], classes: UInt8[Tensor, "B H W"]) -> LossAndMetrics:
         """Cross-entropy over the pixels that have a class, 0 if none has, and the share of them named rightly."""
         maps = self.maps(images.float() / 255)
         scores = self._enlarged(self.head(maps), images)
@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
             right = (scores.argmax(dim=1) == classes) & known
             return {"loss_main": main.detach(), "pixel_accuracy": 100 * right.sum() / known.sum().clamp_min(1)}
 
-        return Step(loss, metrics)
+        return loss, metrics
 
     def scores(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C H W"]:
         """Class scores for views in [0, 1] of the size that the backbone was loaded for."""
@@ -76,17 +76,17 @@ def _cross_entropy(scores: Float[Tensor, "B C H W"], classes: UInt8[Tensor, "B H
 
 
 @torch.inference_mode()
-def segment_picture(
+def segment_image(
     segmenter: Segmenter, image: UInt8[Tensor, "3 h w"], short_side: int, crop: int, stride: int
 ) -> UInt8[Tensor, "h w"]:
-    """The class of every pixel of a picture: the mean score over windows, at the picture's own size.
+    """The class of every pixel of an image: the mean score over windows, at the image's own size.
 
     Args:
         segmenter: in eval mode; its device is used.
-        image: the picture.
+        image: the image.
         short_side: pixels on its shorter side when it is looked at.
         crop: pixels on the side of a window.
-        stride: pixels from one window to the next; the last one ends with the picture.
+        stride: pixels from one window to the next; the last one ends with the image.
     """
     device = segmenter.maps.pixel_mean.device
     height, width = image.shape[1:]
@@ -111,11 +111,11 @@ def segment_picture(
 
 
 def _window_scores(
-    segmenter: Segmenter, picture: Float[Tensor, "1 3 h w"], corners: list[tuple[int, int]], crop: int
+    segmenter: Segmenter, image: Float[Tensor, "1 3 h w"], corners: list[tuple[int, int]], crop: int
 ) -> Iterator[Float[Tensor, "C crop crop"]]:
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
         chosen = corners[start : start + WINDOWS_AT_ONCE]
-        views = [picture[0, :, top : top + crop, left : left + crop] for top, left in chosen]
+        views = [image[0, :, top : top + crop, left : left + crop] for top, left in chosen]
         yield from segmenter.scores(torch.stack(views))
 
 

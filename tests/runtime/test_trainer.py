@@ -1,24 +1,29 @@
+"""The loop's other half, on linear maps of 24 rows: log, accumulation, clipping, averages, checkpoints, signals."""
+
 import json
 import math
 import multiprocessing
 import os
 import signal
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from comad.data.loader import LoaderConfig, training_batches
-from comad.runtime import learner as learner_module
-from comad.runtime.checkpoint import checkpoints, load_checkpoint
+from comad.runtime import trainer as trainer_module
+from comad.runtime.checkpoint import RngState, checkpoints, load_checkpoint
 from comad.runtime.optim import OptimConfig
-from comad.runtime.train import Interrupted, Job, RunConfig, Step, TrainingError, open_run, start_fabric, train
+from comad.runtime.run import Interrupted, RunConfig, TrainingError, open_run, open_runs, start_fabric
+from comad.runtime.trainer import Job, Trainer
 
 OPTIM = OptimConfig(epochs=3.0, batch_size=4, base_lr=0.5, warmup_epochs=1.0, weight_decay=0.01, clip=0.0)
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS, TRUTH = torch.randn(24, 3, generator=GENERATOR), torch.randn(3, 2, generator=GENERATOR)
 
 
 class Rows(NamedTuple):
@@ -27,55 +32,57 @@ class Rows(NamedTuple):
     readable: Tensor
 
 
-class InOrder(Sampler):
-    def __iter__(self):
-        return iter([[i] for i in range(24)])
-
-
 class Unreadable(Dataset):
     def __getitem__(self, index):
         raise ValueError("3 files in a row are unreadable; check the disk.")
 
 
-def make_job(batch_size=4, accumulate=1, on_step=None, watch=None, probe=None, identity=None, unreadable=()):
-    """Learn a linear map from 24 rows, in order."""
-    generator = torch.Generator().manual_seed(0)
-    xs = torch.randn(24, 3, generator=generator)
-    rows = [Rows(x, torch.tensor(i), torch.tensor(i not in unreadable)) for i, x in enumerate(xs)]
-    truth = torch.randn(3, 2, generator=generator)
-    torch.manual_seed(1)
-    module = nn.Linear(3, 2)
-    calls = []
+@dataclass
+class InOrder:
+    """All rows in order, again and again; ``dataset`` is read by a worker in their place."""
 
-    def batches(first, last):
-        per_epoch = 24 // batch_size
-        order = [[(n % per_epoch) * batch_size + i for i in range(batch_size)] for n in range(first, last)]
+    batch_size: int
+    unreadable: tuple[int, ...] = ()
+    dataset: Any = None
+    num_images: int = 24
+
+    def load(self, first, last, rank, world_size):
+        size = self.batch_size
+        order = [[(number * size + i) % 24 for i in range(size)] for number in range(first, last)]
+        if self.dataset is not None:
+            return training_batches(self.dataset, order, LoaderConfig(workers=1))
+        rows = [Rows(x, torch.tensor(i), torch.tensor(i not in self.unreadable)) for i, x in enumerate(ROWS)]
         return DataLoader(rows, batch_sampler=order)
 
-    def step(wrapped, batch, progress):
-        calls.append(progress)
-        loss = F.mse_loss(wrapped(batch.x), batch.x @ truth)
-        if on_step:
-            loss = on_step(len(calls), loss)
-        return Step(loss, lambda: {"twice": 2 * loss.detach()})
-
-    return Job(
-        module=module,
-        step=step,
-        batches=batches,
-        steps_per_epoch=24 // (batch_size * accumulate),
-        identity=identity or {"config": {"a": 1}, "teachers": {"mae": {"sha256": "x"}}},
-        probe=probe or (lambda module: {"knn": 50.0}),
-        watch=watch or (lambda step, metrics: None),
-        name_image=lambda index: f"image-{index:02}.png",
-    )
+    def image_name(self, index):
+        return f"image-{index:02}.png"
 
 
-def fit(out, job=None, optim=OPTIM, **run):
+def make_module():
+    torch.manual_seed(1)
+    return nn.Linear(3, 2)
+
+
+def fit(out, module=None, optim=OPTIM, *, on_step=None, unreadable=(), dataset=None, job=None, **run):
+    """Learn a linear map of the rows; ``on_step`` may change a loss, ``job`` holds further fields of the job."""
     run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
     fabric = start_fabric(run)
     open_run(run, fabric)
-    return train(job or make_job(), optim, run, fabric)
+    fields = {"identity": IDENTITY, "probe": lambda module: {"knn": 50.0}, **(job or {})}
+    job = Job(module=module or make_module(), run=run, **fields)
+    calls = 0
+    with Trainer([job], InOrder(optim.batch_size, unreadable, dataset), optim, fabric) as trainer:
+        for step in trainer:
+            for batch in step:
+                calls += 1
+                with step.microbatch(trainer.states[0]) as state:
+                    loss = F.mse_loss(state.module(batch.x), batch.x @ TRUTH)
+                    loss = on_step(calls, loss) if on_step else loss
+                    state.backward(loss, lambda loss=loss: {"twice": 2 * loss.detach()})
+    return trainer.states[0].scored
+
+
+IDENTITY = {"config": {"a": 1}, "teachers": {"mae": {"sha256": "x"}}}
 
 
 def log_of(out):
@@ -88,16 +95,12 @@ def steps_of(out):
 
 def use_sgd(monkeypatch):
     monkeypatch.setattr(
-        learner_module, "build_optimizer", lambda module, optim: torch.optim.SGD(module.parameters(), lr=1.0)
+        trainer_module, "build_optimizer", lambda module, optim: torch.optim.SGD(module.parameters(), lr=1.0)
     )
 
 
-def change(optim, **values):
-    return OptimConfig(**{**{key: getattr(optim, key) for key in optim.__dataclass_fields__}, **values})
-
-
 def test_the_loss_falls_and_the_log_has_every_number(tmp_path):
-    fit(tmp_path, optim=change(OPTIM, epochs=20.0, base_lr=4.0))
+    fit(tmp_path, optim=replace(OPTIM, epochs=20.0, base_lr=4.0))
     steps = [line for line in log_of(tmp_path) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 121))
     assert steps[-1]["loss"] < 0.1 * steps[0]["loss"]
@@ -109,8 +112,8 @@ def test_the_loss_falls_and_the_log_has_every_number(tmp_path):
 
 
 def test_accumulation_equals_a_big_batch(tmp_path):
-    whole = fit(tmp_path / "a", make_job(8), change(OPTIM, batch_size=8, clip=1.0))
-    parts = fit(tmp_path / "b", make_job(2, 4), change(OPTIM, batch_size=2, accumulate=4, clip=1.0))
+    whole = fit(tmp_path / "a", optim=replace(OPTIM, batch_size=8, clip=1.0))
+    parts = fit(tmp_path / "b", optim=replace(OPTIM, batch_size=2, accumulate=4, clip=1.0))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     norms = [[line["grad_norm"] for line in log_of(tmp_path / n) if "loss" in line] for n in "ab"]
@@ -119,14 +122,14 @@ def test_accumulation_equals_a_big_batch(tmp_path):
 
 def test_gradients_are_clipped(tmp_path, monkeypatch):
     use_sgd(monkeypatch)
-    weights = []
+    module = make_module()
 
     def flat():
-        return nn.utils.parameters_to_vector(job.module.parameters()).detach()
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
 
-    job = make_job(watch=lambda step, metrics: weights.append(flat()))
-    weights.append(flat())
-    fit(tmp_path, job, change(OPTIM, clip=0.05, weight_decay=0.0))
+    weights = [flat()]
+    watch = {"watch": lambda step, metrics: weights.append(flat())}
+    fit(tmp_path, module, replace(OPTIM, clip=0.05, weight_decay=0.0), job=watch)
     for line, before, after in zip((x for x in log_of(tmp_path) if "loss" in x), weights, weights[1:], strict=False):
         assert line["grad_norm"] > 0.05  # the log has the norm before clipping
         assert float((after - before).norm()) == pytest.approx(0.05 * line["lr"], rel=1e-2)
@@ -134,35 +137,32 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
 
 def test_without_clipping_the_gradient_is_left_alone(tmp_path, monkeypatch):
     use_sgd(monkeypatch)
-    job = make_job()
-    weight = job.module.weight.detach().clone()
+    module = make_module()
+    weight = module.weight.detach().clone()
     gradients = []
-    job.module.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
-    fit(tmp_path, job, change(OPTIM, epochs=1 / 6, warmup_epochs=0.0))
-    assert torch.allclose(job.module.weight, weight - gradients[0] * OPTIM.peak_lr)
+    module.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    fit(tmp_path, module, replace(OPTIM, epochs=1 / 6, warmup_epochs=0.0))
+    assert torch.allclose(module.weight, weight - gradients[0] * OPTIM.peak_lr)
 
 
 def test_the_moving_average_is_what_is_scored(tmp_path):
-    weights, probed = [], []
-    job = make_job(
-        watch=lambda step, metrics: weights.append(job.module.weight.detach().clone()),
-        probe=lambda module: probed.append(module) or {},
-    )
-    scored = fit(tmp_path, job, change(OPTIM, ema=0.8))
+    weights, probed, module = [], [], make_module()
+    job = {
+        "watch": lambda step, metrics: weights.append(module.weight.detach().clone()),
+        "probe": lambda module: probed.append(module) or {},
+    }
+    scored = fit(tmp_path, module, replace(OPTIM, ema=0.8), job=job)
     average = weights[0]
     for weight in weights[1:]:
         average = 0.8 * average + 0.2 * weight
     assert torch.allclose(scored.weight, average, atol=1e-6)
-    assert probed == [scored] and not torch.equal(scored.weight, job.module.weight)
+    assert probed == [scored] and not torch.equal(scored.weight, module.weight)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, value):
-    job = make_job(on_step=lambda call, loss: loss * value if call >= 8 else loss)
-    with pytest.raises(
-        TrainingError, match=r"not finite at step 8: .*'loss'.*'twice'.*'grad_norm'.*checkpoints"
-    ) as error:
-        fit(tmp_path, job, checkpoint_every=3)
+    with pytest.raises(TrainingError, match="not finite at step 8: ") as error:
+        fit(tmp_path, on_step=lambda call, loss: loss * value if call >= 8 else loss, checkpoint_every=3)
     for part in ("'loss'", "'twice'", "'grad_norm'", "checkpoints", "--optim.base-lr"):
         assert part in str(error.value)
     assert steps_of(tmp_path) == [3, 6]
@@ -171,31 +171,35 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_p
 
 
 def test_a_non_finite_loss_between_two_log_lines_never_reaches_a_checkpoint(tmp_path):
-    job = make_job(on_step=lambda call, loss: loss * math.nan if call == 4 else loss)
+    def on_step(call, loss):
+        return loss * math.nan if call == 4 else loss
+
     with pytest.raises(TrainingError):
-        fit(tmp_path, job, log_every=1000, checkpoint_every=3)
+        fit(tmp_path, on_step=on_step, log_every=1000, checkpoint_every=3)
     assert steps_of(tmp_path) == [3]
 
 
 def test_a_non_finite_part_of_an_accumulated_batch_is_found(tmp_path):
-    job = make_job(2, 4, on_step=lambda call, loss: loss * math.nan if call == 6 else loss)
+    def on_step(call, loss):
+        return loss * math.nan if call == 6 else loss
+
     with pytest.raises(TrainingError, match="step 2"):
-        fit(tmp_path, job, change(OPTIM, batch_size=2, accumulate=4))
+        fit(tmp_path, optim=replace(OPTIM, batch_size=2, accumulate=4), on_step=on_step)
 
 
 def test_a_warning_is_recorded_told_once_and_may_end_the_run(tmp_path, capfd):
     def watch(step, metrics):
         return "all tokens are alike" if step > 5 else None
 
-    fit(tmp_path / "a", make_job(watch=watch))
+    fit(tmp_path / "a", job={"watch": watch})
     assert sum("warning" in line for line in log_of(tmp_path / "a")) == 13
     assert capfd.readouterr().err.count("WARNING at step 6: all tokens are alike") == 1
     with pytest.raises(TrainingError, match="stopped at step 6: all tokens are alike"):
-        fit(tmp_path / "b", make_job(watch=watch), stop_on_collapse=True)
+        fit(tmp_path / "b", job={"watch": watch}, stop_on_collapse=True)
 
 
 def test_progress_is_one_line_with_everything(tmp_path, capfd):
-    fit(tmp_path, make_job(probe=lambda module: {"knn": 12.345}), probe_every=9)
+    fit(tmp_path, job={"probe": lambda module: {"knn": 12.345}}, probe_every=9)
     line = capfd.readouterr().err.splitlines()[-1]
     for part in ("step 18/18", "ETA 0:00", "img/s", "GiB", "loss", "data_wait", "%", "knn 12.3"):
         assert part in line
@@ -243,16 +247,13 @@ def stop_at(call):
     return on_step
 
 
-@pytest.mark.parametrize("optim", [OPTIM, change(OPTIM, ema=0.9), change(OPTIM, batch_size=2, accumulate=2)])
+@pytest.mark.parametrize("optim", [OPTIM, replace(OPTIM, ema=0.9), replace(OPTIM, batch_size=2, accumulate=2)])
 def test_a_resumed_run_ends_bitwise_like_the_uninterrupted_one(tmp_path, optim):
-    def job(**more):
-        return make_job(optim.batch_size, optim.accumulate, **more)
-
-    whole = fit(tmp_path / "a", job(), optim)
+    whole = fit(tmp_path / "a", optim=optim)
     with pytest.raises(RuntimeError):
-        fit(tmp_path / "b", job(on_step=stop_at(11 * optim.accumulate)), optim, checkpoint_every=4)
+        fit(tmp_path / "b", optim=optim, on_step=stop_at(11 * optim.accumulate), checkpoint_every=4)
     assert steps_of(tmp_path / "b") == [4, 8]
-    resumed = fit(tmp_path / "b", job(), optim, checkpoint_every=4, resume=True)
+    resumed = fit(tmp_path / "b", optim=optim, checkpoint_every=4, resume=True)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -274,7 +275,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
 def test_resume_refuses_another_setup_and_names_the_difference(tmp_path, identity, words):
     fit(tmp_path)
     with pytest.raises(ValueError, match="started with another setup") as error:
-        fit(tmp_path, make_job(identity=identity), resume=True)
+        fit(tmp_path, job={"identity": identity}, resume=True)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -297,7 +298,7 @@ def test_a_signal_writes_a_checkpoint(tmp_path, capfd, number):
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted):
-        fit(tmp_path / "b", make_job(on_step=on_step))
+        fit(tmp_path / "b", on_step=on_step)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert steps_of(tmp_path / "b") == [7]
     assert "stopped at step 7, checkpoint written" in capfd.readouterr().err
@@ -312,21 +313,20 @@ def test_a_second_signal_acts_at_once(tmp_path):
         return loss
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, make_job(on_step=on_step))
+        fit(tmp_path, on_step=on_step)
 
 
 def test_unreadable_images_are_listed(tmp_path, capfd):
-    fit(tmp_path, make_job(unreadable=(5, 17, 3)))
+    fit(tmp_path, unreadable=(5, 17, 3))
     assert (tmp_path / "unreadable.txt").read_text().split() == ["image-03.png", "image-05.png", "image-17.png"]
     assert "3 unreadable images skipped so far, listed in" in capfd.readouterr().err
 
 
 def test_the_list_of_unreadable_images_is_added_to(tmp_path):
-    fit(tmp_path, make_job(unreadable=(5,)))
+    fit(tmp_path, unreadable=(5,))
     with (tmp_path / "unreadable.txt").open("a") as file:
         file.write("image-of-another-process.png\n")
-    job = make_job(unreadable=(5, 17))
-    fit(tmp_path, job, replace(OPTIM, epochs=4.0), resume=True)
+    fit(tmp_path, optim=replace(OPTIM, epochs=4.0), unreadable=(5, 17), resume=True)
     assert (tmp_path / "unreadable.txt").read_text().split() == [
         "image-05.png",
         "image-of-another-process.png",
@@ -335,26 +335,16 @@ def test_the_list_of_unreadable_images_is_added_to(tmp_path):
 
 
 def test_workers_end_with_the_run_however_it_ends(tmp_path):
-    job = make_job(on_step=lambda number, loss: 1 / 0)
-    plain = job.batches
-
-    def batches(first, last):
-        return training_batches(Subset(plain(first, last).dataset, range(24)), InOrder(), LoaderConfig(workers=1))
-
+    rows = [Rows(x, torch.tensor(i), torch.tensor(True)) for i, x in enumerate(ROWS)]
     with pytest.raises(ZeroDivisionError) as caught:
-        fit(tmp_path, replace(job, batches=batches))
+        fit(tmp_path, dataset=rows, on_step=lambda number, loss: 1 / 0)
     assert caught.value.__traceback__ is not None  # it holds the frames, and with them the loader
     assert not multiprocessing.active_children()
 
 
 def test_the_message_of_a_worker_is_one_line(tmp_path):
-    job = make_job()
-
-    def batches(first, last):
-        return training_batches(Unreadable(), InOrder(), LoaderConfig(workers=1))
-
     with pytest.raises(ValueError) as caught:
-        fit(tmp_path, replace(job, batches=batches))
+        fit(tmp_path, dataset=Unreadable())
     assert str(caught.value) == "3 files in a row are unreadable; check the disk."
 
 
@@ -378,8 +368,102 @@ def test_values_that_are_too_small_are_refused(name):
 
 
 def test_bf16_keeps_weights_in_float32(tmp_path):
-    dtypes = []
-    job = make_job()
-    job.module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    module = fit(tmp_path, job, precision="bf16")
+    dtypes, module = [], make_module()
+    module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    fit(tmp_path, module, precision="bf16")
     assert module.weight.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}
+
+
+TOGETHER = OptimConfig(epochs=3.0, batch_size=2, accumulate=2, base_lr=0.5, warmup_epochs=1.0, clip=0.1, ema=0.5)
+
+
+def fit_together(out, numbers, *, on_batch=None, now=None, fields=None, **run):
+    """Learn to a truth of each number, under noise that a job draws in its steps. Returns what is scored."""
+    run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
+    fabric = start_fabric(run)
+    jobs = []
+    for number, own in zip(numbers, open_runs(run, ["ab"[n] for n in numbers], fabric), strict=True):
+        torch.manual_seed(number)
+        job = Job(module=nn.Linear(3, 2), run=own, identity={}, rng=RngState())
+        jobs.append(replace(job, **(fields or {}).get(number, {})))
+    clock = {"now": now} if now else {}
+    with Trainer(jobs, InOrder(2), TOGETHER, fabric, **clock) as trainer:
+        for step in trainer:
+            for batch in step:
+                if on_batch:
+                    on_batch(step)
+                for state in step.states:
+                    number = numbers[trainer.states.index(state)]
+                    with step.microbatch(state):
+                        x = batch.x + torch.rand_like(batch.x)
+                        state.backward(F.mse_loss(state.module(x), batch.x[:, :2] + number))
+    return [state.scored for state in trainer.states]
+
+
+def test_jobs_that_are_trained_together_are_what_they_are_alone(tmp_path):
+    batches = []
+    both = fit_together(tmp_path / "both", [0, 1], on_batch=batches.append)
+    assert len(batches) == 2 * 18  # each is read once
+    for number, module in enumerate(both):
+        (alone,) = fit_together(tmp_path / str(number), [number])
+        assert torch.equal(module.weight, alone.weight)
+        ours, theirs = (log_of(tmp_path / name / "ab"[number]) for name in ("both", str(number)))
+        assert [line.get("loss") for line in ours] == [line.get("loss") for line in theirs]
+
+
+def test_the_job_that_is_ahead_after_a_kill_waits_for_the_others(tmp_path):
+    whole = fit_together(tmp_path / "whole", [0, 1])
+    run = {"checkpoint_every": 4, "keep": 5}
+
+    def stop(step):
+        if step.number == 10:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError):
+        fit_together(tmp_path / "part", [0, 1], on_batch=stop, **run)
+    checkpoints(tmp_path / "part" / "b" / "checkpoints")[-1].unlink()  # killed before it was written
+    learning = []
+    resumed = fit_together(
+        tmp_path / "part", [0, 1], on_batch=lambda step: learning.append(len(step.states)), resume=True, **run
+    )
+    assert learning == [1] * 2 * 4 + [2] * 2 * 10
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a.weight, b.weight)
+    for name in "ab":
+        losses = [[x["loss"] for x in log_of(tmp_path / out / name) if "loss" in x] for out in ("whole", "part")]
+        assert losses[0] == losses[1]
+
+
+def test_scores_of_one_job_are_not_in_the_steps_of_another(tmp_path):
+    clock = [0.0]
+
+    def now():
+        clock[0] += 0.001
+        return clock[0]
+
+    def probe(module):
+        clock[0] += 1000
+        return {}
+
+    fit_together(tmp_path, [0, 1], now=now, fields={n: {"probe": probe} for n in (0, 1)}, probe_every=9)
+    assert clock[0] > 4000
+    for name in "ab":
+        lines = [line for line in log_of(tmp_path / name) if "images_per_s" in line]
+        assert len(lines) == 18 and all(4 / line["images_per_s"] < 500 for line in lines)
+
+
+def test_the_job_that_fails_is_named(tmp_path):
+    def watch(step, metrics):
+        return "all tokens are alike" if step == 3 else None
+
+    with pytest.raises(TrainingError, match="b: stopped at step 3: all tokens are alike"):
+        fit_together(tmp_path, [0, 1], fields={1: {"watch": watch}}, stop_on_collapse=True)
+    assert [len(log_of(tmp_path / name)) for name in "ab"] == [3, 4]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    fabric = start_fabric(RunConfig(precision="fp32"))
+    monkeypatch.setattr(type(fabric), "world_size", 3)
+    job = Job(module=make_module(), run=RunConfig(out=str(tmp_path)), identity={})
+    with pytest.raises(ValueError, match=r"--optim\.batch-size 4 cannot be shared by 3 processes"):
+        Trainer([job], InOrder(4), OPTIM, fabric)

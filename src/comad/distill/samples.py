@@ -1,0 +1,124 @@
+"""What a run leaves for its report: masks, gate, features and neighbours on a few images, and facts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from torch.nn import functional as F
+
+from comad.data.images import ImageSet, Splits
+from comad.data.loader import evaluation_batches
+from comad.distill.config import DistillConfig
+from comad.distill.distiller import Distiller
+from comad.distill.masking import Masks
+from comad.evaluate.features import evaluating
+from comad.evaluate.scoreboard import Score
+from comad.models.backbone import Backbone
+from comad.models.teachers import Teacher
+from comad.report.samples import Classes, Neighbours, changed_options, collect, lost_by_student, write_facts
+
+NUM_IMAGES = 8
+NUM_SEARCHED = 512
+"""Training images among which neighbours are looked for."""
+NUM_NEIGHBOURS = 5
+
+
+@torch.no_grad()
+def leave_samples(
+    distiller: Distiller, teachers: Sequence[Teacher], splits: Splits, scores: Sequence[Score], out: Path
+) -> None:
+    """Write ``report.npz`` into the run's folder."""
+    shown = splits.val if len(splits.val) else splits.train
+    chosen = torch.linspace(0, len(shown) - 1, min(NUM_IMAGES, len(shown))).long()
+    side, device = distiller.student.image_size, distiller.student.pixel_mean.device
+    images = next(iter(evaluation_batches(shown, side, NUM_IMAGES, chosen))).to(device)
+    shape = (len(images), 1 + len(teachers), distiller.student.num_patches)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    whole = Masks(None, (None,) * len(teachers), noise[:, 1:, 0])
+    with evaluating(distiller):
+        outputs, masks = distiller.forward_teachers(teachers, images, noise=noise)
+        shares = distiller.teacher_shares(images, outputs, masks)[:, : len(images)]
+        full = [distiller.forward_teacher(teacher, m, images, whole) for m, teacher in enumerate(teachers)]
+        encoded = distiller.encode(images, whole)
+        pairs, _ = distiller.align(encoded, full, whole)
+        features = {teacher.name: output.patches for teacher, output in zip(teachers, full, strict=True)}
+        features["student"] = encoded.last[:, 1:]
+        if distiller.method.fusion.one_target and pairs:
+            features["target"] = distiller.method.fusion(distiller.fusion, list(pairs.values()))[0][0].target[:, 1:]
+        neighbours = _neighbours(distiller.student, teachers, splits.train, images)
+    own = None if masks.student is None else masks.student[: len(images)]  # the first of several of an image
+    seen = {"student": masks._replace(student=own).student_sees(len(images), shape[2], device)}
+    seen |= {t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)}
+    collect(
+        out,
+        (255 * images).byte().permute(0, 2, 3, 1).cpu(),
+        masks=seen,
+        gate={teacher.name: part for teacher, part in zip(teachers, shares, strict=True)},
+        features={name: part.float() for name, part in features.items() if part.isfinite().all()},
+        neighbours=neighbours,
+        classes=_classes(splits, scores),
+    )
+
+
+def _neighbours(student: Backbone, teachers: Sequence[Teacher], train: ImageSet, images: Tensor) -> Neighbours:
+    """The nearest of some training images by mean patch, for the student and every teacher."""
+    chosen = torch.linspace(0, len(train) - 1, min(NUM_SEARCHED, len(train))).long()
+    networks = {"student": student, **{teacher.name: teacher.backbone for teacher in teachers}}
+    found: dict[str, list[Tensor]] = {name: [] for name in networks}
+    for batch in evaluation_batches(train, images.shape[-1], 128, chosen):
+        for name, network in networks.items():
+            found[name].append(_mean_patch(network, batch.to(images.device)))
+    count = min(NUM_NEIGHBOURS, len(chosen))
+    numbers = {}
+    for name, network in networks.items():
+        cosines = _mean_patch(network, images) @ torch.cat(found[name]).T
+        numbers[name] = chosen[cosines.topk(count, dim=1).indices.cpu()]
+    needed = torch.cat([part.flatten() for part in numbers.values()]).unique()
+    views = torch.cat(list(evaluation_batches(train, images.shape[-1], 128, needed)))
+    pixels = (255 * views).byte().permute(0, 2, 3, 1)
+    return Neighbours(numbers, dict(zip(needed.tolist(), pixels, strict=True)))
+
+
+def _mean_patch(network: Backbone, images: Tensor) -> Tensor:
+    size = network.image_size
+    if size != images.shape[-1]:
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    return F.normalize(network(images).patches.float().mean(dim=1), dim=-1)
+
+
+def _classes(splits: Splits, scores: Sequence[Score]) -> Classes | None:
+    """Classes of the scored images, and images that the best teacher names rightly and the student does not."""
+    rows = {
+        role: [part for part in scores if part.row.role == role and "knn" in part.correct]
+        for role in ("teacher", "student")
+    }
+    if not rows["student"] or "fine" not in splits.class_names:
+        return None
+    labels = splits.test.labels["fine"]
+    known = (labels >= 0).nonzero().flatten()
+    best = max(rows["teacher"], key=lambda part: part.correct["knn"].float().mean(), default=None)
+    lost = known[lost_by_student(best.correct["knn"], rows["student"][-1].correct["knn"])] if best else known[:0]
+    views = list(evaluation_batches(splits.test, 64, 128, lost)) if len(lost) else []
+    images = [(255 * view).byte().permute(1, 2, 0) for batch in views for view in batch]
+    return Classes(splits.class_names["fine"], labels[known], images, labels[lost].tolist())
+
+
+def leave_facts(config: DistillConfig, data: Mapping[str, Any], out: Path) -> None:
+    """Write ``facts.json``: the command, what differs from the defaults, what was found in the data."""
+    plain, default = (TypeAdapter(DistillConfig).dump_python(part, mode="json") for part in (config, DistillConfig()))
+    command = shlex.join(["comad", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("comad", "__main__.py") else ""
+    words = {key: _words(value) for key, value in data.items() if value}
+    write_facts(out, {"command": command, "changed": changed_options(plain, default), "data": words})
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(part)}" for key, part in value.items() if part)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

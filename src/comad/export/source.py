@@ -1,0 +1,158 @@
+"""What is exported, and what is known about it: runs, exported folders, teachers' names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from comad.data.images import Splits
+from comad.evaluate.views import load_one
+from comad.export.card import ModelCard
+from comad.export.encoder import Pool
+from comad.models.backbone import Backbone
+from comad.models.files import read_json
+from comad.models.sources import BUNDLED, bundled_teachers
+from comad.models.teachers import Teacher
+
+LARGEST_RECIPE = 2**20
+
+
+class Source(NamedTuple):
+    """What is exported.
+
+    Attributes:
+        backbone: the network, on any device.
+        card: what is known about it; timm's name is empty where timm does not know it.
+        model_args: timm's arguments.
+        splits: images to compare and to calibrate with.
+        head: a linear head on a pool of the tokens, for the classes ``card.labels``.
+        scoreboard: a file of scores that the exports are added to.
+    """
+
+    backbone: Backbone
+    card: ModelCard
+    model_args: dict[str, Any]
+    splits: Splits
+    head: tuple[nn.Linear, Pool] | None = None
+    scoreboard: Path | None = None
+
+
+def run_folder(spec: str) -> Path | None:
+    """The folder of a run, if that is what is named.
+
+    Raises:
+        ValueError: the run has no student yet.
+    """
+    folder = Path(spec)
+    if (folder / "student" / "config.json").is_file():
+        return folder
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{spec}: this run has no student yet; finish it with --run.resume, then export it.")
+    return None
+
+
+def data_of(run: Path) -> str:
+    """The images that a run learnt from, as its recipe has it.
+
+    Raises:
+        ValueError: the recipe cannot be read.
+    """
+    path, remedy = run / "config.yaml", "pass --data FOLDER"
+    try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise ValueError("too large")
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: no recipe that says which images the run learnt from; {remedy}.") from error
+    if not isinstance(found, str):
+        raise ValueError(f"{path}: its data is no text; {remedy}.")
+    return found
+
+
+def load_source(spec: str, data: str, image_size: int | None, splits: Splits) -> Source:
+    """Load what is named, and what is known about it: its card, and timm's arguments.
+
+    Args:
+        spec: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
+        data: what the images are called; a bundled set has an image size of its own.
+        image_size: pixels on the side of the images; None: an export's own, else that of ``data``.
+        splits: images to compare and to calibrate with.
+
+    Raises:
+        ValueError: it cannot be loaded, or its card is damaged.
+    """
+    folder = BUNDLED / spec if spec in bundled_teachers() else Path(spec.partition("=")[2] or spec)
+    config = read_json(folder / "config.json", "name an exported folder") if _is_timm_folder(folder) else {}
+    size = image_size or _own_size(config)
+    teacher = load_one(spec, data, size)
+    if not config:
+        name = teacher.card.architecture.partition(".")[0]
+        arguments = {"img_size": teacher.backbone.image_size} if takes_size(name) else {}
+        known = teacher.card.format == "timm"
+        card = plain_card(teacher.name, name if known else "", teacher.backbone, teacher.card.licence, splits)
+        return Source(teacher.backbone, card, arguments, splits)
+    arguments = dict(config.get("model_args", {}))
+    if "img_size" in arguments:
+        arguments["img_size"] = teacher.backbone.image_size
+    return Source(teacher.backbone, _card_of(config, teacher, splits, folder), arguments, splits)
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "architecture" in read_json(config, "name an exported folder")
+
+
+def _own_size(config: dict[str, Any]) -> int | None:
+    """Pixels on the side of the images that an export was made for."""
+    size = (
+        config.get("pretrained_cfg", {}).get("input_size") if isinstance(config.get("pretrained_cfg"), dict) else None
+    )
+    return size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
+
+
+def _card_of(config: dict[str, Any], teacher: Teacher, splits: Splits, folder: Path) -> ModelCard:
+    """The card in a folder of ours; of timm's own folders a plain one.
+
+    Raises:
+        ValueError: the card is damaged.
+    """
+    if not config.get("comad"):
+        return plain_card(teacher.name, config["architecture"], teacher.backbone, teacher.card.licence, splits)
+    try:
+        card = TypeAdapter(ModelCard).validate_python(config["comad"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"{folder}: config.json has no sound card, {where}: {first['msg']}; export it again."
+        ) from error
+    return replace(card, labels=(), exports=())
+
+
+def plain_card(name: str, architecture: str, backbone: Backbone, licence: str, splits: Splits) -> ModelCard:
+    """What is known about a network that nobody wrote a card for."""
+    return ModelCard(
+        name=name,
+        licence=licence.lower() if licence.lower() == "apache-2.0" else licence,
+        architecture=architecture,
+        token_types=backbone.token_types,
+        about=f"{name}, exported by comad.",
+        preset="none",
+        seed=0,
+        images_seen=0,
+        data="unknown",
+        data_licence="unknown",
+        eval_crop=splits.train.eval_crop,
+    )
+
+
+def takes_size(name: str) -> bool:
+    """Whether timm's network of that name is built for one image size."""
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    return bool(known and known.fixed_input_size)

@@ -1,0 +1,96 @@
+"""Files and folders that are whole or not there: a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary place for a file or a folder, which takes the place of ``path`` when the block ends well.
+
+    Before the rename everything is on the disk, with the modes of the umask. What a killed process left is removed;
+    a folder that it had moved out of the way is put back.
+
+    Args:
+        path: the place; folders above it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    former = path.with_name(f".{path.name}.{os.getpid()}.former")
+    try:
+        yield partial
+        _settle(partial)
+        if path.is_dir():
+            os.replace(path, former)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        _remove(partial)
+        if path.exists():
+            _remove(former)
+        elif former.exists():
+            os.replace(former, path)
+
+
+def _settle(place: Path) -> None:
+    """Give files and folders the modes of the umask, and write them to the disk, insides first."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for folder, _, files in os.walk(place, topdown=False):
+        for name in files:
+            os.chmod(Path(folder, name), 0o666 & ~umask)
+            _sync(Path(folder, name))
+        os.chmod(folder, 0o777 & ~umask)
+        _sync(Path(folder))
+    if place.is_file():
+        os.chmod(place, 0o666 & ~umask)
+        _sync(place)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what processes that are gone left at temporary names of this path."""
+    for left in [*path.parent.glob(f".{_escaped(path.name)}.*.former")]:
+        if not _is_at_work(left) and not path.exists():
+            os.replace(left, path)
+    for left in [*path.parent.glob(f".{_escaped(path.name)}.*.*")]:
+        if left.suffix in (".partial", ".former") and not _is_at_work(left):
+            _remove(left)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _is_at_work(left: Path) -> bool:
+    """Whether another process that lives has the number in a temporary name."""
+    number = left.name.split(".")[-2]
+    if not number.isdigit() or int(number) == os.getpid():
+        return not number.isdigit()
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
