@@ -34,7 +34,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("positions", build_sincos2d_pos_embed(list(grid), width), persistent=False)
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.LayerNorm(width)
         self.predict = nn.Linear(width, out_width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
