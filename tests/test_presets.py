@@ -29,13 +29,23 @@ CHANGES: dict[str, dict[str, Any]] = {
     "comad-anchor": {"aligner.name": "autoencoder"},
     "comad-student-side": {
         "normalizer.name": "layer-norm",
-        "aligner": {"name": "projector", "head": "linear", "separate_cls": False, "hidden_ratio": 1.0, "taps": 3},
+        "aligner": {
+            "name": "projector",
+            "head": "linear",
+            "separate_cls": False,
+            "hidden_ratio": 1.0,
+            "hidden_norm": True,
+            "taps": 12,
+            "unit_length": False,
+        },
         "fusion": {"name": "loss-gate", "affinity": True, "consensus": True, "temperature": 0.1},
     },
     "comad-literal": {
         "masking.name": "independent",
         "masking.hidden": "zero",
         "masking.teacher_hidden": "zero",
+        "masking.count_hidden": True,
+        "features.untrained_cls": True,
         "aligner": {"name": "adapter"},
         "fusion.detached": False,
         "objectives.token.distance": "kl-student-teacher",
@@ -75,7 +85,8 @@ FIELD = [name for name in METHODS if name not in CHANGES]
 
 
 def test_the_field_is_complete():
-    wanted = "tinymim m-tinymim tinymim-feat dmae g2sd dmjd hybrid dmt-like unic dune radio phi-s eupe gram"
+    wanted = "tinymim m-tinymim tinymim-feat dmae g2sd dmjd hybrid dmt-like unic dune radio phi-s eupe theia c-radio"
+    wanted += " siglino-like gram"
     assert wanted.split() == FIELD
 
 
@@ -163,7 +174,7 @@ def test_a_recipe_is_a_preset_in_its_setting(demo):
         assert config.method == METHODS[name] and config.preset == name
         assert len(config.teachers) == (0 if not demo else 1 if METHODS[name].single_teacher else 3)
         assert (config.student, config.optim, config.loader) == (setting.student, setting.optim, setting.loader)
-        assert config.cache_teachers == (demo and name != "gram")  # mixup shows teachers something new each time
+        assert config.cache_teachers == (demo and name not in ("gram", "c-radio"))  # teachers see new images
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest_or_the_known_ones():

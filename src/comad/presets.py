@@ -14,7 +14,17 @@ from comad.distillation.fusion import DropEasiest, Gate, LossGate, Mean, Sum
 from comad.distillation.masking import Disjoint, Independent, Shared, WholeImages
 from comad.distillation.method import Method
 from comad.distillation.normalizers import L2, PHIS, LayerNorm, Standardize
-from comad.distillation.objectives import AttentionLoss, FeatureLoss, Objective, PixelLoss, QueueLoss, RelationLoss
+from comad.distillation.objectives import (
+    AngleLoss,
+    AttentionLoss,
+    DistanceLoss,
+    FeatureLoss,
+    MapLoss,
+    Objective,
+    PixelLoss,
+    QueueLoss,
+    RelationLoss,
+)
 from comad.models.timm_backbone import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import RunConfig
@@ -24,7 +34,8 @@ COMAD = Method()
 """CoMAD (arXiv:2508.04816) with targets that cannot collapse: calibrated aligners, superset masks, detached gate."""
 
 LITERAL = Method(
-    masking=Independent(hidden="zero", teacher_hidden="zero"),
+    masking=Independent(hidden="zero", teacher_hidden="zero", count_hidden=True),
+    features=Blocks(untrained_cls=True),
     aligner=TrainedAdapter(),
     fusion=Gate(detached=False),
     objectives={
@@ -32,7 +43,11 @@ LITERAL = Method(
         "spatial": FeatureLoss(where="all", cls=False, distance="kl-student-teacher", projection=True),
     },
 )
-"""CoMAD as printed: everything trained on the target's side. It collapses, and its run says so."""
+"""CoMAD as printed: all teachers at every position, everything trained on the target's side. It collapses.
+
+Where the text leaves a choice: an adapter per teacher, the spatial loss is a mean over the batch too (the print has no
+1/B), φ and ψ have one hidden layer, gradient passes through α.
+"""
 
 TINYMIM = Method(
     masking=WholeImages(),
@@ -61,43 +76,50 @@ TINYMIM_FEAT = Method(
 
 DMAE = Method(
     masking=Shared(mask_ratio=0.75),
-    features=Blocks(teacher=2 / 3, student=2 / 3),
+    features=Blocks(teacher=3 / 4, student=3 / 4, untrained_cls=True),
     normalizer=L2(),
-    aligner=StudentProjector(),
+    aligner=StudentProjector(unit_length=True),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"feature": FeatureLoss(where="visible", cls=False, distance="l1"), "pixels": PixelLoss()},
+    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss(normalize=False)},
 )
-"""DMAE (arXiv:2208.12256): MAE, and a middle block's tokens of the same visible patches. Both terms have weight 1."""
+"""DMAE (arXiv:2208.12256): MAE, and tokens of the block at 3/4 (9 of 12, 18 of 24), class token too, at length 1.
+
+Both terms have weight 1, pixels are raw, as in the published code; its decoder has 8 blocks of width 512, here it is 1
+of width 128.
+"""
 
 G2SD = Method(
-    masking=Shared(mask_ratio=0.75, decoder_output="all"),
-    features=MAEDecoder(),
+    masking=Shared(mask_ratio=0.75, decoder_output="all", decoder_depth=4),
+    features=MAEDecoder(untrained_cls=True),
     normalizer=LayerNorm(),
-    aligner=StudentProjector(head="mlp"),
+    aligner=StudentProjector(head="mlp", hidden_norm=False),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"feature": FeatureLoss(where="all", cls=False, distance="smooth-l1", temperature=2.0)},
+    objectives={"feature": FeatureLoss(where="all", distance="smooth-l1", temperature=2.0)},
 )
-"""G2SD (CVPR 2023), its generic stage: the student's decoder follows the decoder of a MAE teacher at every patch.
+"""G2SD (CVPR 2023), its generic stage: the student's decoder follows a MAE teacher's at every patch and class token.
 
-Its teacher's decoder is read after its last block and norm; the student's MLP is ours. The specific stage is left out.
+The teacher's decoder is read after block 4 of 8, the student's after its 4 of width 128 (as ViT-Ti's), both before the
+norm. Between the student's decoder and its MLP stands one more linear map. The specific stage needs labels and is left
+out.
 """
 
 DMJD = Method(
-    masking=Disjoint(mask_ratio=0.6),
+    masking=Disjoint(mask_ratio=0.6, block=2),
     normalizer=LayerNorm(),
     aligner=StudentProjector(head="mlp"),
     fusion=Sum(),
     single_teacher=True,
     objectives={
-        "visible": FeatureLoss(where="visible", cls=False, distance="smooth-l1"),
+        "visible": FeatureLoss(where="visible", cls=False, distance="smooth-l1", temperature=2.0),
         "hidden": FeatureLoss(where="hidden", cls=False, distance="mse"),
     },
 )
-"""Disjoint masking with joint distillation: two masks per image without a common patch; the teacher sees all.
+"""Disjoint masking with joint distillation (arXiv:2301.00230): two masks of 2 x 2 patches without a common one.
 
-Thinner than published: its decoder and its visible branch share one MLP, and all terms have weight 1.
+The published code compares with the image's HOG and has no teacher; here the targets are a teacher's tokens of the
+whole image. Both branches share one MLP; published are three layers for what is visible, one behind the decoder.
 """
 
 HYBRID = Method(
@@ -127,25 +149,30 @@ DMT_LIKE = Method(
 """A guess at DMT, whose text was not available: token KL and spatial MSE to the mean of the teachers."""
 
 
-def _cosine_and_smooth_l1(share: float, cls_share: float) -> dict[str, Objective]:
+def _cosine_and_smooth_l1(share: float, cls_share: float, weight: float = 1.0) -> dict[str, Objective]:
     """``share`` times 1 - cosine, the rest smooth L1 with β 1, for patches and for the class token apart."""
     terms = {
-        "cls-cosine": FeatureLoss(where="cls", distance="cosine", weight=cls_share),
-        "cls-smooth-l1": FeatureLoss(where="cls", distance="smooth-l1", weight=1 - cls_share),
-        "patch-cosine": FeatureLoss(where="all", cls=False, distance="cosine", weight=share),
-        "patch-smooth-l1": FeatureLoss(where="all", cls=False, distance="smooth-l1", weight=1 - share),
+        "cls-cosine": FeatureLoss(where="cls", distance="cosine", weight=weight * cls_share),
+        "cls-smooth-l1": FeatureLoss(where="cls", distance="smooth-l1", weight=weight * (1 - cls_share)),
+        "patch-cosine": FeatureLoss(where="all", cls=False, distance="cosine", weight=weight * share),
+        "patch-smooth-l1": FeatureLoss(where="all", cls=False, distance="smooth-l1", weight=weight * (1 - share)),
     }
     return {name: term for name, term in terms.items() if term.weight}
 
 
 UNIC = Method(
     masking=WholeImages(),
+    features=Blocks(final_norm=False),
     normalizer=Standardize(over="running"),
     aligner=StudentProjector(head="multi-layer", separate_cls=True),
     fusion=DropEasiest(),
-    objectives=_cosine_and_smooth_l1(0.5, 0.5),
+    objectives=_cosine_and_smooth_l1(0.5, 0.5, weight=0.5),
 )
-"""UNIC (arXiv:2408.05088). Its head reads three depths, our choice."""
+"""UNIC (arXiv:2408.05088): heads on every block, targets standardised by moments that come to rest over the run.
+
+The first batch is standardised by moments of calibration images, in the published code not at all. A teacher without a
+trained class token counts half, there once.
+"""
 
 DUNE = replace(UNIC, normalizer=Standardize(over="batch"), aligner=StudentProjector(head="transformer"))
 """DUNE (arXiv:2503.14405): a transformer block per teacher as projector."""
@@ -171,18 +198,62 @@ PHI_S = replace(
 EUPE = replace(RADIO, normalizer=Standardize(over="calibration"))
 """The last stage of EUPE, straight from the teachers: its large proxy teacher is a distillation of its own."""
 
+THEIA = Method(
+    masking=WholeImages(),
+    normalizer=Standardize(over="calibration"),
+    aligner=StudentProjector(head="conv"),
+    fusion=Sum(average=True),
+    objectives={
+        "cosine": MapLoss(weight=0.9),
+        "smooth-l1": FeatureLoss(where="all", cls=False, distance="smooth-l1", weight=0.1),
+    },
+)
+"""Theia (arXiv:2407.20179): light convolutional translators, cosine of whole maps and smooth L1, mean over teachers.
+
+Its published norms have a weight per position too, ours one per channel: the same function before the first step.
+"""
+
+C_RADIO = replace(
+    PHI_S,
+    masking=WholeImages(shift=0.5),
+    objectives={"cls": AngleLoss(), "patch": FeatureLoss(where="all", cls=False, distance="mse")},
+)
+"""C-RADIOv4 (arXiv:2601.17237): angles of summaries balanced over teachers, patches of images moved for each network.
+
+What moves out on one side comes back on the other and does not count; published crops move over the larger image. Its
+random resolutions, DAMP and the loss to its own moving average are left out: a run has one size and one student.
+"""
+
+SIGLINO_LIKE = replace(
+    PHI_S,
+    normalizer=PHIS(cls=True),
+    aligner=StudentProjector(head="mlp"),
+    objectives={
+        "cls": FeatureLoss(where="cls", distance="mse"),
+        "patch": FeatureLoss(where="all", cls=False, distance="mse"),
+        "relations": DistanceLoss(),
+    },
+)
+"""After SigLino (arXiv:2512.20157): PHI-S, squared error, and asymmetric relations between images.
+
+Its text was not available, only notes on it. Our reading: the class token is compared by squared error, images from the
+median on are pushed apart, distances are shares of their mean, squared errors means over channels.
+Registers, the attention that pools for SigLIP 2, and packed batches are left out.
+"""
+
 GRAM = Method(
     masking=WholeImages(mixup=True),
-    features=Blocks(pooled=True),
+    features=Blocks(untrained_cls=True),
     normalizer=L2(),
     aligner=StudentProjector(separate_cls=True),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"queue": QueueLoss(), "gram": RelationLoss()},
+    objectives={"queue": QueueLoss(size=8192), "gram": RelationLoss(with_itself=True)},
 )
-"""Like LightlyTrain's distillation: mean of the patches against a queue of the teacher's, and cosines between tokens.
+"""LightlyTrain's distillation, version 3: class token against a queue of the teacher's, and cosines between patches.
 
-Its mixup blends images of a batch, so its teachers cannot be cached. A token's cosine to itself is left out of its row.
+Its mixup blends images of a batch, each by a share of its own (published: one for the batch), so its teachers cannot be
+cached. The published queue is shorter for small sets, from 16 for 50 images to 4096 for 20,000.
 """
 
 
@@ -221,6 +292,9 @@ METHODS: dict[str, Method] = {
     "radio": RADIO,
     "phi-s": PHI_S,
     "eupe": EUPE,
+    "theia": THEIA,
+    "c-radio": C_RADIO,
+    "siglino-like": SIGLINO_LIKE,
     "gram": GRAM,
 }
 
@@ -239,7 +313,11 @@ IMAGES = DistillConfig(
     student=VitConfig(name="vit_tiny_patch16_224", image_size=224),
     optim=OptimConfig(epochs=300.0, batch_size=256, base_lr=1.5e-4, warmup_epochs=15.0),
 )
-"""The paper's recipe: ViT-Ti/16 at 224 pixels, 300 epochs, learning rate 1.5e-4 per 256 images; name your teachers."""
+"""The paper's recipe: ViT-Ti/16 at 224 pixels, 300 epochs, learning rate 1.5e-4 per 256 images; name your teachers.
+
+The paper's batch is 4096 and its student starts from a checkpoint of ImageNet-21k, tuned on 1k: --optim.batch-size 4096
+--student.pretrained. Here the student starts from scratch.
+"""
 
 
 def recipe(preset: str, demo: bool) -> DistillConfig:

@@ -36,7 +36,7 @@ MASKINGS = {
         ("comad", (False, False, False), False),
         ("comad-spatial-only", (True, True, True), False),
         ("radio", (True, True, True), True),
-        ("gram", (True,), False),  # it compares mean patches
+        ("gram", (False,), True),
         ("tinymim", (True,), False),
         ("dmae", (True,), False),
         ("dmjd", (True,), False),

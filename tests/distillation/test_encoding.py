@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from comad.distillation.distiller import repeat_for_masks
 from comad.distillation.features import Blocks, block_at, forward_teacher
 from comad.distillation.masking import Masks, Superset
-from comad.models.backbone import normalised_patches
+from comad.distillation.objectives import PixelLoss
+from comad.models.backbone import patchify
 from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS
 
@@ -30,7 +31,7 @@ def test_what_is_read_of_the_student_are_the_outputs_of_its_blocks(small_distill
     first = vit.blocks[0](x)
     torch.testing.assert_close(encoded.compared, first)
     torch.testing.assert_close(encoded.last, vit.norm(vit.blocks[1](first)))
-    assert [part.shape for part in encoded.intermediates] == [(2, 17, 32)] * 2
+    assert [part.shape for part in encoded.intermediates] == [(2, 17, 32)]  # below the last of two
 
 
 def test_depths_are_shares_of_the_blocks():
@@ -97,27 +98,32 @@ def test_every_image_is_seen_under_two_masks_without_a_common_patch(small_distil
     assert torch.equal(repeated[0].patches[3:], outputs[0].patches)
     first, second = masks.student[:3], masks.student[3:]
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
-        assert not set(a) & set(b) and len(a) == len(b) == 6
+        assert not set(a) & set(b) and len(a) == len(b) == 8  # two blocks of 2 × 2 patches of four
     encoded = setting.distiller.encode(twice, both)
     alone = setting.distiller.encode(images, Masks(second, masks.teachers))
     torch.testing.assert_close(encoded.compared[3:], alone.compared)
 
 
-def test_reconstructed_pixels_are_compared_with_the_normalised_image(small_distillation):
+def test_reconstructed_pixels_are_compared_with_the_image_as_the_student_takes_it(small_distillation):
     setting = small_distillation(METHODS["dmae"])
     images, outputs, masks = setting.batch(3)
     ours, true = setting.distiller.encode(images, masks).pixels
     assert ours.shape == true.shape == (3, 16, 192)
-    assert torch.equal(true, normalised_patches(images, 8))
+    student = setting.distiller.student
+    assert torch.equal(true, patchify((images - student.pixel_mean) / student.pixel_std, 8))
     hidden = ~masks.student_sees(3, 16, images.device)
     expected = F.mse_loss(ours[hidden], true[hidden])
     numbers = setting.distiller(images, outputs, masks)[1]()
     assert float(numbers["loss/pixels"]) == pytest.approx(float(expected.detach()), rel=1e-5)
+    (pair,), _ = PixelLoss().pairs(None, [], setting.distiller.encode(images, masks), [], ~hidden)
+    variance, mean = torch.var_mean(pair.target, dim=-1)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    assert variance.min() > 0.5  # by default each patch is normalised
 
 
 @torch.no_grad()
 def test_the_mean_of_the_patches_takes_the_place_of_the_class_token(small_distillation):
-    setting = small_distillation(METHODS["gram"])
+    setting = small_distillation(replace(METHODS["gram"], features=Blocks(pooled=True)))
     images, outputs, masks = setting.batch(3)
     encoded = setting.distiller.encode(images, masks)
     torch.testing.assert_close(encoded.compared[:, 0], encoded.compared[:, 1:].mean(dim=1))

@@ -152,7 +152,7 @@ def test_a_decoder_is_found_beside_its_teacher_or_asked_for(teacher_specs):
     finally:
         (path / "decoder.safetensors").unlink()
     features = METHODS["g2sd"].features
-    assert features.width(loaded.backbone) == 8 and not features.has_cls(loaded.backbone)
+    assert features.width(loaded.backbone) == 8 and features.has_cls(loaded.backbone)
     tokens, visible = torch.rand(2, 3, 24), torch.tensor([[0, 3, 5], [1, 2, 9]])
     torch.testing.assert_close(
         loaded.backbone.decoder.decode(None, tokens, visible), decoder.decode(None, tokens, visible)

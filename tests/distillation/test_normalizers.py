@@ -33,7 +33,8 @@ def moments(x: Tensor) -> tuple[list[float], list[float]]:
 def assert_standard(x: Tensor) -> None:
     means, variances = moments(x)
     assert means == pytest.approx([0.0] * len(means), abs=1e-3)
-    assert variances == pytest.approx([1.0] * len(means), rel=1e-2)
+    count = x.flatten(0, -2).shape[0]
+    assert variances == pytest.approx([(count - 1) / count] * len(means), rel=1e-2)  # by n - 1, as published
 
 
 def calibrated(normalizer: Normalizer, *given: Tokens) -> nn.Module:
@@ -68,18 +69,18 @@ def test_calibrated_moments_are_taken_once():
             assert_standard(row)
     before = {name: value.clone() for name, value in state.state_dict().items()}
     normalizer(state, tokens(seed=7), 0)
+    normalizer.follow(state, tokens(seed=7), 0, 0.0)
     assert all(torch.equal(value, before[name]) for name, value in state.state_dict().items())
 
 
-def test_running_moments_start_as_the_mean_of_the_batches_and_then_forget():
-    normalizer = Standardize(over="running", momentum=0.4)
-    state, means = normalizer.build([12]), []
-    for seed in range(3):
-        normalizer(state, tokens(seed=seed), 0)
-        means.append(uneven(40, seed=seed).flatten(0, 1).mean(dim=0))
-    expected = 0.6 * (means[0] + means[1]) / 2 + 0.4 * means[2]
-    torch.testing.assert_close(state[0].mean_patches, expected)
-    normalizer(state.eval(), tokens(seed=9), 0)
+def test_running_moments_forget_less_and_less():
+    normalizer = Standardize(over="running", momentum=0.4, momentum_end=0.2)
+    state, expected = normalizer.build([12]), torch.zeros(12)
+    for seed, (progress, share) in enumerate([(0.0, 0.4), (0.5, 0.3), (1.0, 0.2)]):
+        normalizer.follow(state, tokens(seed=seed), 0, progress)
+        expected = (1 - share) * expected + share * uneven(40, seed=seed).flatten(0, 1).mean(dim=0)
+        torch.testing.assert_close(state[0].mean_patches, expected)
+    normalizer(state, tokens(seed=9), 0)
     torch.testing.assert_close(state[0].mean_patches, expected)
 
 
@@ -87,7 +88,7 @@ def test_running_moments_are_those_of_the_calibration_until_the_first_batch():
     running, fixed = Standardize(over="running"), Standardize(over="calibration")
     ours, theirs = (calibrated(normalizer, tokens()).eval() for normalizer in (running, fixed))
     assert torch.equal(running(ours, tokens(seed=3), 0).patches, fixed(theirs, tokens(seed=3), 0).patches)
-    running(ours.train(), tokens(seed=4), 0)
+    running.follow(ours, tokens(seed=4), 0, 0.0)
     torch.testing.assert_close(ours[0].mean_patches, uneven(40, seed=4).flatten(0, 1).mean(dim=0))
 
 

@@ -143,9 +143,11 @@ def test_autocast_does_not_round_relations(dtype):
     assert half.dtype == torch.float32 and half.log_softmax(dim=-1).isfinite().all()
 
 
-def test_a_queue_compares_class_tokens_with_past_targets_and_follows_only_in_training():
+def test_a_queue_holds_the_batch_before_it_compares_and_follows_only_in_training():
     objective = QueueLoss(size=4, temperature=0.5)
     state = objective.build(Shapes(3, (3,), 1))
+    assert not state[0].directions.any()
+    state[0].push(draw(4, 3, seed=2).float())
     before = state[0].directions.clone()
     pair = Pair(draw(2, 5, 3).float(), draw(2, 5, 3, seed=1).float(), EVERYWHERE, EVERYWHERE)
     output = StudentOutput(pair.prediction, pair.prediction, (), None, None)
@@ -153,9 +155,10 @@ def test_a_queue_compares_class_tokens_with_past_targets_and_follows_only_in_tra
         (compared,), positions = objective.pairs(state.train(training), [pair], output, [], EVERYWHERE[:, 1:])
         assert positions.tolist() == [[True], [True]]
         found = objective.distance_of(compared)
+        held = torch.cat([pair.target[:, 0], before[2:]]) if training else before
         for b in range(2):
             rows = [
-                softmax([cos(x[b, 0].tolist(), row) for row in before.tolist()], 0.5)
+                softmax([cos(x[b, 0].tolist(), row) for row in held.tolist()], 0.5)
                 for x in (pair.prediction, pair.target)
             ]
             assert float(found[b, 0]) == pytest.approx(kl(rows[1], rows[0]), rel=1e-3, abs=1e-6)

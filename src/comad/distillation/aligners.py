@@ -5,9 +5,11 @@ Projectors stand on the student's side and leave the targets fixed; adapters sta
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +22,7 @@ from comad.distillation.features import StudentOutput
 from comad.distillation.normalizers import fixed_linears
 from comad.runtime.slots import Slot
 
-Head = Literal["identity", "linear", "mlp", "multi-layer", "transformer"]
+Head = Literal["identity", "linear", "mlp", "multi-layer", "transformer", "conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,10 @@ class Aligner(Slot, slot="aligner", default="procrustes"):
     def num_taps(self) -> int:
         """Depths of the student that it reads."""
         return 1
+
+    def for_depth(self, depth: int) -> Aligner:
+        """What it is for a student of so many blocks."""
+        return self
 
     def build(self, teacher_widths: Sequence[int], width: int, with_cls: Sequence[bool], one_target: bool) -> nn.Module:
         """What it trains or fits; a part of the checkpoint.
@@ -164,7 +170,7 @@ class TrainedAdapter(Aligner, name="adapter"):
 
 
 class MultiLayerHead(nn.Module):
-    """The sum of one map per depth that is read; a single one but for ``multi-layer``."""
+    """The sum of one map per depth that is read; a single one but for ``multi-layer`` (arXiv:2408.05088, ladder)."""
 
     def __init__(self, maps: Sequence[nn.Module]):
         super().__init__()
@@ -181,26 +187,35 @@ class StudentProjector(Aligner, name="projector"):
 
     Args:
         head: ``identity``; ``linear``; ``mlp``: Linear, LayerNorm, GELU, Linear; ``multi-layer``: the sum of an MLP
-            from each of some blocks; ``transformer``: a block over all tokens, LayerNorm, Linear.
-        separate_cls: class token and patches have heads of their own; a transformer serves both.
-        hidden_ratio: hidden width of an MLP, in widths of the teacher.
-        taps: blocks that ``multi-layer`` reads: evenly spaced, the last one after the final norm.
+            from each of some blocks, as wide as the student, the last four times; ``transformer``: a block over all
+            tokens, Linear; ``conv``: two convolutions over the map, Linear (arXiv:2407.20179, light translator).
+        separate_cls: class token and patches have heads of their own; a transformer serves both, convolutions never.
+        hidden_ratio: hidden width of ``mlp``, in widths of the teacher.
+        hidden_norm: LayerNorm in ``mlp``.
+        taps: blocks that ``multi-layer`` reads, evenly spaced; at most every block.
+        unit_length: what the heads give is brought to length 1.
     """
 
     head: Head = "linear"
     separate_cls: bool = False
     hidden_ratio: float = 1.0
-    taps: int = 3
+    hidden_norm: bool = True
+    taps: int = 12
+    unit_length: bool = False
 
     @property
     def num_taps(self) -> int:
         """See `Aligner`."""
         return self.taps if self.head == "multi-layer" else 1
 
+    def for_depth(self, depth: int) -> StudentProjector:
+        """See `Aligner`."""
+        return replace(self, taps=min(self.taps, depth))
+
     @property
     def apart(self) -> bool:
         """Whether the class token has a head of its own."""
-        return self.separate_cls and self.head != "transformer"
+        return self.head == "conv" or (self.separate_cls and self.head != "transformer")
 
     def compared_widths(self, teacher_widths: Sequence[int], width: int) -> tuple[int, ...]:
         """The teachers' own."""
@@ -215,37 +230,67 @@ class StudentProjector(Aligner, name="projector"):
         return nn.ModuleDict({"patches": patches, "cls": cls})
 
     def _head(self, width: int, out: int) -> MultiLayerHead:
-        return MultiLayerHead(
-            [projection_head(self.head, width, round(self.hidden_ratio * out), out) for _ in range(self.num_taps)]
-        )
+        below = [mlp(width, width, out, norm=False) for _ in range(self.num_taps - 1)]
+        return MultiLayerHead([*below, self._last(width, out)])
+
+    def _last(self, width: int, out: int) -> nn.Module:
+        """From the tokens that are compared to ``out`` channels."""
+        if self.head == "mlp":
+            return mlp(width, round(self.hidden_ratio * out), out, self.hidden_norm)
+        if self.head == "transformer":
+            heads = max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
+            norm: Any = partial(nn.LayerNorm, eps=1e-6)
+            block = Block(width, heads, qkv_bias=True, init_values=1e-4, norm_layer=norm)
+            return nn.Sequential(block, nn.Linear(width, out))
+        simple = {
+            "identity": nn.Identity,
+            "linear": partial(nn.Linear, width, out),
+            "multi-layer": partial(mlp, width, 4 * width, out, norm=False),
+            "conv": partial(ConvHead, width, out),
+        }
+        return simple[self.head]()
 
     def student(self, state: Any, output: StudentOutput, teacher: int) -> Float[Tensor, "B N1 E"]:
         """See `Aligner`. The class token is 0 where there is no head for it."""
-        sources = (*output.intermediates, output.compared)
+        given = self._project(state, (*output.intermediates, output.compared), teacher).float()
+        return F.normalize(given, dim=-1) if self.unit_length else given
+
+    def _project(self, state: Any, sources: Sequence[Tensor], teacher: int) -> Float[Tensor, "B N1 E"]:
         number = min(teacher, len(state["patches"]) - 1)
         if not self.apart:
-            return state["patches"][number](sources).float()
+            return state["patches"][number](sources)
         patches = state["patches"][number]([source[:, 1:] for source in sources])
         first = torch.zeros_like(patches[:, :1])
         if isinstance(state["cls"][number], MultiLayerHead):
             first = state["cls"][number]([source[:, :1] for source in sources])
-        return torch.cat([first, patches], dim=1).float()
+        return torch.cat([first, patches], dim=1)
 
     def teacher(self, state: Any, tokens: Float[Tensor, "B n E"], teacher: int) -> Float[Tensor, "B n E"]:
         """A teacher's tokens, as they are."""
         return tokens.float()
 
 
-def projection_head(head: Head, width: int, hidden: int, out: int) -> nn.Module:
-    """One head from the student's width to ``out`` channels."""
-    if head == "identity":
-        return nn.Identity()
-    if head == "linear":
-        return nn.Linear(width, out)
-    if head == "transformer":
-        heads = max(heads for heads in range(1, max(1, width // 32) + 1) if width % heads == 0)
-        return nn.Sequential(Block(width, heads, qkv_bias=True), nn.LayerNorm(width), nn.Linear(width, out))
-    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out))
+def mlp(width: int, hidden: int, out: int, norm: bool = True) -> nn.Module:
+    """Linear, LayerNorm if asked for, GELU, Linear."""
+    between = [nn.LayerNorm(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(width, hidden), *between, nn.GELU(), nn.Linear(hidden, out))
+
+
+class ConvHead(nn.Module):
+    """Norm, then twice convolution, ReLU, norm over the whole map, then a linear map; for a square map of tokens."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+
+        def step() -> list[nn.Module]:
+            return [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.GroupNorm(1, width)]
+
+        self.layers = nn.Sequential(nn.GroupNorm(1, width), *step(), *step(), nn.Conv2d(width, out, 1))
+
+    def forward(self, tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n E"]:
+        """Map the tokens of each image."""
+        side = math.isqrt(tokens.shape[1])
+        return self.layers(tokens.mT.unflatten(2, (side, side))).flatten(2).mT
 
 
 def fit_maps(

@@ -151,8 +151,10 @@ class DistillConfig:
                 "--teachers-in offload."
             )
         if self.cache_teachers and not self.method.masking.repeats:
-            option = "mixup" if self.method.masking.mixup else "mask-ratio-end"
+            option = next(
+                name for name in ("mixup", "shift", "mask_ratio_end") if getattr(self.method.masking, name, 0)
+            )
             raise ValueError(
                 "--cache-teachers needs images and masks that repeat; add --no-cache-teachers, or leave out "
-                f"--masking.{option}."
+                f"--masking.{option.replace('_', '-')}."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,10 +14,10 @@ from torch.nn import functional as F
 from comad.distillation.features import StudentOutput, TeacherOutput, block_at, forward_teacher
 from comad.distillation.fusion import Pair
 from comad.distillation.health import central_patches, health_metrics, mean_shares
-from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks
+from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks, move, move_patches
 from comad.distillation.method import Method, num_heads
 from comad.distillation.objectives import FeatureLoss, Objective, Shapes, mean_over
-from comad.models.backbone import Tokens, gather_patches, map_tokens, normalised_patches, scatter_patches
+from comad.models.backbone import Tokens, gather_patches, map_tokens, patchify, scatter_patches
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone
@@ -53,6 +54,7 @@ class Distiller(nn.Module):
     def __init__(self, student: TimmBackbone, teachers: Sequence[Teacher], method: Method):
         super().__init__()
         method.check(student, teachers)
+        method = replace(method, aligner=method.aligner.for_depth(len(student.vit.blocks)))
         self.method, self.student, self.calibrated = method, student, not method.num_calibration_images
         self.teacher_names = tuple(teacher.name for teacher in teachers)
         if heads := method.compared_heads(teachers):
@@ -83,12 +85,15 @@ class Distiller(nn.Module):
             hidden = any(getattr(term, "where", "all") not in ("visible", "cls") for term in terms)
             if masking.hidden == "drop" and (hidden or masking.decoder_output == "all"):
                 self.decoder = MaskedDecoder(student.width, student.grid, student.width, *size)
+                if masking.decoder_output == "all":  # compared before the norm (G2SD)
+                    self.decoder.norm = nn.Identity()
             if method.needs("pixels"):
                 self.pixel_decoder = MaskedDecoder(student.width, student.grid, 3 * student.patch_size**2, *size)
             if masking.hidden == "token":
                 self.mask_token = nn.Parameter(torch.zeros(student.width))
         depth, features, taps = len(student.vit.blocks), method.features, method.aligner.num_taps
-        self.compared_block = block_at(features.student_depth, depth) if features.student_depth < 1 else 0
+        inside = features.student_depth < 1 or not features.student_norm
+        self.compared_block = block_at(features.student_depth, depth) if inside else 0
         self.tap_blocks = [block_at(tap / taps, depth) for tap in range(1, taps)]
         self.qkv_block = block_at(features.qkv_depth, depth) if method.needs("qkv") else 0
         freeze_unread(student, method, self.qkv_block)
@@ -134,7 +139,7 @@ class Distiller(nn.Module):
             key = objective.distance_key or name
             if key not in distances:
                 distances[key] = torch.stack([objective.distance_of(pair) for pair in compared])
-            parts[name] = mean_over(distances[key], compared, positions[name])
+            parts[name] = mean_over(distances[key], compared, positions[name], self.method.fusion.own_positions)
             shown = compared if isinstance(objective, FeatureLoss) else shown
         self._reweigh(parts, pairs, masks)
         loss = sum(losses.values(), student.last.new_zeros(()))
@@ -180,14 +185,16 @@ class Distiller(nn.Module):
         """Run the student and read it wherever the method does."""
         compared = [self.compared_block] if self.compared_block else []
         blocks = sorted({*self.tap_blocks, *compared})
+        moved = images if masks.shifts is None else move(images, masks.shifts[:, 0] * self.student.patch_size)
         tokens = self.student(
-            images,
+            moved,
             masks.student,
             self.method.masking.modes[0],
             self.mask_token,
             intermediates=blocks,
             qkv=self.qkv_block,
         )
+        tokens = move_back(tokens, masks, 0)
         at = dict(zip(blocks, tokens.intermediates, strict=True))
         read = self._all_positions(at[self.compared_block] if self.compared_block else tokens, masks, fill=True)
         return StudentOutput(
@@ -208,8 +215,12 @@ class Distiller(nn.Module):
             visible = masks.student
             if visible is None:
                 visible = torch.arange(self.student.num_patches, device=patches.device).expand(len(patches), -1)
-            filled = self.decoder(tokens.cls, patches, visible)
-            patches = filled if whole else scatter_patches(patches, visible, filled)
+            if whole:  # the class token too
+                decoded = self.decoder.predict(self.decoder.decode(tokens.cls, patches, visible))
+                patches = decoded[:, -self.student.num_patches :]
+                cls = patches.mean(dim=1) if self.method.features.pooled else decoded[:, 0]
+            else:
+                patches = scatter_patches(patches, visible, self.decoder(tokens.cls, patches, visible))
         elif masking.modes[0] == "drop" and masks.student is not None:
             nothing = patches.new_zeros(self.student.num_patches, patches.shape[2])
             patches = scatter_patches(patches, masks.student, nothing)
@@ -219,11 +230,12 @@ class Distiller(nn.Module):
     def _reconstruct(
         self, images: Float[Tensor, "B 3 H W"], tokens: Tokens, masks: Masks
     ) -> tuple[Float[Tensor, "B N P"], Float[Tensor, "B N P"]] | None:
-        """The pixel decoder's patches, and the image's own, normalised."""
+        """The pixel decoder's patches, and the image's own, pixels as the student takes them."""
         if self.pixel_decoder is None or masks.student is None:
             return None
         reconstructed = self.pixel_decoder(tokens.cls, tokens.patches, masks.student).float()
-        return reconstructed, normalised_patches(images, self.student.patch_size)
+        pixels = (images - self.student.pixel_mean) / self.student.pixel_std
+        return reconstructed, patchify(pixels, self.student.patch_size)
 
     def align(
         self, student: StudentOutput, teachers: Sequence[TeacherOutput], masks: Masks
@@ -232,11 +244,13 @@ class Distiller(nn.Module):
         pairs, own = {}, []
         features, aligner = self.method.features, self.method.aligner
         seen = masks.teachers_see(len(student.last), self.student.num_patches, student.last.device)
-        seen = seen | features.every_position
+        seen = seen | features.every_position | self.method.masking.every_position
         for place, m in enumerate(self.used):
             cls, patches = teachers[m][:2]
             cls = patches.float().mean(dim=1) if features.pooled else cls if self.has_cls[m] else None
-            tokens = self.method.normalizer(self.normalizer, Tokens(cls, patches), place)
+            tokens = self.method.normalizer(self.normalizer, given := Tokens(cls, patches), place)
+            if self.training:
+                self.method.normalizer.follow(self.normalizer, given, place, masks.progress)
             own.append(aligner.own_loss(self.aligner, tokens.patches, place))
             target = self._target(tokens, masks.teachers[m], place).float()
             valid = torch.cat([torch.full_like(seen[m][:, :1], tokens.cls is not None), seen[m]], dim=1)
@@ -346,7 +360,10 @@ class Distiller(nn.Module):
         """Run one of the teachers, see `forward_teachers`."""
         method, needs = self.method, self.method.teacher_needs(number, len(self.teacher_names))
         visible, hidden = masks.teachers[number], method.masking.modes[1]
-        return forward_teacher(method.features, teacher.backbone, images, visible, hidden, needs)
+        if masks.shifts is not None:
+            images = move(images, masks.shifts[:, 1 + number] * (images.shape[-1] // self.student.grid[0]))
+        output = forward_teacher(method.features, teacher.backbone, images, visible, hidden, needs)
+        return move_back(output, masks, 1 + number)
 
     @torch.no_grad()
     def fit(self, tokens: Sequence[Tokens]) -> None:
@@ -431,7 +448,15 @@ def repeat_for_masks(
     outputs = [map_tokens(again, o)._replace(qkv=o.qkv and map_tokens(again, o.qkv)) for o in teachers]
     visible = tuple(None if part is None else again(part) for part in masks.teachers)
     noise = None if masks.noise is None else again(masks.noise)
-    return again(images), outputs, Masks(masks.student, visible, noise)
+    return again(images), outputs, masks._replace(teachers=visible, noise=noise)
+
+
+def move_back(tokens: Tokens, masks: Masks, network: int) -> Tokens:
+    """Patches of moved images at the positions where they came from, here and in ``intermediates``."""
+    if masks.shifts is None:
+        return tokens
+    inner = tuple(move_back(part, masks, network) for part in tokens.intermediates)
+    return tokens._replace(patches=move_patches(tokens.patches, -masks.shifts[:, network]), intermediates=inner)
 
 
 def set_heads(student: TimmBackbone, heads: int) -> None:
@@ -450,7 +475,7 @@ def freeze_unread(student: TimmBackbone, method: Method, qkv_block: int) -> None
     tokens that its last trained block does, and fine-tuning can train the block from there.
     """
     blocks, depth = cast(Any, student.vit.blocks), method.features.student_depth
-    if method.needs("pixels") or (method.needs("tokens") and depth == 1):
+    if method.needs("pixels") or (method.needs("tokens") and depth == 1 and method.features.student_norm):
         return
     read = block_at(depth, len(blocks)) if method.needs("tokens") else 0
     for number, block in enumerate(blocks, start=1):

@@ -45,14 +45,21 @@ class FeatureSpec(Slot, slot="features", default="blocks"):
 
     Args:
         pooled: the mean of the patches takes the place of the class token, in teachers and student.
+        untrained_cls: class tokens that were not trained count too, such as MAE's.
     """
 
     pooled: bool = False
+    untrained_cls: bool = False
 
     @property
     def student_depth(self) -> float:
         """Depth at which the student is compared: a share of its blocks; 1: all, and the final norm."""
         return 1.0
+
+    @property
+    def student_norm(self) -> bool:
+        """Whether the student's final norm stands before the comparison, at depth 1."""
+        return True
 
     @property
     def qkv_depth(self) -> float:
@@ -70,7 +77,8 @@ class FeatureSpec(Slot, slot="features", default="blocks"):
 
     def has_cls(self, backbone: Backbone) -> bool:
         """Whether there is a token in the place of the class token that carries meaning."""
-        return self.pooled or "cls" in backbone.token_types
+        given = getattr(getattr(backbone, "vit", None), "cls_token", None) is not None
+        return self.pooled or "cls" in backbone.token_types or (self.untrained_cls and given)
 
     @abstractmethod
     def read(
@@ -102,21 +110,26 @@ class Blocks(FeatureSpec, name="blocks"):
         teacher: depth of a teacher's tokens.
         student: depth of the student's tokens.
         qkv: depth of the block, in both, whose queries, keys and values are compared, if an objective does.
+        final_norm: the student's final norm stands before the comparison; without it the norm is not trained.
     """
 
     teacher: float = 1.0
     student: float = 1.0
     qkv: float = 1.0
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
-        for depth in (self.teacher, self.student, self.qkv):
-            if not 0 < depth <= 1:
-                raise ValueError(f"a depth is a share of the blocks, above 0 and at most 1; got {depth}.")
+        check_depths(self.teacher, self.student, self.qkv)
 
     @property
     def student_depth(self) -> float:
         """See `FeatureSpec`."""
         return self.student
+
+    @property
+    def student_norm(self) -> bool:
+        """See `FeatureSpec`."""
+        return self.final_norm
 
     @property
     def qkv_depth(self) -> float:
@@ -145,7 +158,16 @@ class Blocks(FeatureSpec, name="blocks"):
 
 @dataclass(frozen=True, kw_only=True)
 class MAEDecoder(FeatureSpec, name="mae-decoder"):
-    """Tokens of a MAE teacher's decoder after its last block and norm, at every position."""
+    """Tokens of a MAE teacher's decoder, at every position.
+
+    Args:
+        depth: share of its blocks after which they are read, before any norm; 1: all, and the norm.
+    """
+
+    depth: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_depths(self.depth)
 
     @property
     def every_position(self) -> bool:
@@ -157,8 +179,8 @@ class MAEDecoder(FeatureSpec, name="mae-decoder"):
         return self._decoder(backbone).embed.out_features
 
     def has_cls(self, backbone: Backbone) -> bool:
-        """A decoder's class token was never trained."""
-        return self.pooled
+        """A decoder's class token was not trained by itself."""
+        return self.pooled or self.untrained_cls
 
     def read(
         self,
@@ -172,8 +194,11 @@ class MAEDecoder(FeatureSpec, name="mae-decoder"):
         tokens = backbone(images, visible, hidden)
         if visible is None:
             visible = torch.arange(backbone.num_patches, device=tokens.patches.device).expand(len(tokens.patches), -1)
-        decoded = self._decoder(backbone).decode(tokens.cls, tokens.patches, visible)
-        return TeacherOutput(None, decoded[:, -backbone.num_patches :])
+        decoder = self._decoder(backbone)
+        blocks = None if self.depth == 1 else block_at(self.depth, len(decoder.blocks))
+        decoded = decoder.decode(tokens.cls, tokens.patches, visible, blocks)
+        count = backbone.num_patches
+        return TeacherOutput(decoded[:, 0] if decoded.shape[1] > count else None, decoded[:, -count:])
 
     @staticmethod
     def _decoder(backbone: Backbone) -> Any:
@@ -196,6 +221,13 @@ def forward_teacher(
     if size != images.shape[-1]:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return features.read(backbone, images, visible, hidden, needs)
+
+
+def check_depths(*depths: float) -> None:
+    """Raise ValueError for what is no share of the blocks."""
+    for depth in depths:
+        if not 0 < depth <= 1:
+            raise ValueError(f"a depth is a share of the blocks, above 0 and at most 1; got {depth}.")
 
 
 def block_at(depth: float, num_blocks: int) -> int:

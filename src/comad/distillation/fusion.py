@@ -41,9 +41,11 @@ class Fusion(Slot, slot="fusion", default="gate"):
 
     Attributes:
         one_target: all teachers are compared with the same prediction.
+        own_positions: a teacher's loss is the mean over the positions that it saw, not over those that any saw.
     """
 
     one_target: ClassVar[bool] = False
+    own_positions: ClassVar[bool] = False
 
     def build(self, widths: Sequence[int]) -> nn.Module:
         """What it trains; ``widths`` are the channels of what is compared, one entry per teacher."""
@@ -127,11 +129,19 @@ class Gate(Fusion, name="gate"):
 
 @dataclass(frozen=True, kw_only=True)
 class Sum(Fusion, name="sum"):
-    """The sum of the teachers' losses, each where it saw the token."""
+    """The sum of the teachers' losses, each the mean where it saw the token.
+
+    Args:
+        average: their mean in place of the sum.
+    """
+
+    own_positions: ClassVar[bool] = True
+    average: bool = False
 
     def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
         """See `Fusion`."""
-        return weigh(pairs, torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype))
+        weights = torch.stack([pair.valid for pair in pairs]).to(pairs[0].target.dtype)
+        return weigh(pairs, weights / len(pairs) if self.average else weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +179,13 @@ class LossGate(Fusion, name="loss-gate"):
 class DropEasiest(Fusion, name="drop-easiest"):
     """Teacher dropping (arXiv:2408.05088): of each image the teacher with the largest loss stays, others by chance.
 
-    The loss is the mean over those that stay, so that its size does not depend on the chance.
+    The loss is the mean over all that stay in the batch, so that its size does not depend on the chance.
 
     Args:
         probability: of leaving out a teacher that is not the hardest.
     """
 
+    own_positions: ClassVar[bool] = True
     probability: float = 0.5
 
     def __call__(self, state: nn.Module, pairs: Sequence[Pair]) -> Fused:
@@ -184,12 +195,12 @@ class DropEasiest(Fusion, name="drop-easiest"):
     def reweigh(
         self, losses: Float[Tensor, "M B"], has_target: Bool[Tensor, "M B"], noise: Float[Tensor, "B M"]
     ) -> Float[Tensor, "M B"] | None:
-        """One decision per image: factors with sum 1 over the teachers that stay."""
+        """One decision per image; the factors of the teachers that stay are equal, and have mean 1 over the images."""
         if len(losses) == 1:
             return None
         hardest = losses.masked_fill(~has_target, -1.0).argmax(dim=0)
         stays = (self.probability <= noise.T).scatter(0, hardest.unsqueeze(0), True) & has_target
-        return stays / stays.sum(dim=0).clamp(min=1)
+        return stays * has_target.any(dim=0).sum() / stays.sum().clamp(min=1)
 
 
 def stack_pairs(pairs: Sequence[Pair]) -> tuple[Float[Tensor, "M B n D"], Bool[Tensor, "M B n"]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,19 +26,27 @@ class Masks(NamedTuple):
         student: one row per image, or several: all images under the first mask, then all under the next.
         teachers: one entry per teacher.
         noise: uniform in [0, 1), for what a fusion leaves to chance about an image and a teacher.
+        shifts: patches, down and right, by which each network's images are moved; row 0 is the student's.
+        progress: share of the run that is done.
     """
 
     student: Visible
     teachers: tuple[Visible, ...]
     noise: Float[Tensor, "B M"] | None = None
+    shifts: Int[Tensor, "B M1 2"] | None = None
+    progress: float = 0.0
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
         return visible_map(self.student, batch_size, num_patches, device)
 
     def teachers_see(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "M B N"]:
-        """Map of the positions that each teacher sees."""
-        return torch.stack([visible_map(visible, batch_size, num_patches, device) for visible in self.teachers])
+        """Map of the positions that each teacher sees, and that neither its nor the student's shift moved out."""
+        seen = torch.stack([visible_map(visible, batch_size, num_patches, device) for visible in self.teachers])
+        if self.shifts is None:
+            return seen
+        inside = torch.stack([inside_after(self.shifts[:, m], num_patches) for m in range(1 + len(self.teachers))])
+        return seen & inside[1:] & inside[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +78,18 @@ class Masking(Slot, slot="masking", default="superset"):
             noise: belongs to the samples.
             progress: share of the run that is done.
         """
-        masks = self.draw(noise, progress)
-        return masks._replace(noise=noise[:, 1:].sum(dim=2) % 1)  # uniform, and tells next to nothing of the masks
+        masks, chance = self.draw(noise, progress), noise[:, 1:].sum(dim=2) % 1
+        return masks._replace(noise=chance, progress=progress)  # uniform, and tells next to nothing of the masks
 
     @property
     def modes(self) -> tuple[Hidden, Hidden]:
         """What becomes of hidden patches of the student, and of the teachers."""
         return "drop", "drop"
+
+    @property
+    def every_position(self) -> bool:
+        """Whether a teacher counts at positions that were hidden from it."""
+        return False
 
     @abstractmethod
     def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
@@ -84,11 +98,26 @@ class Masking(Slot, slot="masking", default="superset"):
 
 @dataclass(frozen=True, kw_only=True)
 class WholeImages(Masking, name="none"):
-    """Student and teachers see whole images."""
+    """Student and teachers see whole images.
+
+    Args:
+        shift: standard deviation, in patches, of how far each network's images are moved, by whole patches and each
+            network on its own; what both networks kept is compared (arXiv:2601.17237, "Shift Equivariance").
+    """
+
+    shift: float = 0.0
+
+    @property
+    def repeats(self) -> bool:
+        """See `Masking.repeats`."""
+        return not self.mixup and not self.shift
 
     def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
         """No masks."""
-        return Masks(None, (None,) * (noise.shape[1] - 1))
+        shifts = None
+        if self.shift:  # normal, made of the first two numbers
+            shifts = (torch.special.ndtri(noise[:, :, :2].clamp(min=1e-6)) * self.shift).round().long()
+        return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +186,23 @@ class AsymmetricMasks(HidingPatches):
     Args:
         teacher_mask_ratios: share hidden from each teacher, in their order; the last one repeats for further teachers.
         teacher_hidden: ``drop`` leaves a teacher's hidden patches out, which saves their cost; ``zero`` is printed.
+        count_hidden: a teacher counts at the positions hidden from it too, as printed; with ``zero`` alone.
     """
 
     teacher_mask_ratios: tuple[float, ...] = (0.5, 0.4, 0.3)
     teacher_hidden: Literal["drop", "zero"] = "drop"
+    count_hidden: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratios(self.teacher_mask_ratios)
+        if self.count_hidden and self.teacher_hidden != "zero":
+            raise ValueError("a dropped position has no token to count; set --masking.teacher-hidden zero.")
+
+    @property
+    def every_position(self) -> bool:
+        """See `Masking.every_position`."""
+        return self.count_hidden
 
     @property
     def modes(self) -> tuple[Hidden, Hidden]:
@@ -218,10 +256,18 @@ class Shared(HidingPatches, name="shared"):
 
 @dataclass(frozen=True, kw_only=True)
 class Disjoint(HidingPatches, name="disjoint"):
-    """The student sees each image twice, with no patch in common; the teachers see all."""
+    """The student sees each image twice, with no patch in common; the teachers see all.
+
+    Args:
+        block: patches on the side of the squares that are hidden or shown as a whole.
+    """
+
+    block: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.block < 1:
+            raise ValueError(f"a block has a side of at least one patch; got {self.block}.")
         if min(self.student_ratios) < 0.5:
             raise ValueError(
                 f"two disjoint masks need a student ratio of at least 0.5; got {min(self.student_ratios)}."
@@ -229,14 +275,53 @@ class Disjoint(HidingPatches, name="disjoint"):
 
     def policy(self, noise: Float[Tensor, "B M1 N"], count: int) -> Masks:
         """See `HidingPatches.policy`."""
-        order, count = noise[:, 0].argsort(dim=1, stable=True), min(count, noise.shape[2] // 2)
+        patches = blocks(noise.shape[2], self.block).to(noise.device)
+        order = noise[:, 0, : len(patches)].argsort(dim=1, stable=True)
+        count = min(max(1, round(count / patches.shape[1])), len(patches) // 2)
         halves = torch.cat([order[:, :count], order[:, count : 2 * count]])
-        return Masks(halves.sort(dim=1).values, (None,) * (noise.shape[1] - 1))
+        return Masks(patches[halves].flatten(1).sort(dim=1).values, (None,) * (noise.shape[1] - 1))
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
     """Patches that a mask ratio leaves; at least one."""
     return max(1, round(num_patches * (1 - mask_ratio)))
+
+
+def blocks(num_patches: int, side: int) -> Int[Tensor, "blocks size"]:
+    """The patches of every square block of so many patches on its side.
+
+    Raises:
+        ValueError: the grid is no whole number of blocks.
+    """
+    rows = math.isqrt(num_patches) if side > 1 else 1
+    columns = num_patches // rows
+    if rows * columns != num_patches or rows % side or columns % side:
+        raise ValueError(f"blocks of {side} patches do not fill {num_patches} patches; set --masking.block 1.")
+    grid = torch.arange(num_patches).view(rows // side, side, columns // side, side)
+    return grid.transpose(1, 2).reshape(-1, side * side)
+
+
+def move(x: Float[Tensor, "B C h w"], shift: Int[Tensor, "B 2"]) -> Float[Tensor, "B C h w"]:
+    """Move maps down and right by whole cells; what leaves on one side comes back on the other."""
+    rows, columns = (
+        (torch.arange(size, device=x.device) - shift[:, axis, None]) % size for axis, size in enumerate(x.shape[2:])
+    )
+    x = x.gather(2, rows[:, None, :, None].expand_as(x))
+    return x.gather(3, columns[:, None, None, :].expand_as(x))
+
+
+def move_patches(patches: Float[Tensor, "B N E"], shift: Int[Tensor, "B 2"]) -> Float[Tensor, "B N E"]:
+    """`move` for patches of a square grid."""
+    side = math.isqrt(patches.shape[1])
+    return move(patches.mT.unflatten(2, (side, side)), shift).flatten(2).mT
+
+
+def inside_after(shift: Int[Tensor, "B 2"], num_patches: int) -> Bool[Tensor, "B N"]:
+    """Positions of a square grid that a move keeps inside."""
+    side = math.isqrt(num_patches)
+    moved = torch.arange(side, device=shift.device) + shift.unsqueeze(-1)  # (B, 2, side)
+    rows, columns = ((moved >= 0) & (moved < side)).unbind(dim=1)
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1)
 
 
 def check_ratios(ratios: Sequence[float]) -> None:

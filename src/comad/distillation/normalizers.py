@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from comad.models.backbone import Tokens, map_tokens
 from comad.runtime.slots import Slot
 
 EPSILON = 1e-6
+SMALLEST_DEVIATION = 1e-3
+"""A channel that moves less is divided by this: it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,16 @@ class Normalizer(Slot, slot="normalizer", default="none"):
     def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
         """Normalise the tokens of one teacher; ``state`` is in training mode while the student trains."""
 
+    def follow(self, state: Any, tokens: Tokens, teacher: int, progress: float) -> None:
+        """Let statistics follow a batch of the training, after it was normalised.
+
+        Args:
+            state: what `build` made.
+            tokens: of the batch, as they came from the teacher.
+            teacher: its number.
+            progress: share of the run that is done.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoNormalizer(Normalizer, name="none"):
@@ -54,7 +67,7 @@ class LayerNorm(Normalizer, name="layer-norm"):
 
     def __call__(self, state: nn.Module, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
-        return map_tokens(lambda row: F.layer_norm(row.float(), row.shape[-1:]), tokens)
+        return map_tokens(lambda row: F.layer_norm(row.float(), row.shape[-1:], eps=EPSILON), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +80,27 @@ class L2(Normalizer, name="l2"):
 
 
 class Moments(nn.Module):
-    """Mean and variance of every channel, of class token and patches apart; 0 and 1 at first."""
+    """Mean and standard deviation of every channel, of class token and patches apart; 0 and 1 at first."""
 
     def __init__(self, width: int):
         super().__init__()
-        for name, value in (("mean", torch.zeros(width)), ("variance", torch.ones(width))):
+        for name, value in (("mean", torch.zeros(width)), ("deviation", torch.ones(width))):
             for row in ("cls", "patches"):
                 self.register_buffer(f"{name}_{row}", value.clone())
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def follow(self, tokens: Tokens, share: Float[Tensor, ""]) -> None:
+    def follow(self, tokens: Tokens, share: float = 1.0) -> None:
         """Move by a share of the way to the moments of these tokens."""
         for row, x in (("cls", tokens.cls), ("patches", tokens.patches)):
             if x is not None:
-                for name, value in zip(("mean", "variance"), moments(x.float()), strict=True):
+                for name, value in zip(("mean", "deviation"), moments(x.float()), strict=True):
                     getattr(self, f"{name}_{row}").lerp_(value, share)
 
 
 def moments(x: Float[Tensor, "*rows E"]) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
-    """Mean and variance over all rows."""
+    """Mean and standard deviation over all rows."""
     flat = x.flatten(0, -2)
-    return flat.mean(dim=0), flat.var(dim=0, unbiased=False)
+    return flat.mean(dim=0), flat.std(dim=0, unbiased=len(flat) > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +108,16 @@ class Standardize(Normalizer, name="standardize"):
     """Each channel to mean 0 and variance 1, class tokens and patches apart.
 
     Args:
-        over: where the moments come from: ``running``: a moving average of the batches; ``batch``: each batch's own;
-            ``calibration``: taken once on the run's own images, then fixed.
-        momentum: of the moving average; it starts as the plain mean of the batches so far.
-        calibration_images: images whose tokens the moments are taken of.
+        over: where the moments come from: ``running``: a moving average of the batches before; ``batch``: each batch's
+            own, in evaluation the moving average; ``calibration``: taken once on the run's own images, then fixed.
+        momentum: share of the newest batch in the moving average at the start of the run.
+        momentum_end: that share at the end of the run, by a cosine.
+        calibration_images: images whose tokens the moments are taken of, for the first batch at least.
     """
 
     over: Literal["running", "batch", "calibration"] = "running"
-    momentum: float = 0.01
+    momentum: float = 1.0
+    momentum_end: float = 0.001
     calibration_images: int = 512
 
     @property
@@ -116,38 +130,41 @@ class Standardize(Normalizer, name="standardize"):
         return nn.ModuleList([Moments(width) for width in teacher_widths])
 
     def calibrate(self, state: nn.Module, tokens: Sequence[Tokens]) -> None:
-        """Take the moments of these tokens; with ``running`` until the first batch."""
-        if self.over != "batch":
-            for own, part in zip(cast(nn.ModuleList, state), tokens, strict=True):
-                cast(Moments, own).follow(part, torch.ones((), device=part.patches.device))
+        """Take the moments of these tokens; a moving average starts from them."""
+        for own, part in zip(cast(nn.ModuleList, state), tokens, strict=True):
+            cast(Moments, own).follow(part)
 
     def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
-        """See `Normalizer`; ``running`` moments follow the batch while training."""
+        """See `Normalizer`."""
         own = state[teacher]
-        if self.over == "running" and own.training:
-            own.steps += 1
-            own.follow(tokens, (1 / own.steps).clamp(min=self.momentum))
         cls = None if tokens.cls is None else self._standardize(own, tokens.cls.float(), "cls")
         return Tokens(cls, self._standardize(own, tokens.patches.float(), "patches"))
 
+    def follow(self, state: Any, tokens: Tokens, teacher: int, progress: float) -> None:
+        """See `Normalizer`; the moving average does."""
+        if self.over != "calibration":
+            rest = 0.5 * (1 + math.cos(math.pi * progress))
+            state[teacher].follow(tokens, self.momentum_end + (self.momentum - self.momentum_end) * rest)
+
     def _standardize(self, own: Moments, x: Tensor, row: str) -> Tensor:
-        mean, variance = getattr(own, f"mean_{row}"), getattr(own, f"variance_{row}")
-        if self.over == "batch":
-            mean, variance = moments(x)
-        return (x - mean) * (variance + EPSILON).rsqrt()
+        mean, deviation = getattr(own, f"mean_{row}"), getattr(own, f"deviation_{row}")
+        if self.over == "batch" and own.training:
+            mean, deviation = moments(x)
+        return (x - mean) / deviation.clamp(min=SMALLEST_DEVIATION)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PHIS(Normalizer, name="phi-s"):
     """PHI-S: y = a·H·Vᵀ(y₀ - μ), a = 1/√mean(λ); V, λ eigen of the covariance, H a Hadamard matrix (arXiv:2410.01680).
 
-    A rotation, so errors of all directions count alike; and every channel has variance 1. The class token stays as it
-    is, for it is compared by its direction.
+    A rotation, so errors of all directions count alike; and every channel has variance 1.
 
     Args:
+        cls: the class token has a map of its own; without it stays as it is, to be compared by its direction.
         calibration_images: images whose tokens it is fitted on.
     """
 
+    cls: bool = False
     calibration_images: int = 512
 
     @property
@@ -159,13 +176,16 @@ class PHIS(Normalizer, name="phi-s"):
         """One fixed affine map per teacher; a width without a Hadamard matrix is a ValueError."""
         for width in teacher_widths:
             hadamard(width)
-        return fixed_linears([(width, width) for width in teacher_widths])
+        return fixed_linears([(width, width) for width in teacher_widths] * (2 if self.cls else 1))
 
     @torch.no_grad()
     def calibrate(self, state: nn.Module, tokens: Sequence[Tokens]) -> None:
-        """Fit mean and rotation on the patches."""
-        for linear, part in zip(cast(Any, state), tokens, strict=True):
-            x = part.patches.flatten(0, -2).double()
+        """Fit mean and rotation on the patches, and on the class tokens."""
+        rows = [part.patches.flatten(0, -2) for part in tokens] + [part.cls for part in tokens if self.cls]
+        for linear, row in zip(cast(Any, state), rows, strict=True):
+            if row is None:
+                continue
+            x = row.double()
             mean = x.mean(dim=0)
             values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
             matrix = hadamard(x.shape[1]).to(x) @ vectors.T * values.mean().clamp(min=1e-12).rsqrt()
@@ -175,7 +195,9 @@ class PHIS(Normalizer, name="phi-s"):
     def __call__(self, state: Any, tokens: Tokens, teacher: int) -> Tokens:
         """See `Normalizer`."""
         with torch.autocast(tokens.patches.device.type, enabled=False):
-            return Tokens(tokens.cls, state[teacher](tokens.patches.float()))
+            own = state[teacher + len(state) // 2] if self.cls else nn.Identity()
+            cls = None if tokens.cls is None else own(tokens.cls.float())
+            return Tokens(cls, state[teacher](tokens.patches.float()))
 
 
 def fixed_linears(shapes: Sequence[tuple[int, int]]) -> nn.ModuleList:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,17 @@ from torch.nn import functional as F
 
 from comad.distillation.features import StudentOutput, TeacherOutput
 from comad.distillation.fusion import Pair
-from comad.distillation.relations import Queue, attention_logits, mean_of_maps, token_logits, with_class_token
+from comad.distillation.relations import (
+    Dispersion,
+    Queue,
+    angle,
+    attention_logits,
+    mean_of_maps,
+    relative_distances,
+    token_logits,
+    with_class_token,
+)
+from comad.models.backbone import normalise_patches
 from comad.runtime.slots import Slot
 from comad.runtime.spelling import hint
 
@@ -98,11 +109,17 @@ class Objective(Slot, slot="objective", default="feature"):
 
 
 def mean_over(
-    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"]
+    distances: Float[Tensor, "P B n"], pairs: Sequence[Pair], positions: Bool[Tensor, "B n"], own: bool = False
 ) -> Float[Tensor, "P B"]:
-    """Weighted mean over the positions that count, split into what each pair and each image adds to it."""
+    """Weighted mean over the positions that count, split into what each pair and each image adds to it.
+
+    With ``own`` of each pair over those where it has a target.
+    """
     weights = torch.stack([pair.weight for pair in pairs])
-    return (distances * (weights * positions)).sum(dim=2) / positions.sum().clamp(min=1)
+    count = positions.sum()
+    if own:
+        count = torch.stack([(pair.valid & positions).sum() for pair in pairs]).unsqueeze(1)
+    return (distances * (weights * positions)).sum(dim=2) / count.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +206,13 @@ class RelationLoss(TokenObjective, name="relation"):
 
     Args:
         temperature: of that softmax.
+        with_itself: the token's cosine to itself, which is always 1, takes part.
     """
 
     where: Literal["visible", "hidden", "all"] = "all"
     cls: bool = False
     temperature: float = 0.07
+    with_itself: bool = False
 
     def pairs(
         self,
@@ -205,8 +224,8 @@ class RelationLoss(TokenObjective, name="relation"):
     ) -> Compared:
         """Rows of cosines."""
         positions = self.positions(pairs, visible)
-        rows = [(token_logits(pair.prediction, positions), token_logits(pair.target, positions)) for pair in pairs]
-        return [p._replace(prediction=a, target=b) for p, (a, b) in zip(pairs, rows, strict=True)], positions
+        rows = partial(token_logits, counts=positions, with_itself=self.with_itself)
+        return [p._replace(prediction=rows(p.prediction), target=rows(p.target)) for p in pairs], positions
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
         """See `Objective`."""
@@ -215,7 +234,7 @@ class RelationLoss(TokenObjective, name="relation"):
 
 @dataclass(frozen=True, kw_only=True)
 class QueueLoss(Objective, name="queue"):
-    """KL(teacher‖student) of the class token's softmax of cosines to past targets.
+    """KL(teacher‖student) of the class token's softmax of cosines to the last targets, this batch's included.
 
     Args:
         size: targets that are kept.
@@ -242,13 +261,13 @@ class QueueLoss(Objective, name="queue"):
         teachers: Sequence[TeacherOutput],
         visible: Bool[Tensor, "B N"],
     ) -> Compared:
-        """Cosines of class tokens to the queue, in which the targets then take the place of the oldest."""
+        """Cosines of class tokens to the queue, in which the targets take the place of the oldest first."""
         found = []
-        for queue, (prediction, target, valid, weight) in zip(state, pairs, strict=True):
-            newest = target[:, 0]
-            found.append(Pair(queue(prediction[:, :1]), queue(target[:, :1]), valid[:, :1], weight[:, :1]))
+        for queue, pair in zip(state, pairs, strict=True):
             if queue.training:
-                queue.push(newest)
+                queue.push(pair.target[:, 0])
+            pair = cls_pair(pair)
+            found.append(pair._replace(prediction=queue(pair.prediction), target=queue(pair.target)))
         return found, torch.stack([pair.valid for pair in found]).any(dim=0)
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
@@ -297,9 +316,14 @@ class AttentionLoss(Objective, name="attention"):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelLoss(Objective, name="pixels"):
-    """Mean squared error of reconstructed hidden patches to the image's own, normalised (MAE, arXiv:2111.06377)."""
+    """Mean squared error of reconstructed hidden patches to the image's own (MAE, arXiv:2111.06377).
+
+    Args:
+        normalize: each patch by its own mean and variance; without it pixels are as the student's input.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    normalize: bool = True
 
     def pairs(
         self,
@@ -311,11 +335,123 @@ class PixelLoss(Objective, name="pixels"):
     ) -> Compared:
         """Pixels of all patches; the hidden ones count."""
         assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
-        return [Pair(*student.pixels, ~visible, ~visible)], ~visible
+        reconstructed, own = student.pixels
+        own = normalise_patches(own) if self.normalize else own
+        return [Pair(reconstructed, own, ~visible, ~visible)], ~visible
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
         """See `Objective`."""
         return mse(pair.prediction, pair.target, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLoss(TokenObjective, name="map"):
+    """1 - cosine of the whole maps: all tokens that count, side by side (Theia, arXiv:2407.20179)."""
+
+    where: Literal["visible", "hidden", "all"] = "all"
+    cls: bool = False
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Maps as one vector per image; a token with weight 0 is 0, and the map has the mean weight of its tokens."""
+        positions = self.positions(pairs, visible)
+        found = []
+        for prediction, target, valid, weight in pairs:
+            counts = (positions & (weight > 0)).unsqueeze(-1)
+            ours, theirs = ((x * counts).flatten(1).unsqueeze(1) for x in (prediction, target))
+            mean = (weight * counts[..., 0]).sum(dim=1, keepdim=True) / counts.sum(dim=1).clamp(min=1)
+            found.append(Pair(ours, theirs, (valid & positions).any(dim=1, keepdim=True), mean))
+        return found, positions.any(dim=1, keepdim=True)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return cosine(pair.prediction, pair.target, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AngleLoss(Objective, name="angle"):
+    """Squared angle of class tokens, over the mean one of the teacher's own to their mean direction (arXiv:2601.17237).
+
+    Teachers whose class tokens point in much the same direction count no less than others.
+    """
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return True
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """Statistics per pair."""
+        return nn.ModuleList([Dispersion(width) for width in shapes.compared])
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Class tokens, weighed by their teacher's dispersion."""
+        found = [cls_pair(pair) for pair in pairs]
+        for number, (spread, pair) in enumerate(zip(state, found, strict=True)):
+            if spread.training:
+                spread.follow(pair.target[:, 0])
+            found[number] = pair._replace(weight=pair.weight / spread.angle)
+        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return angle(pair.prediction, pair.target).square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceLoss(Objective, name="distances"):
+    """Asymmetric relations of the images of a batch (SigLino, arXiv:2512.20157): smooth L1 of class tokens' distances.
+
+    Images nearer in the teacher than the median are drawn together where the student has them further apart, the others
+    are pushed apart where it has them nearer. Distances are shares of their mean.
+    """
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return True
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """An image's distances to all images."""
+        found = [cls_pair(pair) for pair in pairs]
+        found = [
+            p._replace(**{side: relative_distances(getattr(p, side)[:, 0]).unsqueeze(1) for side in Pair._fields[:2]})
+            for p in found
+        ]
+        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`; mean over the other images."""
+        ours, theirs = pair.prediction, pair.target
+        others = ~torch.eye(len(ours), dtype=torch.bool, device=ours.device).unsqueeze(1)
+        near = theirs < theirs[others].median() if len(ours) > 1 else others
+        error = torch.where(near, ours - theirs, theirs - ours).clamp(min=0) * others
+        return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").sum(dim=2) / max(1, len(ours) - 1)
+
+
+def cls_pair(pair: Pair) -> Pair:
+    """The class token of a pair."""
+    return Pair(*(part[:, :1] for part in pair))
 
 
 def kl_student_teacher(student: Tensor, target: Tensor, temperature: float) -> Tensor:

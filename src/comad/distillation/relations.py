@@ -29,9 +29,11 @@ def other_cosines(tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n n"]:
     return cosine_rows(tokens) * (1 - torch.eye(tokens.shape[1], device=tokens.device))
 
 
-def token_logits(tokens: Float[Tensor, "B n D"], counts: Bool[Tensor, "B n"]) -> Float[Tensor, "B n n"]:
-    """Cosines to the other tokens that count. A token's cosine to itself says nothing and is left out."""
-    itself = torch.eye(counts.shape[1], dtype=torch.bool, device=counts.device)
+def token_logits(
+    tokens: Float[Tensor, "B n D"], counts: Bool[Tensor, "B n"], with_itself: bool = False
+) -> Float[Tensor, "B n n"]:
+    """Cosines to the other tokens that count, and with ``with_itself`` the token's to itself, which is always 1."""
+    itself = torch.eye(counts.shape[1], dtype=torch.bool, device=counts.device) & (not with_itself)
     return cosine_rows(tokens).masked_fill(itself | ~counts.unsqueeze(1), EXCLUDED)
 
 
@@ -57,20 +59,21 @@ def with_class_token(tokens: Tokens) -> Tensor:
 
 
 class Queue(nn.Module):
-    """The last targets as directions, part of the state: a resumed run finds them as they were."""
+    """The last targets as directions, 0 at first; part of the state: a resumed run finds them as they were."""
 
     directions: Tensor
     next: Tensor
 
     def __init__(self, length: int, width: int):
         super().__init__()
-        self.register_buffer("directions", F.normalize(torch.randn(length, width), dim=-1))
+        self.register_buffer("directions", torch.zeros(length, width))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     def forward(self, tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "B n length"]:
         """Cosines of tokens to the directions kept."""
         with torch.autocast(tokens.device.type, enabled=False):
-            return F.normalize(tokens.float(), dim=-1) @ self.directions.clone().T  # `push` writes before the backward
+            kept = self.directions.clone()  # `push` may write before the backward
+            return F.normalize(tokens.float(), dim=-1) @ kept.T
 
     @torch.no_grad()
     def push(self, targets: Float[Tensor, "B D"]) -> None:
@@ -80,3 +83,35 @@ class Queue(nn.Module):
         rows = (self.next + torch.arange(len(newest), device=newest.device)) % length
         self.directions[rows] = newest
         self.next.copy_((self.next + len(newest)) % length)
+
+
+class Dispersion(nn.Module):
+    """Mean squared angle of targets to their mean direction, over all batches so far (arXiv:2601.17237, eqs. 5, 6)."""
+
+    mean: Tensor
+    angle: Tensor
+    steps: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        for name, value in (("mean", torch.zeros(width)), ("angle", torch.ones(())), ("steps", torch.zeros(()))):
+            self.register_buffer(name, value)
+
+    @torch.no_grad()
+    def follow(self, targets: Float[Tensor, "B D"]) -> None:
+        """Take a batch in."""
+        self.steps += 1
+        self.mean.lerp_(targets.mean(dim=0), 1 / self.steps)
+        self.angle.lerp_(angle(targets, self.mean.expand_as(targets)).square().mean(), 1 / self.steps)
+
+
+def angle(x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"]) -> Float[Tensor, " *n"]:
+    """Angle between vectors, in radians; from 0.0014, for an angle of 0 has no gradient."""
+    return F.cosine_similarity(x, y, dim=-1).clamp(-1 + 1e-6, 1 - 1e-6).acos()
+
+
+def relative_distances(tokens: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
+    """Distances between the images of a batch, as shares of their mean (arXiv:1904.05068, eq. 6)."""
+    distances = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+    count = len(tokens) * (len(tokens) - 1)
+    return distances * (count / distances.sum().clamp(min=1e-12))

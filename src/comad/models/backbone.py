@@ -195,6 +195,10 @@ def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor,
 
 def normalised_patches(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
     """Pixels of the patches, each patch normalised by its own mean and variance (arXiv:2111.06377, section 3)."""
-    patches = patchify(images, patch_size)
+    return normalise_patches(patchify(images, patch_size))
+
+
+def normalise_patches(patches: Float[Tensor, "B N pixels"]) -> Float[Tensor, "B N pixels"]:
+    """Each patch to mean 0 and variance 1."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()

@@ -34,7 +34,7 @@ class MaskedDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("positions", build_sincos2d_pos_embed(list(grid), width), persistent=False)
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.LayerNorm(width)
         self.predict = nn.Linear(width, out_width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -48,13 +48,17 @@ class MaskedDecoder(nn.Module):
         return self.predict(self.decode(cls, patches, visible))[:, -len(self.positions) :]
 
     def decode(
-        self, cls: Float[Tensor, "B E"] | None, patches: Float[Tensor, "B V E"], visible: Int[Tensor, "B V"]
+        self,
+        cls: Float[Tensor, "B E"] | None,
+        patches: Float[Tensor, "B V E"],
+        visible: Int[Tensor, "B V"],
+        blocks: int | None = None,
     ) -> Float[Tensor, "B n width"]:
-        """Tokens after the last block and the norm; the last N are the patches."""
+        """Tokens after the last block and the norm, or after so many blocks; the last N are the patches."""
         num_patches = len(self.positions)
         assert patches.shape[:2] == visible.shape, "a decoder takes the visible patches and no others"
         known = self.embed(patches)
         x = scatter_patches(known, visible, self.mask_token.to(known.dtype).expand(num_patches, -1)) + self.positions
         if cls is not None:
             x = torch.cat([self.embed(cls).unsqueeze(1), x], dim=1)
-        return self.norm(self.blocks(x))
+        return self.norm(self.blocks(x)) if blocks is None else self.blocks[:blocks](x)
