@@ -196,7 +196,8 @@ PHI_S = replace(
 """RADIO with PHI-S standardisation and MSE on patches (arXiv:2410.01680)."""
 
 EUPE = replace(RADIO, normalizer=Standardize(over="calibration"))
-"""The last stage of EUPE, straight from the teachers: its large proxy teacher is a distillation of its own."""
+"""EUPE (arXiv:2603.22387). Its recipe has two stages, the teachers into a large proxy, the proxy into the student
+(``--through``); the objectives of both are these. In a comparison a row has one stage unless it says ``--through``."""
 
 THEIA = Method(
     masking=WholeImages(),
@@ -330,6 +331,8 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]
     config = (DEMO if demo else IMAGES).with_method(method, preset)
+    if preset == "eupe":
+        return replace(config, through="vit_tiny_patch16_224" if demo else "vit_base_patch16_224")
     if method.single_teacher and demo:  # a teacher as the method was published with: MAE, but for `gram`
         return replace(config, teachers=("ibot-stamps" if preset == "gram" else "mae-stamps",))
     return config

@@ -201,7 +201,7 @@ def upgrade(plain: Any) -> Any:
     if all(name == _rename(name) for name, _ in _leaves(plain, "")):
         return plain
     sys.stderr.write("comad: this recipe has names of the first version; they are read by those of today.\n")
-    renamed = {RENAMED.get(key, key): value for key, value in plain.items()}
+    renamed = {"teacher_image_size": "grid"} | {RENAMED.get(key, key): value for key, value in plain.items()}
     if isinstance(method := plain.get("method"), Mapping):
         renamed["method"] = _upgraded_method(method)
     return renamed

@@ -227,7 +227,7 @@ def test_a_changed_teacher_is_another_row(compare_command, tmp_path, trainings, 
     out, own = tmp_path / "out", tmp_path / "own"
     name, folder = teacher_specs[0].split("=")
     shutil.copytree(folder, own)
-    rows = ["--presets", "comad", "--seeds", 0, "--baselines", "--teachers", f"{name}={own}"]
+    rows = ["--presets", "comad", "--seeds", 0, "--baselines", "--teachers", f"{name}={own}:allow_changed"]
     assert main(compare_command(out, *rows)) == 0
     path = own / "model.safetensors"
     content = path.read_bytes()

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,7 +393,9 @@ def test_resume_refuses_other_weights_of_a_teacher(command, finished, capfd, tea
     try:
         with open(path, "wb") as file:
             file.write(content[:-1] + bytes([content[-1] ^ 1]))
-        assert "teacher_cards.first.sha256" in failure(capfd, command(finished, "--run.resume"))
+        assert "add :allow_changed" in failure(capfd, command(finished, "--run.resume"))
+        changed = ["--teachers", f"{teacher_specs[0]}:allow_changed", teacher_specs[1]]
+        assert "teacher_cards.first.sha256" in failure(capfd, command(finished, "--run.resume", *changed))
     finally:
         with open(path, "wb") as file:
             file.write(content)
@@ -414,3 +417,21 @@ def test_without_labels_there_are_no_scores_but_a_student(command, tmp_path, wri
     rows = json.loads((tmp_path / "run" / "scoreboard.json").read_text())["rows"]
     assert all(row["knn"] is None and row["reason"] for row in rows)
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+def test_two_stages_go_through_a_proxy_that_is_used_again(command, tmp_path, capfd):
+    short = ("--through=test_vit", "--split=none", "--optim.epochs=1", "--optim.warmup-epochs=0", "--preset=radio")
+    assert main(command(tmp_path / "run", *short)) == 0
+    proxy = tmp_path / "run-proxy"
+    config, card = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()), (proxy / "student" / "config.json")
+    assert (
+        config["teachers"] == [f"proxy={proxy / 'student'}"]
+        and json.loads(card.read_text())["architecture"] == "test_vit"
+    )
+    first = (proxy / "log.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run")
+    assert main(command(tmp_path / "run", *short)) == 0
+    assert (proxy / "log.jsonl").read_text() == first
+    shutil.rmtree(tmp_path / "run")
+    line = failure(capfd, command(tmp_path / "run", *short, "--optim.base-lr=0.02"))
+    assert "run-proxy" in line and "optim.base_lr" in line

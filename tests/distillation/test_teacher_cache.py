@@ -58,7 +58,7 @@ class CountedTeachers:
         """Compare what the cache says with what is true."""
         batch = batch_of(images, view, len(self.asked))
         masks = MASKING(batch.noise)
-        found = self.cache(batch, masks, self._computing(batch, masks))
+        found = self.cache(batch, [batch.views[0]] * len(self.asked), masks, self._computing(batch, masks))
         for m, output in enumerate(found):
             true = tokens_of(m, batch, masks)
             assert same(output.cls, true.cls) and same(output.patches, true.patches)

@@ -53,6 +53,8 @@ class DistillConfig:
         cache_storage: ``computed`` keeps the teachers' precision; ``int8`` rounds each token to half the room of bf16.
         teachers_in: ``memory`` keeps all teachers there; ``offload`` keeps one at a time, and the others in a file on
             the disk of the run (beside a GPU in host memory), for the same result in less memory.
+        through: timm's name of a proxy, larger than the student: the teachers are distilled into it first, in a folder
+            beside the run's, which later runs use again; then the proxy alone into the student (arXiv:2603.22387).
         teacher_image_size: pixels on the side of the teachers' views, which show the student's crop: ``own`` is what
             each was made for; ``grid`` as many as give it the student's grid, so that a Vision Transformer can
             leave out masked patches; or a number. ``:size=`` behind a teacher's name goes before it.
@@ -80,6 +82,7 @@ class DistillConfig:
     cache_folder: str = field(default="", metadata=NO_EFFECT)
     cache_storage: Literal["computed", "int8"] = "computed"
     teachers_in: Literal["memory", "offload"] = field(default="memory", metadata=NO_EFFECT)
+    through: str = field(default="", metadata=COMMON | NO_EFFECT)
     teacher_image_size: Literal["own", "grid"] | int = field(default="own", metadata=COMMON)
     compile: bool = field(default=False, metadata=COMMON)
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from comad.distillation.setup import Inputs, Setup, Student, prepare
 from comad.evaluation.probe import KnnProbe
 from comad.models.compiling import eager_mode
 from comad.models.teachers import licence_notice
+from comad.runtime.checkpoint import checkpoints
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
@@ -42,6 +44,8 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
+    if config.through:
+        config, inputs = distill_proxy(config, inputs)
     fabric = start_fabric(config.run)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
@@ -71,6 +75,25 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     ]
     with eager_mode(config.compile):
         return finish(trained, setup.splits, teachers, fabric)
+
+
+def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[DistillConfig, Inputs | None]:
+    """The first of two stages: the teachers into a proxy. Returns the second one, whose only teacher is the proxy.
+
+    The proxy's run lies in ``OUT-proxy`` beside the student's. Begun, it goes on; done, it is found to be of the same
+    teachers, images and options, and used again.
+
+    Raises:
+        ValueError: that folder holds the proxy of another setup.
+    """
+    out = Path(f"{config.run.out}-proxy")
+    proxy = replace(config.student, name=config.through, width=None, depth=None, heads=None)
+    run = replace(config.run, out=str(out), resume=bool(checkpoints(out / "checkpoints")))
+    distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
+    splits = None if inputs is None else inputs.splits
+    student = None if inputs is None else inputs.student
+    teacher = f"proxy={out / 'student'}"
+    return replace(config, through="", teachers=(teacher,)), Inputs(splits=splits, student=student)
 
 
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
