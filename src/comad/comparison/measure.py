@@ -136,7 +136,7 @@ def _distilled(unit: RowRun) -> TrainedModel:
         distill(replace(config, run=unit.run("run"), split="none", cache_folder=shared))
     card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
     seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
-    facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 1), "code": card["code"]}
+    facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 3), "code": card["code"]}
     return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
 
 

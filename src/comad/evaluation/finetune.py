@@ -155,7 +155,7 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
         "chosen": trials.index(best),
         "seed": config.run.seed,
         "images_seen": best.optim.images_seen(len(splits.train)),
-        "seconds": round(sum(trial.seconds for trial in trials), 1),
+        "seconds": round(sum(trial.seconds for trial in trials), 3),
         "code": code_version(),
         "hardware": hardware(fabric.device, config.run.threads),
     }
