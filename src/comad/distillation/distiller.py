@@ -308,12 +308,13 @@ class Distiller(nn.Module):
             subset = objective.subset(len(self.teacher_names))
             for place, m in enumerate(subset if len(parts[name]) == len(subset) > 1 else ()):
                 own[f"loss/{self.teacher_names[m]}/{name}"] = parts[name][place].detach().sum()
-        few = {m: Pair(*(part[:LOGGED_IMAGES].detach() for part in pair)) for m, pair in pairs.items()}
+        fused = pairs if self.method.fusion.one_target else {}  # copies, or whole batches would live on until the log
+        few = {m: Pair(*(part[:LOGGED_IMAGES].detach().clone() for part in pair)) for m, pair in fused.items()}
 
         @torch.no_grad()
         def losses() -> dict[str, Tensor]:
             found = dict(own)
-            for name, objective in self.method.active.items() if self.method.fusion.one_target else ():
+            for name, objective in self.method.active.items() if few else ():
                 for m in self.subsets[objective.teachers] if objective.distance_key else ():
                     counts = positions[name][:LOGGED_IMAGES] & few[m].valid
                     mean = mean_over(objective.distance_of(few[m]).unsqueeze(0), [few[m]], counts).sum()
