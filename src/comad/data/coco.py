@@ -395,7 +395,7 @@ def _polygon_fault(polygon: Any, record: ImageRecord) -> str:
     return "" if outline <= most else "with a polygon that crosses the image too often"
 
 
-def _are_numbers(values: list[Any], low: float = -1e15, high: float = 1e15) -> bool:
+def _are_numbers(values: list[Any], low: int | float = -1e15, high: int | float = 1e15) -> bool:
     """Whether all are finite numbers in a range; it is quick, for there are millions."""
     try:
         numbers = set(map(type, values)) <= {int, float} and math.isfinite(sum(values))

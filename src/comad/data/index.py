@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from comad.data.decoding import endings
 from comad.data.identity import normalised
@@ -49,7 +49,7 @@ class PathTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: SupportsIndex) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] no slices
         index = range(len(self))[index]
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 

@@ -326,7 +326,7 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def teacher_shares(
         self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
-    ) -> Float[Tensor, "M B N"]:
+    ) -> Float[Tensor, "M B2 N"]:
         """Each teacher's share of the target at every patch: the weights of the gate; arguments as of `forward`."""
         self._check_calibrated()
         images, teachers, masks = repeat_for_masks(images, teachers, masks)

@@ -119,9 +119,9 @@ def _spaced(count: int, limit: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(int)).tolist() if count else []
 
 
-def _short(value: float | None) -> float | None:
+def _short(value: int | float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def _cell(value: float | None) -> str:
+def _cell(value: int | float | None) -> str:
     return "–" if value is None else f"{value:.4g}"

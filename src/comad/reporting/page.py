@@ -353,7 +353,7 @@ def _panel(title: str, scored: Sequence[tuple[Difference, Interval]], reference:
     ends = [abs(end) for row, (_, _, *ends) in scored if row.kind != "teacher" for end in ends]
     reach = 1.1 * max([*ends, 0.5])
 
-    def place(value: float) -> float:
+    def place(value: int | float) -> float:
         return 50 + 50 * min(1.0, max(-1.0, value / reach))
 
     rows = [
@@ -390,5 +390,5 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: Any, unit: float, digits: int) -> str:
+def _number(value: Any, unit: int | float, digits: int) -> str:
     return f"{value / unit:,.{digits}f}" if is_number(value) else "–"

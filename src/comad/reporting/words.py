@@ -268,19 +268,19 @@ def lost_classes(run: RunFolder) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["student"] - row["teacher"]) * row["count"])
 
 
-def percent(share: float) -> str:
+def percent(share: float | np.floating) -> str:
     """``25 %``."""
     return f"{100 * share:.0f} %"
 
 
-def params(count: float | None) -> str:
+def params(count: int | float | None) -> str:
     """``0.7M``."""
     if not count:
         return "–"
     return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """``1.5 h``, ``12 min`` or ``40 s``."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
