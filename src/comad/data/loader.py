@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from comad.data.images import ImageSet, UnreadableImageError
+from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
-DECODED_FOR = 224
-"""Pixels of the view that images are decoded for, at least, when they are scored."""
 DECODED_TOGETHER = 4
 """More images at a time would push each other out of the cache."""
 
