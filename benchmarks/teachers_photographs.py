@@ -102,10 +102,10 @@ def scores_of(teacher: Teacher, data: str, count: int, last: bool = False) -> di
             {
                 "block": block,
                 "pool": pool,
-                "knn_validation": round(knn.validation, 2),
-                "knn": round(knn.top1["fine"], 2),
-                "linear_validation": round(linear.validation, 2),
-                "linear": round(linear.top1["fine"], 2),
+                "knn_validation": round(knn.choices["validation_knn"], 2),
+                "knn": round(knn.scores["knn"].percent, 2),
+                "linear_validation": round(linear.choices["validation_linear"], 2),
+                "linear": round(linear.scores["linear"].percent, 2),
             }
         )
     card = teacher.card.as_dict()
