@@ -124,13 +124,13 @@ class ViewDataset(Dataset[Batch]):
         return Batch(views, noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
-        tried = min(MAX_UNREADABLE_RUN, len(self.images))
+        tried, told = min(MAX_UNREADABLE_RUN, len(self.images)), ""
         for step in range(tried):
             try:
                 return self.images.load((index + step) % len(self.images), self.min_side), step == 0
-            except UnreadableImageError:
-                continue
-        raise ValueError(f"{tried} files in a row are unreadable, from {self.images.path(index)} on; check the disk.")
+            except UnreadableImageError as error:
+                told = str(error)
+        raise ValueError(f"{tried} files in a row are unreadable, from {self.images.path(index)} on ({told}); check them.")
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
