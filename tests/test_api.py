@@ -106,7 +106,9 @@ def test_everything_an_object(distil: Distil):
     )
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     named = load_teacher(networks()[0], name="mine", dtype=torch.bfloat16)
-    result = distil(teachers=[named, networks()[1], "vit_tiny_patch16_224:random:size=32"], student=student, split="val")
+    result = distil(
+        teachers=[named, networks()[1], "vit_tiny_patch16_224:random:size=32"], student=student, split="val"
+    )
     assert result.folder.name == "run" and (result.folder / "report.html").is_file()
     assert result.scoreboard.names == (
         "pixels", "mine", "visiontransformer", "vit_tiny_patch16_224", "untrained", "init-only", "student",
@@ -119,7 +121,9 @@ def test_everything_an_object(distil: Distil):
     assert pixels.shape == (1, 3, 16, 16)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # DeiT's
     white = result.transform(Image.new("RGB", (20, 20), (255, 255, 255)))
-    torch.testing.assert_close(white[:, 3, 3], ((1 - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))[:, 0, 0])
+    torch.testing.assert_close(
+        white[:, 3, 3], ((1 - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))[:, 0, 0]
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             result.student.forward_features(pixels), student.eval().forward_features(pixels), atol=1e-4, rtol=1e-4

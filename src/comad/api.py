@@ -53,8 +53,8 @@ def distill(
     Args:
         data: a folder of images, the name of a bundled set, a `torch.utils.data.Dataset` of images, or `Splits`.
         teachers: each a name as on the command line, a module (timm's, transformers', your own: normalised pixels
-            (B, 3, H, W) → map (B, E, h, w) or tokens (B, N, E)), or a `Teacher`; one alone needs no list. Left out: those
-            of the bundled set.
+            (B, 3, H, W) → map (B, E, h, w) or tokens (B, N, E)), or a `Teacher`; one alone needs no list. Left out:
+            those of the bundled set.
         student: a timm name, a `VitConfig`, or a Vision Transformer of timm, which is trained in place.
         preset: a key of `comad.METHODS`.
         out: folder of the run.

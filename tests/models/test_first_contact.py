@@ -276,7 +276,13 @@ def test_every_kind_teaches_a_student(name: str, run: Run, request: pytest.Fixtu
     """Each with a student, a size and a precision that come in turns; all of them together are slow."""
     turn = TURNS[name]
     image_size, patch_size = STUDENTS[turn % len(STUDENTS)]
-    run(made(name, tmp_path, request), image_size, patch_size, ("own", "grid")[turn % 2], precision=("fp32", "bf16")[turn // 2 % 2])
+    run(
+        made(name, tmp_path, request),
+        image_size,
+        patch_size,
+        ("own", "grid")[turn % 2],
+        precision=("fp32", "bf16")[turn // 2 % 2],
+    )
 
 
 @pytest.mark.slow

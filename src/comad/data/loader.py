@@ -130,7 +130,9 @@ class ViewDataset(Dataset[Batch]):
                 return self.images.load((index + step) % len(self.images), self.min_side), step == 0
             except UnreadableImageError as error:
                 told = str(error)
-        raise ValueError(f"{tried} files in a row are unreadable, from {self.images.path(index)} on ({told}); check them.")
+        raise ValueError(
+            f"{tried} files in a row are unreadable, from {self.images.path(index)} on ({told}); check them."
+        )
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

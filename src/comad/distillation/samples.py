@@ -58,7 +58,9 @@ def leave_samples(
         neighbours = _neighbours(distiller.student, teachers, splits.train, (images, *views))
     own = None if masks.student is None else masks.student[: len(images)]  # the first of several of an image
     visible = {"student": masks._replace(student=own).student_sees(len(images), shape[2], device)}
-    visible |= {t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)}
+    visible |= {
+        t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)
+    }
     collect(
         out,
         (255 * images).byte().permute(0, 2, 3, 1).cpu(),
@@ -70,9 +72,7 @@ def leave_samples(
     )
 
 
-def _neighbours(
-    student: Backbone, teachers: Sequence[Teacher], train: ImageSet, shown: Sequence[Tensor]
-) -> Neighbours:
+def _neighbours(student: Backbone, teachers: Sequence[Teacher], train: ImageSet, shown: Sequence[Tensor]) -> Neighbours:
     """The nearest of some training images by mean patch, for the student and every teacher, each at its own size."""
     chosen = torch.linspace(0, len(train) - 1, min(NUM_SEARCHED, len(train))).long()
     names = ["student", *(teacher.name for teacher in teachers)]
