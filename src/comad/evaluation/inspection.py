@@ -25,6 +25,7 @@ from comad.evaluation.views import (
     BATCH,
     MAX_IMAGES,
     MIN_IMAGES,
+    batch_size,
     device,
     load_one,
     readable,
@@ -45,9 +46,10 @@ SILENCE = 4.0
 
 
 class Counts(NamedTuple):
-    """Images whose tokens are looked at, and validation images of the kNN, by the teacher and by random weights."""
+    """Images whose tokens are looked at; of the kNN training images, validation images, those by random weights."""
 
     tokens: int
+    bank: int
     queries: int
     twin: int
 
@@ -61,8 +63,8 @@ class InspectConfig:
         data: a folder of images, with sub-folders as labels for the kNN part, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         images: at most so many validation images, and twice as many for training; none of the test part is read. Left
-            out, as many as a small CPU computes in half a minute, 1000 beside a GPU. Random weights are scored on
-            fewer of them where they take long.
+            out, as many as a small CPU computes in half a minute, 1000 beside a GPU. Where they take long, there are
+            fewer for training, and still fewer for random weights.
     """
 
     teacher: tyro.conf.Positional[str] = ""
@@ -130,16 +132,18 @@ def _precision() -> torch.autocast:
 def _affordable(backbone: Backbone, wanted: int | None) -> Counts:
     """How many images are looked at; from the work of one image where it is not given."""
     if device().type != "cpu":
-        return Counts(TOKEN_IMAGES, wanted or MAX_IMAGES, wanted or MAX_IMAGES)
+        queries = wanted or MAX_IMAGES
+        return Counts(TOKEN_IMAGES, 2 * queries, queries, queries)
     side = view_size(backbone)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.zeros(1, 3, side, side))
     total = int(CPU_FLOPS / max(1, counter.get_total_flops()))
     if wanted is not None:
-        return Counts(TOKEN_IMAGES, wanted, min(wanted, max(TWIN_IMAGES, total // 3 - wanted)))
+        bank = 2 * wanted if 3 * wanted <= 2 * total else wanted
+        return Counts(TOKEN_IMAGES, bank, wanted, min(wanted, max(TWIN_IMAGES, total // 3 - wanted)))
     num_tokens = min(TOKEN_IMAGES, max(MIN_IMAGES, total // 5))
     limit = min(MAX_IMAGES, max(MIN_IMAGES, (total - num_tokens) // 6))
-    return Counts(num_tokens, limit, limit)
+    return Counts(num_tokens, 2 * limit, limit, limit)
 
 
 def _card(teacher: Teacher) -> list[str]:
@@ -182,7 +186,7 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, counts:
     probe = KnnProbe(splits, size, counts.queries)
     if reason := _shortage(probe):
         return [f"kNN left out: {reason}."], []
-    looked = Looked(probe.bank, probe.queries)
+    looked = Looked(probe.bank[_spread(len(probe.bank), counts.bank)], probe.queries)
     _tell(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
     of_pixels, own = _features([View(None, PIXELS), View(teacher.backbone, size)], splits, looked)
     pixels, score = (_hits(found, splits, looked) for found in (of_pixels, own))
@@ -218,10 +222,10 @@ Pools = dict[str, Tensor]
 
 def _features(views: list[View], splits: Splits, looked: Looked) -> list[list[Pools]]:
     """Of each view the features of bank and queries, in one pass over the images."""
-    both = []
+    both, size = [], min(batch_size(view.backbone) for view in views if view.backbone is not None)
     for images, indices in zip((splits.train, splits.val), looked, strict=True):
         with _precision():
-            parts = [extract_many(views, images, batch_size=BATCH, indices=part) for part in _watched(indices)]
+            parts = [extract_many(views, images, batch_size=size, indices=part) for part in _watched(indices)]
         both.append(
             [{pool: torch.cat([x[pool] for x in rows]) for pool in rows[0]} for rows in zip(*parts, strict=True)]
         )
