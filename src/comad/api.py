@@ -101,7 +101,7 @@ def distill(
 def _listed(teachers: Any) -> list[Any]:
     """Teachers as a list; files as text."""
     one = teachers is None or isinstance(teachers, str | os.PathLike | nn.Module | Teacher)
-    given = [] if teachers is None else [teachers] if one else list(teachers)
+    given = [] if teachers is None else [teachers] if one else list(cast(Any, teachers))
     return [os.fspath(spec) if isinstance(spec, os.PathLike) else spec for spec in given]
 
 
