@@ -88,7 +88,7 @@ def load_objects(data: Any, labels: Any = None) -> Splits:
     for dataset in sets.values():
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
             raise ValueError(
-                f"{type(dataset).__name__} is no path, and no dataset with a length; pass a folder, a name or a dataset."
+                f"{type(dataset).__name__} is no path, and no dataset with a length; pass a folder, name or dataset."
             )
     known = {name: _labels_of(dataset, labels) for name, dataset in sets.items()}
     if any(found is not None for found in known.values()):
