@@ -2,6 +2,9 @@
 
     python benchmarks/teachers_photographs.py --data FOLDER --teachers efficientnet-lite0 dinov2=FOLDER --out FILE.json
 
+``--student 96 12`` scores them also as a distillation into a student of 96 pixels in patches of 12 loads them, with
+``--teacher-image-size own`` and ``grid``: by their last tokens, at the size at which they would see these images.
+
 The folder has one sub-folder per label, as ``torchvision.datasets.Caltech101`` has it. What is in the file is not
 computed again, so a run that was stopped goes on. Depth and pool are to be chosen by the validation images; the numbers
 of the test images are of no part in it.
@@ -13,7 +16,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +26,17 @@ from torch import Tensor
 
 from comad.data.images import ImageSet, load_images
 from comad.data.loader import evaluation_batches
+from comad.distillation.setup import prepare
 from comad.evaluation.features import Features, FeatureSplits
+from comad.evaluation.knn import KNN
 from comad.evaluation.linear import LinearProbe
 from comad.evaluation.views import readable
 from comad.models.backbone import Backbone, Tokens
 from comad.models.networks import gives_tokens
 from comad.models.teachers import Teacher, load_teacher
+from comad.models.timm_backbone import VitConfig
+from comad.presets import recipe
+from comad.runtime.run import RunConfig, start_fabric
 
 SHARES = {"train": 0.5, "val": 0.15, "test": 0.35}
 """Of the images that are drawn."""
@@ -46,10 +55,10 @@ def pools_of(tokens: Tokens, with_cls: bool) -> dict[str, Tensor]:
     return pools
 
 
-def tokens_of_blocks(backbone: Backbone, batch: Tensor) -> dict[int, Tokens]:
-    """Number of the block → its tokens after the final norm; 0 for a network without a row of blocks."""
+def tokens_of_blocks(backbone: Backbone, batch: Tensor, last: bool) -> dict[int, Tokens]:
+    """Number of the block → its tokens after the final norm; 0 for the output, which is all of some networks."""
     network = cast(Any, next(backbone.children()))
-    if not gives_tokens(network) or not hasattr(network, "blocks"):
+    if last or not gives_tokens(network) or not hasattr(network, "blocks"):
         return {0: backbone(batch)}
     depth = len(network.blocks)
     found = backbone(batch, intermediates=range(1, depth + 1)).intermediates
@@ -58,25 +67,25 @@ def tokens_of_blocks(backbone: Backbone, batch: Tensor) -> dict[int, Tokens]:
 
 
 @torch.inference_mode()
-def features_of(backbone: Backbone, images: ImageSet, indices: Tensor) -> dict[Key, Tensor]:
+def features_of(backbone: Backbone, images: ImageSet, indices: Tensor, last: bool) -> dict[Key, Tensor]:
     """Pooled tokens of every block."""
     rows: dict[Key, list[Tensor]] = {}
     for batch in evaluation_batches(images, backbone.image_size, 32, indices):
-        for block, tokens in tokens_of_blocks(backbone, batch).items():
+        for block, tokens in tokens_of_blocks(backbone, batch, last).items():
             for pool, x in pools_of(tokens, "cls" in backbone.token_types).items():
                 rows.setdefault((block, pool), []).append(x)
     return {key: torch.cat(parts) for key, parts in rows.items()}
 
 
-def scores_of(teacher: Teacher, data: str, count: int) -> dict[str, Any]:
-    """kNN and linear probe of every block and pool, percent; chosen settings by validation."""
+def scores_of(teacher: Teacher, data: str, count: int, last: bool = False) -> dict[str, Any]:
+    """kNN and linear probe of every block or the last, and pool, percent; chosen settings by validation."""
     splits, started = readable(load_images(data)), time.perf_counter()
     drawn, found = {}, {}
     for part, share in SHARES.items():
         images = getattr(splits, part)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         drawn[part] = order[: round(count * share)]
-        found[part] = features_of(teacher.backbone, images, drawn[part])
+        found[part] = features_of(teacher.backbone, images, drawn[part], last)
     seconds, rows = time.perf_counter() - started, []
     for block, pool in found["train"]:
         parts = [
@@ -88,15 +97,15 @@ def scores_of(teacher: Teacher, data: str, count: int) -> dict[str, Any]:
             for part in SHARES
         ]
         features = FeatureSplits(*parts)
-        knn, linear = NearestNeighbours()(features), LinearProbe(epochs=EPOCHS)(features)
+        knn, linear = KNN()(features), LinearProbe(epochs=EPOCHS)(features)
         rows.append(
             {
                 "block": block,
                 "pool": pool,
-                "knn_validation": round(knn.validation, 2),
-                "knn": round(knn.top1["fine"], 2),
-                "linear_validation": round(linear.validation, 2),
-                "linear": round(linear.top1["fine"], 2),
+                "knn_validation": round(knn.choices["validation_knn"], 2),
+                "knn": round(knn.scores["knn"].percent, 2),
+                "linear_validation": round(linear.choices["validation_linear"], 2),
+                "linear": round(linear.scores["linear"].percent, 2),
             }
         )
     card = teacher.card.as_dict()
@@ -125,22 +134,47 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_in_a_run(specs: Sequence[str], data: str, student: tuple[int, int], size: Any, precision: Any) -> list[Teacher]:
+    """Teachers as a distillation has them that is told ``--teacher-image-size`` so."""
+    vit = VitConfig(image_size=student[0], patch_size=student[1], width=48, depth=2, heads=2)
+    config = replace(
+        recipe("comad", demo=False),
+        data=data,
+        teachers=tuple(specs),
+        student=vit,
+        teacher_image_size=size,
+        run=RunConfig(precision=precision, threads=torch.get_num_threads()),
+    )
+    return prepare(config, start_fabric(config.run)).teachers
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, Teacher, bool]]:
+    """How a teacher was loaded, the teacher, and whether its last tokens are all that is scored."""
+    precision = "bf16" if options.bf16 else "fp32"
+    for spec in options.teachers:
+        yield "", load_teacher(spec, dtype=torch.bfloat16 if options.bf16 else torch.float32), False
+    for size in ("own", "grid") if options.student else ():
+        image, patch = options.student
+        for teacher in as_in_a_run(options.teachers, options.data, (image, patch), size, precision):
+            yield f"{size} in a run of a {image}-pixel student in patches of {patch}, ", teacher, True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of photographs, one sub-folder per label")
     parser.add_argument("--teachers", nargs="+", required=True, help="as for comad distill, with :size= if wanted")
+    parser.add_argument("--student", nargs=2, type=int, metavar=("IMAGE", "PATCH"), help="pixels; see above")
     parser.add_argument("--images", type=int, default=2000, help="images that are drawn of all parts together")
     parser.add_argument("--out", default="benchmarks/results/teachers_photographs.json", help="JSON, read and written")
     parser.add_argument("--bf16", action="store_true", help="networks compute in bf16, faster on CPUs with AMX")
     options = parser.parse_args(arguments)
     out = Path(options.out)
     stored = json.loads(out.read_text()) if out.is_file() else {}
-    for spec in options.teachers:
-        teacher = load_teacher(spec, dtype=torch.bfloat16 if options.bf16 else torch.float32)
+    for loaded, teacher, last in wanted(options):
         precision = ", bf16" if options.bf16 else ""
-        key = f"{teacher.name}, {teacher.card.image_size} pixels, {options.images} images{precision}"
+        key = f"{teacher.name}, {loaded}{teacher.card.image_size} pixels, {options.images} images{precision}"
         if stored.get(key, {}).get("card", {}).get("sha256") != teacher.card.sha256:
-            stored[key] = scores_of(teacher, options.data, options.images)
+            stored[key] = scores_of(teacher, options.data, options.images, last)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(stored, indent=1) + "\n")
         sys.stdout.write(table(key, stored[key]) + "\n\n")

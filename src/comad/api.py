@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -39,7 +41,7 @@ from comad.runtime.spelling import hint
 
 def distill(
     data: Any = "stamps",
-    teachers: Sequence[str | nn.Module | Teacher] = (),
+    teachers: Sequence[str | Path | nn.Module | Teacher] | str | Path | nn.Module | Teacher = (),
     student: str | VitConfig | nn.Module | None = None,
     preset: str = "comad",
     out: str | Path = "runs/distill",
@@ -51,7 +53,8 @@ def distill(
     Args:
         data: a folder of images, the name of a bundled set, a `torch.utils.data.Dataset` of images, or `Splits`.
         teachers: each a name as on the command line, a module (timm's, transformers', your own: normalised pixels
-            (B, 3, H, W) → map (B, E, h, w) or tokens (B, N, E)), or a `Teacher`. Left out: those of the bundled set.
+            (B, 3, H, W) → map (B, E, h, w) or tokens (B, N, E)), or a `Teacher`; one alone needs no list. Left out:
+            those of the bundled set.
         student: a timm name, a `VitConfig`, or a Vision Transformer of timm, which is trained in place.
         preset: a key of `comad.METHODS`.
         out: folder of the run.
@@ -76,21 +79,30 @@ def distill(
     """
     bundled = isinstance(data, str) and data == "stamps"
     config = preset_recipe(preset, demo=bundled)
-    if isinstance(data, str | Path):
-        config = replace(config, data=str(data))
-    names = tuple(spec for spec in teachers if isinstance(spec, str))
-    config = replace(config, teachers=names if teachers else config.teachers, run=replace(config.run, out=str(out)))
+    config = replace(config, data=str(data) if isinstance(data, str | Path) else f"own {type(data).__name__}")
+    specs = _listed(teachers)
+    names = tuple(spec for spec in specs if isinstance(spec, str))
+    config = replace(config, teachers=names if specs else config.teachers, run=replace(config.run, out=str(out)))
     if method is not None:
+        if not isinstance(method, Method):
+            raise ValueError(f"{method!r} is no method; pass one of comad.METHODS, or a preset by its name.")
         config = config.with_method(method, preset)
     module = student if isinstance(student, VisionTransformer) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
     config = override(config, overrides)
     splits = None if isinstance(data, str | Path) else data if isinstance(data, Splits) else load_images(data)
-    objects = None if len(names) == len(teachers) else teachers
+    objects = None if len(names) == len(specs) else specs
     result = run_distillation(config, Inputs(splits=splits, teachers=objects, student=module))
     assert result is not None, "only the first of several processes has a result"
     return result
+
+
+def _listed(teachers: Any) -> list[Any]:
+    """Teachers as a list; files as text."""
+    one = teachers is None or isinstance(teachers, str | os.PathLike | nn.Module | Teacher)
+    given = [] if teachers is None else [teachers] if one else list(cast(Any, teachers))
+    return [os.fspath(spec) if isinstance(spec, os.PathLike) else spec for spec in given]
 
 
 def _student_config(student: Any, default: VitConfig) -> VitConfig:
@@ -99,14 +111,16 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
         return student
     if isinstance(student, str):
         return replace(default, name=student, width=None, depth=None, heads=None)
-    if not isinstance(student, VisionTransformer):
-        raise ValueError(f"{type(student).__name__} is no Vision Transformer of timm; give one, or its name.")
-    known: Any = student.pretrained_cfg or {}
-    block = cast(Any, student.blocks)[0]
+    if type(student) is not VisionTransformer:
+        raise ValueError(f"{type(student).__name__} is no plain Vision Transformer of timm; give one, or its name.")
+    known: Any = getattr(student, "pretrained_cfg", None) or {}
+    embed, block = student.patch_embed, cast(Any, student.blocks)[0]
+    if len({*embed.img_size}) > 1 or len({*embed.patch_size}) > 1:
+        raise ValueError(f"a student's images and patches are squares, not {embed.img_size} and {embed.patch_size}.")
     return VitConfig(
         name=known.get("architecture", "vit_tiny_patch16_224"),
-        image_size=student.patch_embed.img_size[0],
-        patch_size=student.patch_embed.patch_size[0],
+        image_size=embed.img_size[0],
+        patch_size=embed.patch_size[0],
         width=student.embed_dim,
         depth=len(student.blocks),
         heads=block.attn.num_heads,
@@ -117,7 +131,7 @@ def override(config: Any, values: Mapping[str, Any]) -> Any:
     """A config with options changed by their names, wherever they stand in it.
 
     Raises:
-        ValueError: no such option.
+        ValueError: no such option, or a value that it cannot have.
     """
     for name, value in values.items():
         config = _override(config, name, value)
@@ -132,12 +146,23 @@ def _override(config: Any, name: str, value: Any) -> Any:
             value = override(old, value)
         elif isinstance(value, str) and name in SLOTS and not isinstance(old, str):
             value = SLOTS[name].choose(value)
+        elif not is_dataclass(old):
+            value = _checked(config, name, value)
         return replace(config, **{name: value})
     for field in own:
         group = getattr(config, field)
         if is_dataclass(group) and name in _names(group):
             return replace(config, **{field: _override(group, name, value)})
     raise ValueError(f"no option {name!r}; {hint(name, sorted(_names(config)))}")
+
+
+def _checked(config: Any, name: str, value: Any) -> Any:
+    """A value of the type that an option has."""
+    try:
+        return TypeAdapter(get_type_hints(type(config))[name]).validate_python(value)
+    except ValidationError as error:
+        told = "; ".join(dict.fromkeys(part["msg"] for part in error.errors()))
+        raise ValueError(f"{name}={value!r}: {told}.") from error
 
 
 def _names(config: Any) -> set[str]:

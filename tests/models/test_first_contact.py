@@ -1,17 +1,21 @@
-"""Every kind of teacher on every grid of a student that makes sense: it loads, computes, and gives finite tokens."""
+"""Every kind of teacher on every grid of a student that makes sense: it loads, computes, teaches for a step."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 from torch import nn
 
+import comad
 from comad.models import sources
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_on_grid, load_teacher
@@ -211,3 +215,106 @@ def test_timm_still_has_what_names_of_authors_are_read_by():
     for name in ("vision_transformer", "convnext", "swin_transformer", "eva", "beit"):
         module = getattr(timm.models, name)
         assert callable(module.checkpoint_filter_fn), name
+
+
+# --- a step of a distillation from each
+
+STUDENTS = ((32, 16), (32, 8), (48, 16), (48, 12), (56, 8), (64, 16), (80, 16), (96, 12), (96, 8))
+"""Pixels of the image and of a patch: grids of 2 to 12 rows."""
+NAMES = [f"{name}:random" for name in (*PLAIN, *OTHERS, *LARGE)]
+EVERY = [*NAMES, *HUGGING_FACE, *(f"folder {name}" for name in HUGGING_FACE)]
+TURNS = {name: number for number, name in enumerate(EVERY)}
+Run = Callable[..., "comad.DistillResult"]
+
+
+def made(name: str, folder: Path, request: pytest.FixtureRequest) -> str | nn.Module:
+    """A teacher as one gives it to a run: a name, a model of transformers, or its folder."""
+    if name in NAMES:
+        if name[:-7] in PLAIN:
+            request.getfixturevalue("small")
+        return name
+    torch.manual_seed(0)
+    model = HUGGING_FACE[name.removeprefix("folder ")]().eval()
+    if not name.startswith("folder "):
+        return model
+    model.save_pretrained(folder / "theirs")
+    return str(folder / "theirs")
+
+
+@pytest.fixture(scope="module")
+def photographs() -> dict[str, list[np.ndarray]]:
+    """Noise in several forms, some thinner than high."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (3, 100 + 20 * i, 130 - 10 * i), dtype=np.uint8) for i in range(6)]
+    return {"train": images[:2], "val": images[2:4], "test": images[4:]}
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: dict[str, list[np.ndarray]]) -> Run:
+    """One step of a distillation."""
+
+    def distil(teacher: Any, image_size: int, patch_size: int, size: Any, **options: Any) -> comad.DistillResult:
+        student = comad.VitConfig(image_size=image_size, patch_size=patch_size, width=24, depth=2, heads=2)
+        given = {"epochs": 1, "batch_size": 2, "warmup_epochs": 0, "split": "none", "workers": 0, "log_every": 1}
+        given |= {"tensorboard": False, "threads": 1, "teacher_image_size": size, **options}
+        teachers = teacher if isinstance(teacher, list) else [teacher]
+        result = comad.distill(photographs, teachers, student, out=tmp_path / "run", **given)
+        losses = [line for line in result.history if "loss" in line]
+        assert [line["step"] for line in losses] == [1]
+        assert math.isfinite(losses[0]["loss"]) and 0 < losses[0]["grad_norm"] < math.inf
+        probes = [value for line in result.history for key, value in line.items() if key.startswith("held_out_cosine")]
+        assert len(probes) == len(teachers) and all(-1.01 <= value <= 1.01 for value in probes)
+        features = result.student(torch.rand(1, 3, image_size, image_size))
+        assert features.shape == (1, 24) and features.isfinite().all()
+        return result
+
+    return distil
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[:-7] in LARGE else n for n in EVERY])
+def test_every_kind_teaches_a_student(name: str, run: Run, request: pytest.FixtureRequest, tmp_path: Path):
+    """Each with a student, a size and a precision that come in turns; all of them together are slow."""
+    turn = TURNS[name]
+    image_size, patch_size = STUDENTS[turn % len(STUDENTS)]
+    run(
+        made(name, tmp_path, request),
+        image_size,
+        patch_size,
+        ("own", "grid")[turn % 2],
+        precision=("fp32", "bf16")[turn // 2 % 2],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "precision"), [("own", "fp32"), ("own", "bf16"), ("grid", "bf16"), (224, "fp32")])
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_teaches_every_student(
+    name: str,
+    student: tuple[int, int],
+    size: Any,
+    precision: str,
+    run: Run,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+):
+    run(made(name, tmp_path, request), *student, size, precision=precision)
+
+
+@pytest.mark.parametrize("size", ["own", "grid"])
+def test_names_files_modules_and_functions_teach_together(size: str, run: Run, small: None, tmp_path: Path):
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, num_classes=0, **SMALL)
+    torch.save(vit.state_dict(), tmp_path / "dino.pth")
+    (tmp_path / "net.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Conv2d(3, 8, 16, 16)\n")
+    teachers = [
+        "vit_tiny_patch16_224:random",
+        f"dino={tmp_path / 'dino.pth'}:heads=4",
+        vit,
+        HUGGING_FACE["dinov2_with_registers"]().eval(),
+        f"mine={tmp_path / 'net.py'}:make",
+        nn.Conv2d(3, 8, 32, 32),
+    ]
+    result = run(teachers, 48, 12, size)
+    assert [row.name for row in result.scoreboard.rows] == []
+    assert (result.folder / "report.html").is_file()

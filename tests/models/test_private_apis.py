@@ -14,6 +14,7 @@ USED = {
     "torch.ops.mkldnn._linear_pointwise": "onednn_linear.py: without it layers are a tenth slower; remove it",
     "torch.ops.mkldnn._reorder_linear_weight": "models/onednn_linear.py: the same",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported": "models/onednn_linear.py: ask torch.backends.mkldnn instead",
+    "torch.cpu._is_avx512_bf16_supported": "evaluation/inspection.py: compute in float32 there",
     "torch._int_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
     "torch._scaled_mm": "models/quantized.py: use the 8-bit layers of torchao instead",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "models/timm_backbone.py: needs no formula",

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from comad.data.decoding import UnreadableImageError
 from comad.data.identity import fingerprint
 from comad.data.summary import Summary, summarise
+from comad.data.transforms import evaluation_view, paste
 
 __all__ = ["SPLIT_NAMES", "ImageSet", "Source", "Splits", "UnreadableImageError", "load_images"]
 
 SPLIT_NAMES = ("train", "val", "test")
+DECODED_FOR = 224
+"""Pixels of the view that images are decoded for, at least, when they are scored."""
 
 
 class ImageSet(ABC):
@@ -49,6 +54,25 @@ class ImageSet(ABC):
         Raises:
             UnreadableImageError: the file is missing, truncated or not an image.
         """
+
+    def view(self, index: int, size: int) -> Tensor:
+        """The view of one image that scores are made of: float32 (3, size, size) in [0, 1].
+
+        Raises:
+            UnreadableImageError: see `load`.
+        """
+        image = self.load(index, round(max(DECODED_FOR, size) / self.eval_crop))
+        return evaluation_view(image, size, self.eval_crop).float() / 255
+
+    def pil(self, index: int) -> Image.Image:
+        """One whole image, alpha on white.
+
+        Raises:
+            UnreadableImageError: see `load`.
+        """
+        image = self.load(index)
+        pixels = image if len(image) == 3 else paste(image, torch.full_like(image[:3], 255))
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     @abstractmethod
     def path(self, index: int) -> str:

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from comad.data.images import ImageSet, UnreadableImageError
+from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
-DECODED_FOR = 224
-"""Pixels of the view that images are decoded for, at least, when they are scored."""
 DECODED_TOGETHER = 4
 """More images at a time would push each other out of the cache."""
 
@@ -126,13 +124,15 @@ class ViewDataset(Dataset[Batch]):
         return Batch(views, noise, torch.tensor(index), torch.tensor(view), torch.tensor(readable))
 
     def _load(self, index: int) -> tuple[Tensor, bool]:
-        tried = min(MAX_UNREADABLE_RUN, len(self.images))
+        tried, told = min(MAX_UNREADABLE_RUN, len(self.images)), ""
         for step in range(tried):
             try:
                 return self.images.load((index + step) % len(self.images), self.min_side), step == 0
-            except UnreadableImageError:
-                continue
-        raise ValueError(f"{tried} files in a row are unreadable, from {self.images.path(index)} on; check the disk.")
+            except UnreadableImageError as error:
+                told = str(error)
+        raise ValueError(
+            f"{tried} files in a row are unreadable, from {self.images.path(index)} on ({told}); check them."
+        )
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -87,7 +87,9 @@ def load_objects(data: Any, labels: Any = None) -> Splits:
         raise ValueError("labels are for one dataset; give each of a dict its own as dataset.targets.")
     for dataset in sets.values():
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and len(dataset)):
-            raise ValueError(f"{type(dataset).__name__} is no path, and no dataset with a length, items and images.")
+            raise ValueError(
+                f"{type(dataset).__name__} is no path, and no dataset with a length; pass a folder, name or dataset."
+            )
     known = {name: _labels_of(dataset, labels) for name, dataset in sets.items()}
     if any(found is not None for found in known.values()):
         known = {name: torch.full((len(sets[name]),), -1) if found is None else found for name, found in known.items()}

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.data.images import ImageSet, Splits
-from comad.data.loader import evaluation_batches
+from comad.data.loader import evaluation_batches, evaluation_views
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller
-from comad.distillation.masking import Masks
+from comad.distillation.masking import Masks, drop_unused_masks
 from comad.evaluation.features import evaluating
 from comad.evaluation.scoreboard import Score
 from comad.models.backbone import Backbone
@@ -37,29 +37,34 @@ def leave_samples(
     """Write ``report.npz`` into the run's folder."""
     shown = splits.val if len(splits.val) else splits.train
     chosen = torch.linspace(0, len(shown) - 1, min(NUM_IMAGES, len(shown))).long()
-    side, device = distiller.student.image_size, distiller.student.pixel_mean.device
-    images = next(iter(evaluation_batches(shown, side, NUM_IMAGES, chosen))).to(device)
+    device, method = distiller.student.pixel_mean.device, distiller.method
+    sizes = (*(teacher.backbone.image_size for teacher in teachers), distiller.student.image_size)
+    *views, images = (view.to(device) for view in next(iter(evaluation_views(shown, sizes, NUM_IMAGES, chosen))))
     shape = (len(images), 1 + len(teachers), distiller.student.num_patches)
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device)
     whole = Masks(None, (None,) * len(teachers), noise[:, 1:, 0])
     with evaluating(distiller):
-        outputs, masks = distiller.forward_teachers(teachers, images, noise=noise)
+        masks = drop_unused_masks(method.masking(noise, 0.0), teachers)
+        seen = list(enumerate(zip(teachers, views, strict=True)))
+        outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in seen]
         shares = distiller.teacher_shares(images, outputs, masks)[:, : len(images)]
-        full = [distiller.forward_teacher(teacher, m, images, whole) for m, teacher in enumerate(teachers)]
+        full = [distiller.forward_teacher(teacher, m, view, whole) for m, (teacher, view) in seen]
         encoded = distiller.encode(images, whole)
         pairs, _ = distiller.align(encoded, full, whole)
         features = {teacher.name: output.patches for teacher, output in zip(teachers, full, strict=True)}
         features["student"] = encoded.last[:, 1:]
-        if distiller.method.fusion.one_target and pairs:
-            features["target"] = distiller.method.fusion(distiller.fusion, list(pairs.values()))[0][0].target[:, 1:]
-        neighbours = _neighbours(distiller.student, teachers, splits.train, images)
+        if method.fusion.one_target and pairs:
+            features["target"] = method.fusion(distiller.fusion, list(pairs.values()))[0][0].target[:, 1:]
+        neighbours = _neighbours(distiller.student, teachers, splits.train, (images, *views))
     own = None if masks.student is None else masks.student[: len(images)]  # the first of several of an image
-    seen = {"student": masks._replace(student=own).student_sees(len(images), shape[2], device)}
-    seen |= {t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)}
+    visible = {"student": masks._replace(student=own).student_sees(len(images), shape[2], device)}
+    visible |= {
+        t.name: part for t, part in zip(teachers, masks.teachers_see(len(images), shape[2], device), strict=True)
+    }
     collect(
         out,
         (255 * images).byte().permute(0, 2, 3, 1).cpu(),
-        masks=seen,
+        masks=visible,
         gate={teacher.name: part for teacher, part in zip(teachers, shares, strict=True)},
         features={name: part.float() for name, part in features.items() if part.isfinite().all()},
         neighbours=neighbours,
@@ -67,29 +72,27 @@ def leave_samples(
     )
 
 
-def _neighbours(student: Backbone, teachers: Sequence[Teacher], train: ImageSet, images: Tensor) -> Neighbours:
-    """The nearest of some training images by mean patch, for the student and every teacher."""
+def _neighbours(student: Backbone, teachers: Sequence[Teacher], train: ImageSet, shown: Sequence[Tensor]) -> Neighbours:
+    """The nearest of some training images by mean patch, for the student and every teacher, each at its own size."""
     chosen = torch.linspace(0, len(train) - 1, min(NUM_SEARCHED, len(train))).long()
-    networks = {"student": student, **{teacher.name: teacher.backbone for teacher in teachers}}
-    found: dict[str, list[Tensor]] = {name: [] for name in networks}
-    for batch in evaluation_batches(train, images.shape[-1], 128, chosen):
-        for name, network in networks.items():
-            found[name].append(_mean_patch(network, batch.to(images.device)))
-    count = min(NUM_NEIGHBOURS, len(chosen))
-    numbers = {}
-    for name, network in networks.items():
-        cosines = _mean_patch(network, images) @ torch.cat(found[name]).T
+    names = ["student", *(teacher.name for teacher in teachers)]
+    networks = [student, *(teacher.backbone for teacher in teachers)]
+    sizes = [network.image_size for network in networks]
+    rows = [
+        [_mean_patch(network, view.to(shown[0].device)) for network, view in zip(networks, views, strict=True)]
+        for views in evaluation_views(train, sizes, 64, chosen)
+    ]
+    count, numbers = min(NUM_NEIGHBOURS, len(chosen)), {}
+    for name, network, view, found in zip(names, networks, shown, zip(*rows, strict=True), strict=True):
+        cosines = _mean_patch(network, view) @ torch.cat(found).T
         numbers[name] = chosen[cosines.topk(count, dim=1).indices.cpu()]
     needed = torch.cat([part.flatten() for part in numbers.values()]).unique()
-    views = torch.cat(list(evaluation_batches(train, images.shape[-1], 128, needed)))
-    pixels = (255 * views).byte().permute(0, 2, 3, 1)
+    thumbnails = torch.cat(list(evaluation_batches(train, student.image_size, 128, needed)))
+    pixels = (255 * thumbnails).byte().permute(0, 2, 3, 1)
     return Neighbours(numbers, dict(zip(needed.tolist(), pixels, strict=True)))
 
 
 def _mean_patch(network: Backbone, images: Tensor) -> Tensor:
-    size = network.image_size
-    if size != images.shape[-1]:
-        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return F.normalize(network(images).patches.float().mean(dim=1), dim=-1)
 
 

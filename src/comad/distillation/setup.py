@@ -29,7 +29,7 @@ from comad.models.offload import offload
 from comad.models.onednn_linear import use_onednn_linear
 from comad.models.quantized import check_quantized, precision_of, quantize
 from comad.models.teachers import Teacher, load_on_grid
-from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu, to_be_trained
 from comad.runtime.checkpoint import RngState
 from comad.runtime.options import identity_of
 
@@ -235,7 +235,8 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         fabric.seed_everything(config.run.seed, verbose=False)
         rng = RngState()
         with rng.use():
-            built.append((TimmBackbone(inputs.student) if inputs.student is not None else vit.build(), rng))
+            given = inputs.student
+            built.append((vit.build() if given is None else to_be_trained(given, vit.name), rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import tyro
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.images import Splits, load_images
 from comad.evaluation import sanity_checks
+from comad.evaluation.features import PIXELS, View, extract_many
 from comad.evaluation.intervals import paired_interval
-from comad.evaluation.probe import MIN_BANK, KnnProbe
+from comad.evaluation.knn import KNN
+from comad.evaluation.probe import MIN_BANK, NEIGHBOURS, KnnProbe
 from comad.evaluation.sanity_checks import TokenStatistics, reinitialised_copy, token_statistics, weight_structure
 from comad.evaluation.views import (
+    BATCH,
     MAX_IMAGES,
     MIN_IMAGES,
+    batch_size,
     device,
     load_one,
     readable,
@@ -29,9 +36,22 @@ from comad.evaluation.views import (
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, licence_notice
 
-TOKEN_IMAGES = 256
+TOKEN_IMAGES = 64
+TWIN_IMAGES = 64
+"""Validation images that random weights are scored on at least, or all."""
 CPU_FLOPS = 3e12
 """What two cores compute in half a minute; `inspect` shares it between the tokens and the two networks of the kNN."""
+SILENCE = 4.0
+"""Seconds after which it is said how far the images are."""
+
+
+class Counts(NamedTuple):
+    """Images whose tokens are looked at; of the kNN training images, validation images, those by random weights."""
+
+    tokens: int
+    bank: int
+    queries: int
+    twin: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +63,8 @@ class InspectConfig:
         data: a folder of images, with sub-folders as labels for the kNN part, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         images: at most so many validation images, and twice as many for training; none of the test part is read. Left
-            out, as many as a small CPU computes in half a minute, 1000 beside a GPU.
+            out, as many as a small CPU computes in half a minute, 1000 beside a GPU. Where they take long, there are
+            fewer for training, and still fewer for random weights.
     """
 
     teacher: tyro.conf.Positional[str] = ""
@@ -70,14 +91,17 @@ def inspect(config: InspectConfig) -> str:
     structure, twin = weight_structure(teacher.backbone), reinitialised_copy(teacher.backbone)
     for network in filter(None, (teacher.backbone, twin)):
         network.to(device())
-    num_tokens, limit = _affordable(teacher.backbone, config.images)
-    _tell(f"patch tokens of {min(num_tokens, len(indices))} images")
-    tokens = torch.cat(list(token_batches(teacher.backbone, images, indices[:num_tokens])))
+    counts = _affordable(teacher.backbone, config.images)
+    indices = indices[: counts.tokens]
+    _tell(f"patch tokens of {len(indices)} images")
+    with _precision():
+        parts = [token_batches(teacher.backbone, images, part) for part in _watched(indices)]
+        tokens = torch.cat([batch for part in parts for batch in part])
     found = token_statistics(tokens)
     warnings = sanity_checks.weight_warnings(structure) + sanity_checks.token_warnings(tokens, found)
     lines = [*card, f"patch tokens of {len(tokens)} images of {images.name}", *_statistics(found, tokens)]
     lines += [f"  structure of weights    {'not available' if structure is None else f'{structure:.2f}'} (noise: 1)"]
-    scores, more = _neighbours(teacher, twin, splits, limit)
+    scores, more = _neighbours(teacher, twin, splits, counts)
     verdict = [f"WARNING: {warning}" for warning in warnings + more]
     lines += [*scores, *(verdict or ["No sign of random or collapsed weights."])]
     return "\n".join(filter(None, [*lines, licence_notice([teacher])]))
@@ -89,16 +113,37 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def _affordable(backbone: Backbone, wanted: int | None) -> tuple[int, int]:
-    """Images whose tokens are looked at, and validation images of the kNN; from the work of one image if not given."""
-    if wanted is not None or device().type != "cpu":
-        return TOKEN_IMAGES, wanted or MAX_IMAGES
+def _watched(indices: Int[Tensor, " n"]) -> Iterator[Int[Tensor, " b"]]:
+    """Batches of indices; now and then it is said how far they are."""
+    told, done = time.monotonic(), 0
+    for part in indices.split(BATCH):
+        if time.monotonic() - told > SILENCE:
+            _tell(f"  {done} of {len(indices)} images")
+            told = time.monotonic()
+        yield part
+        done += len(part)
+
+
+def _precision() -> torch.autocast:
+    """bf16 on CPUs that compute in it, twice as fast."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
+def _affordable(backbone: Backbone, wanted: int | None) -> Counts:
+    """How many images are looked at; from the work of one image where it is not given."""
+    if device().type != "cpu":
+        queries = wanted or MAX_IMAGES
+        return Counts(TOKEN_IMAGES, 2 * queries, queries, queries)
     side = view_size(backbone)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.zeros(1, 3, side, side))
     total = int(CPU_FLOPS / max(1, counter.get_total_flops()))
+    if wanted is not None:
+        bank = 2 * wanted if 3 * wanted <= 2 * total else wanted
+        return Counts(TOKEN_IMAGES, bank, wanted, min(wanted, max(TWIN_IMAGES, total // 3 - wanted)))
     num_tokens = min(TOKEN_IMAGES, max(MIN_IMAGES, total // 5))
-    return num_tokens, min(MAX_IMAGES, max(MIN_IMAGES, (total - num_tokens) // 6))
+    limit = min(MAX_IMAGES, max(MIN_IMAGES, (total - num_tokens) // 6))
+    return Counts(num_tokens, 2 * limit, limit, limit)
 
 
 def _card(teacher: Teacher) -> list[str]:
@@ -128,35 +173,76 @@ def _statistics(found: TokenStatistics, tokens: Tensor) -> list[str]:
     ]
 
 
-def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, limit: int) -> tuple[list[str], list[str]]:
+class Looked(NamedTuple):
+    """Numbers of training images that are the bank, and of validation images that are named by it."""
+
+    bank: Int[Tensor, " m"]
+    queries: Int[Tensor, " n"]
+
+
+def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, counts: Counts) -> tuple[list[str], list[str]]:
     """Lines and warnings of a quick kNN beside pixels and random weights."""
-    probe = KnnProbe(splits, view_size(teacher.backbone), limit)
+    size = view_size(teacher.backbone)
+    probe = KnnProbe(splits, size, counts.queries)
     if reason := _shortage(probe):
         return [f"kNN left out: {reason}."], []
-    _tell(f"kNN: {len(probe.bank)} + {len(probe.queries)} images by {teacher.name}")
-    own, title = probe.hits(teacher.backbone), f"kNN on {len(probe.queries)} images of {splits.val.name}"
-    pixels, score = _best(probe.hits(None)), _best(own)
-    lines = [f"{title}, with {len(probe.bank)} of {splits.train.name}"]
-    rows = {"pixels": _percent(pixels), teacher.name: _percent(score)}
-    below = ["  raw pixels do better on these images"] if _percent(pixels) > _percent(score) else []
+    looked = Looked(probe.bank[_spread(len(probe.bank), counts.bank)], probe.queries)
+    _tell(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
+    of_pixels, own = _features([View(None, PIXELS), View(teacher.backbone, size)], splits, looked)
+    pixels, score = (_hits(found, splits, looked) for found in (of_pixels, own))
+    title = f"kNN on {len(looked.queries)} images of {splits.val.name}"
+    lines = [f"{title}, with {len(looked.bank)} of {splits.train.name}"]
+    lines += _rows({"pixels": _percent(pixels), teacher.name: _percent(score)})
+    lines += ["  raw pixels do better on these images"] if _percent(pixels) > _percent(score) else []
     if twin is None:
-        return [
-            *lines,
-            *_rows(rows),
-            *below,
-            "  random weights: not available, as it is no plain Vision Transformer",
-        ], []
-    _tell("kNN: the same by random weights")
-    untrained = _best(probe.hits(twin))
-    rows["random weights"] = _percent(untrained)
-    gain = paired_interval(score, untrained, splits.val.groups[probe.queries])
+        return [*lines, "  random weights: not available, as it is no plain Vision Transformer"], []
+    if counts.twin < len(looked.queries):
+        places = _spread(len(looked.bank), 2 * counts.twin), _spread(len(looked.queries), counts.twin)
+        looked = Looked(looked.bank[places[0]], looked.queries[places[1]])
+        parts = zip(own, places, strict=True)
+        score = _hits([{pool: x[place] for pool, x in part.items()} for part, place in parts], splits, looked)
+        lines += [f"kNN on {len(looked.queries)} of them, with {len(looked.bank)}"]
+        lines += _rows({teacher.name: _percent(score)})
+    _tell(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by random weights")
+    (theirs,) = _features([View(twin, size)], splits, looked)
+    untrained = _hits(theirs, splits, looked)
+    gain = paired_interval(score, untrained, splits.val.groups[looked.queries])
     span = f"{gain.difference:+.1f} points, 95 % interval {gain.low:.1f} to {gain.high:.1f}"
-    lines += [*_rows(rows), *below, f"  above random weights    {span}"]
+    lines += [*_rows({"random weights": _percent(untrained)}), f"  above random weights    {span}"]
     if _percent(untrained) >= sanity_checks.TOO_EASY:
         lines.append("  these images are too easy to tell a trained network from an untrained one")
     elif gain.low <= 0 < gain.high:
         lines.append("  too few images to be sure of this difference")
     return lines, sanity_checks.gain_warnings(_percent(score), _percent(untrained))
+
+
+Pools = dict[str, Tensor]
+"""Name of the pool → features of some images."""
+
+
+def _features(views: list[View], splits: Splits, looked: Looked) -> list[list[Pools]]:
+    """Of each view the features of bank and queries, in one pass over the images."""
+    both, size = [], min(batch_size(view.backbone) for view in views if view.backbone is not None)
+    for images, indices in zip((splits.train, splits.val), looked, strict=True):
+        with _precision():
+            parts = [extract_many(views, images, batch_size=size, indices=part) for part in _watched(indices)]
+        both.append(
+            [{pool: torch.cat([x[pool] for x in rows]) for pool in rows[0]} for rows in zip(*parts, strict=True)]
+        )
+    return [list(pair) for pair in zip(*both, strict=True)]
+
+
+def _hits(found: list[Pools], splits: Splits, looked: Looked) -> Bool[Tensor, " n"]:
+    """Whether each query's label was found, by the better pool."""
+    labels, truth = (part.labels["fine"][x] for part, x in zip((splits.train, splits.val), looked, strict=True))
+    bank, queries = found
+    knn = KNN(neighbours=NEIGHBOURS)
+    return max((knn.classify(bank[pool], labels, queries[pool])[0] == truth for pool in bank), key=_percent)
+
+
+def _spread(count: int, wanted: int) -> Int[Tensor, " n"]:
+    """At most so many places, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, wanted)).long()
 
 
 def _shortage(probe: KnnProbe) -> str:
@@ -167,11 +253,6 @@ def _shortage(probe: KnnProbe) -> str:
     if len(probe.bank) < MIN_BANK or not len(probe.queries):
         return f"{len(probe.bank)} labelled images to train, {len(probe.queries)} to validate; {MIN_BANK} and 1 needed"
     return "" if len(labels[probe.bank].unique()) > 1 else "all images have the same label"
-
-
-def _best(hits: dict[str, Bool[Tensor, " n"]]) -> Bool[Tensor, " n"]:
-    """The hits of the better pool."""
-    return max(hits.values(), key=_percent)
 
 
 def _percent(hits: Bool[Tensor, " n"]) -> float:

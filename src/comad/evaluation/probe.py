@@ -12,6 +12,7 @@ from comad.evaluation.knn import KNN
 from comad.models.backbone import Backbone
 
 MIN_BANK = 20
+NEIGHBOURS = (10,)
 
 
 class KnnProbe:
@@ -27,7 +28,7 @@ class KnnProbe:
         self.image_size = image_size
         self.bank = _labelled(splits.train, 2 * limit)
         self.queries = _labelled(splits.val, limit)
-        self.knn = KNN(neighbours=(10,))
+        self.knn = KNN(neighbours=NEIGHBOURS)
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """``knn``: percent of fine labels found, by class token or mean patch, the better; ``{}`` without labels."""

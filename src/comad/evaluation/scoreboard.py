@@ -106,6 +106,11 @@ class Scoreboard:
     rows: tuple[Row, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the rows are called."""
+        return tuple(row.name for row in self.rows)
+
+    @property
     def shared_rows(self) -> tuple[Row, ...]:
         """The rows with ``knn_share`` filled in, where there is a teacher to compare with."""
         best = max((row.scores.get("knn", 0.0) for row in self.rows if row.role == "teacher"), default=0.0)

@@ -14,12 +14,13 @@ from comad.data.loader import evaluation_batches
 from comad.evaluation.features import evaluating
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
+from comad.models.timm_backbone import TimmBackbone
 
 OWN = 224, 16
 STAMPS = 48, 8
 """Pixels on the side of an image and of a patch that students have on own folders and on bundled sets by default."""
 MIN_IMAGES, MAX_IMAGES = 8, 1000
-BATCH = 64
+BATCH, SMALL_BATCH = 64, 8
 
 
 def load_one(spec: str, data: str, image_size: int | None = None) -> Teacher:
@@ -49,6 +50,11 @@ def load_many(specs: tuple[str, ...], data: str, image_size: int | None = None) 
 def view_size(backbone: Backbone) -> int:
     """Pixels on the side of the images that a backbone was loaded for."""
     return backbone.image_size
+
+
+def batch_size(backbone: Backbone) -> int:
+    """Images at a time: on a CPU the maps of many large ones are far from its cache, and take twice as long."""
+    return BATCH if isinstance(backbone, TimmBackbone) or device().type != "cpu" else SMALL_BATCH
 
 
 def device() -> torch.device:
@@ -108,5 +114,5 @@ def sample(splits: Splits, count: int) -> tuple[ImageSet, Int[Tensor, " n"]]:
 def token_batches(backbone: Backbone, images: ImageSet, indices: Int[Tensor, " n"]) -> Iterator[Float[Tensor, "b N E"]]:
     """Encode whole images at the size the backbone was loaded for: their patch tokens, float32 on the CPU."""
     with evaluating(backbone) as place, torch.inference_mode():
-        for batch in evaluation_batches(images, view_size(backbone), BATCH, indices):
+        for batch in evaluation_batches(images, view_size(backbone), batch_size(backbone), indices):
             yield backbone(batch.to(place)).patches.float().cpu()

@@ -122,9 +122,18 @@ def take_options(spec: str, size: Size, rows: int | None, allow_changed: bool = 
             raise ValueError(f"{spec!r}: {option}={value} is no number from 1 to {TOO_LARGE}; {OPTIONS}.")
         else:
             request = request._replace(**{option: int(value)})
+    return text, checked(request._replace(name=spec))._replace(name="")
+
+
+def checked(request: Request) -> Request:
+    """The same, of a size that images can have.
+
+    Raises:
+        ValueError: they are too small or too large.
+    """
     if isinstance(request.size, int) and not 0 < request.size <= TOO_LARGE:
-        raise ValueError(f"{spec}: images of {request.size} pixels are too small or too large; use 224 or so.")
-    return text, request
+        raise ValueError(f"{request.name}: images of {request.size} pixels are too small or too large; use 224 or so.")
+    return request
 
 
 def find(spec: str, size: Size, rows: int | None = None, allow_changed: bool = False) -> Source:

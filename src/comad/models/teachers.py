@@ -15,7 +15,7 @@ from torch import nn
 from comad.models.backbone import Backbone
 from comad.models.networks import gives_tokens
 from comad.models.objects import from_object, from_python_file
-from comad.models.sources import Request, Size, Source, find, take_options
+from comad.models.sources import Request, Size, Source, checked, find, take_options
 
 PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
 """Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
@@ -124,8 +124,8 @@ def load_teacher(
         facts: of an object, see `teacher_from_module`; ``name`` is needed for one.
 
     Raises:
-        ValueError: the name is unknown, the file is unreadable or does not fit, or the image size is no multiple of
-            the patch size.
+        ValueError: it is no teacher, the name is unknown, the file is unreadable or does not fit, or the image size is
+            no multiple of the patch size.
     """
     if isinstance(teacher, Teacher):
         return _again(teacher, dtype, rows)
@@ -143,9 +143,11 @@ def load_teacher(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             source = find(teacher, image_size, rows, allow_changed)
-    else:
-        options = options or Request("", image_size, rows)
+    elif isinstance(teacher, nn.Module):
+        options = options or checked(Request("a module", image_size, rows))
         source = from_object(teacher, options, **facts)
+    else:
+        raise ValueError(f"{teacher!r} is no teacher; give a name, a file, a module or what load_teacher returns.")
     return _frozen(source, dtype, options)
 
 
@@ -178,7 +180,8 @@ def load_on_grid(
         teachers.append(teacher)
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):
-        raise ValueError(f"two teachers have the same name: {', '.join(names)}; give them names with NAME=FILE.")
+        how = "NAME=FILE, modules by load_teacher(module, name=NAME)"
+        raise ValueError(f"two teachers have the same name: {', '.join(names)}; give them names with {how}.")
     return teachers
 
 

@@ -285,10 +285,20 @@ class VitConfig:
             raise ValueError(
                 f"{self.name}: {self.image_size} pixels are no multiple of its {patch}-pixel patch; use {fit}."
             )
-        if not has_token_norm(vit) or hasattr(vit, "dist_token") or hasattr(vit.patch_embed, "backbone"):
-            raise ValueError(
-                f"{self.name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "
-                "after pooling; name a plain one such as vit_tiny_patch16_224."
-            )
-        pixels = cast(dict[str, Any], vit.pretrained_cfg)
-        return TimmBackbone(vit, pixels["mean"], pixels["std"])
+        return to_be_trained(vit, self.name)
+
+
+def to_be_trained(vit: VisionTransformer, name: str) -> TimmBackbone:
+    """A network of timm as a student, with the pixel normalisation that timm knows of it.
+
+    Raises:
+        ValueError: no method here trains one of its tokens, its tokens have no norm, or its CNN would see what is
+            hidden.
+    """
+    if not has_token_norm(vit) or hasattr(vit, "dist_token") or hasattr(vit.patch_embed, "backbone"):
+        raise ValueError(
+            f"{name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "
+            "after pooling; name a plain one such as vit_tiny_patch16_224."
+        )
+    pixels = getattr(vit, "pretrained_cfg", None) or {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return TimmBackbone(vit, pixels["mean"], pixels["std"])
