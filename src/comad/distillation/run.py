@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from comad.data.identity import check_manifest
 from comad.data.loader import Batch
 from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
@@ -23,6 +25,7 @@ from comad.distillation.setup import Inputs, Setup, Student, prepare
 from comad.evaluation.probe import KnnProbe
 from comad.models.compiling import eager_mode
 from comad.models.teachers import licence_notice
+from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
@@ -30,6 +33,7 @@ from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
+@holding_runs()
 def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResult | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
@@ -46,6 +50,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
+    config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
     summary = setup.splits.summary()
@@ -53,6 +58,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
+        check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
         _write_recipes(config, runs)
         for number, run in enumerate(runs):
             leave_facts(config.alone(number, run), summary.facts, Path(run.out))

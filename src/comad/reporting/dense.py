@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from comad.reporting.figures import draw_lines
+from comad.runtime.log import read_log
 
 Samples = Mapping[str, np.ndarray]
 UNLABELLED = 255
@@ -109,7 +109,7 @@ def _palette(count: int) -> np.ndarray:
 
 def _curves(folder: Path, keys: list[str]) -> Path:
     """The loss, and the scores during the run."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log, _ = read_log(folder)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     draw_lines(axes[0], log, ["loss"], "loss")
     draw_lines(axes[1], log, ["lr"], "learning rate")

@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from comad.runtime.log import read_log
+
 COLOURS = {
     "teacher": "#4c78a8",
     "student": "#e45756",
@@ -32,7 +34,7 @@ def run_figure(folder: Path) -> Path:
     Raises:
         FileNotFoundError: the folder holds no finished run.
     """
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log, _ = read_log(folder)
     rows = json.loads((folder / "scoreboard.json").read_text(encoding="utf-8"))["rows"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), width_ratios=(1, 1, 1, 1.4), layout="constrained")
     draw_lines(axes[0], log, ["loss"], "loss")

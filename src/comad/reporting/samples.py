@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
+
+from comad.runtime.atomic import replacing, write_text
 
 SAMPLES, FACTS = "report.npz", "facts.json"
 VERSION = 1
@@ -131,11 +132,9 @@ def collect(
     about = {"version": VERSION, "explained": explained, "class_names": list(classes.names) if classes else []}
     _samples(arrays, about)
     arrays["about"] = np.array(json.dumps(about))
-    path, temporary = folder / SAMPLES, folder / f".{SAMPLES}.{os.getpid()}"
-    with temporary.open("wb") as file:
+    with replacing(folder / SAMPLES) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(temporary, path)
-    return path
+    return folder / SAMPLES
 
 
 def read_samples(path: Path) -> Samples:
@@ -166,10 +165,8 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
         facts: any of ``command``: text. ``changed``: see `changed_options`. ``data``, ``cost``: word → value.
             ``exports``: a list of word → value, such as format, file, size, fidelity, latency.
     """
-    path, temporary = folder / FACTS, folder / f".{FACTS}.{os.getpid()}"
-    temporary.write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    write_text(folder / FACTS, json.dumps(dict(facts), indent=1) + "\n")
+    return folder / FACTS
 
 
 def changed_options(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, list[Any]]:
