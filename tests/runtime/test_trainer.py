@@ -447,6 +447,7 @@ def test_workers_end_with_the_run_however_it_ends(tmp_path):
 class Killed(Dataset):
     def __getitem__(self, index):
         if index >= 8:  # of the third batch
+            time.sleep(1)  # while the two before are learnt
             os.kill(os.getpid(), signal.SIGKILL)
         return Rows(ROWS[index], torch.tensor(index), torch.tensor(True))
 
@@ -462,10 +463,10 @@ class Stuck(Dataset):
 def test_workers_that_are_killed_or_stuck_end_the_run_with_a_checkpoint(tmp_path, dataset, words):
     start = time.monotonic()
     with pytest.raises(TrainingError, match=rf"{words}.*--loader\.workers 0") as error:
-        fit(tmp_path, dataset=dataset, deadline=1.0)
+        fit(tmp_path / "run", dataset=dataset, deadline=3.0)
     assert "\n" not in str(error.value) and time.monotonic() - start < 10
-    assert steps_of(tmp_path) and not multiprocessing.active_children()
-    assert torch.equal(fit(tmp_path, resume=True).weight, fit(tmp_path.with_name("whole")).weight)
+    assert steps_of(tmp_path / "run") and not multiprocessing.active_children()
+    assert torch.equal(fit(tmp_path / "run", resume=True).weight, fit(tmp_path / "whole").weight)
 
 
 def test_a_second_signal_ends_a_run_whose_worker_is_stuck(tmp_path):
@@ -556,7 +557,7 @@ def test_the_last_checkpoint_is_written_before_the_last_scores(tmp_path):
 
 def test_figures_that_need_finite_numbers_do_not_hide_that_they_are_not(tmp_path):
     def metrics():
-        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        raise RuntimeError("the algorithm failed to converge")
 
     real = trainer_module.TrainState.backward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="not finite at step 3"):

@@ -22,6 +22,7 @@ def read_log(folder: Path) -> tuple[list[dict[str, Any]], int]:
     path, lines, damaged = folder / "log.jsonl", [], 0
     text = path.read_bytes() if path.is_file() else b""
     for raw in text.splitlines(keepends=True):
+        line: Any = None
         try:
             line = json.loads(raw)
             whole = isinstance(line, dict) and type(line["step"]) is int and raw.endswith(b"\n")
