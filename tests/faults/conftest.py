@@ -73,6 +73,7 @@ def start(tmp_path_factory):
         wanted = {"arguments": arguments, "largest_file": largest_file, "before": before, "told": str(told)}
         return Running(server, int(ask(server, wanted)), told)
 
+    assert begin(["--version"]).wait()[0] == 0  # all is imported now
     yield begin
     server.stdin.close()
     server.wait()
