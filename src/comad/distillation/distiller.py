@@ -150,6 +150,7 @@ class Distiller(nn.Module):
         teacher_losses = self._teacher_losses(parts, pairs, positions)
         logged = {f"loss/{name}": part.detach() for name, part in losses.items()}
         finite = [output.patches.isfinite().all() for output in teachers]
+        blank = images[:LOGGED_IMAGES].detach().float().flatten(2).std(dim=2).mean()
         spread = [output.patches[:LOGGED_IMAGES].float().std(dim=0).mean() for output in teachers]
 
         def metrics() -> dict[str, Tensor]:
@@ -161,7 +162,9 @@ class Distiller(nn.Module):
                     )
             shares = zip(self.teacher_names, mean_shares(evidence[2]), strict=True)
             named = {f"share_{name}": share for name, share in shares}
-            stds = {f"std_{name}": std for name, std in zip(self.teacher_names, spread, strict=True)}
+            stds = {"image_std": blank} | {
+                f"std_{name}": std for name, std in zip(self.teacher_names, spread, strict=True)
+            }
             return logged | teacher_losses() | health_metrics(*evidence) | named | stds
 
         return loss, metrics

@@ -19,6 +19,8 @@ RISEN = 10.0
 """A loss that is so many times that of the start is no fluctuation."""
 CONSTANT_STD = 1e-5
 """A teacher whose patches differ less than this from image to image says nothing."""
+BLANK_STD = 1e-3
+"""Of the pixels of an image, in [0, 1]: less than half a step of 8 bits."""
 NEEDED = ("loss", "target_information")
 CONSTANT_COSINE = 0.98
 """Tokens of different images that are this alike are one and the same token."""
@@ -88,6 +90,8 @@ class CollapseDetector:
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
         """A warning with the likely cause, or None. Its words before the colon stay the same from step to step."""
+        if metrics.get("image_std", 1.0) < BLANK_STD:
+            return "the images are blank: each has one colour all over; look at --data and at --augment.*."
         constant = [n.removeprefix("std_") for n, x in metrics.items() if n.startswith("std_") and x < CONSTANT_STD]
         if constant:
             return (
