@@ -116,6 +116,17 @@ def test_errors_are_one_line_and_have_a_status(capsys, monkeypatch, error, statu
     assert len(kept) == (status == 70) and all("Traceback" in text for text in kept)
 
 
+@pytest.mark.parametrize(
+    ("given", "resume"),
+    [([], False), (["--run.resume"], True), (["--run.resume", "auto"], "auto"),
+     (["--run.resume=auto"], "auto"), (["--run.no-resume"], False), (["--run.resume", "--run.out=x"], True)],
+)  # fmt: skip
+def test_resume_is_yes_no_or_auto(given, resume):
+    from comad.recipes import parse_distillation
+
+    assert parse_distillation(given).run.resume == resume
+
+
 def test_a_pipe_that_closes_is_told(tmp_path):
     code = (
         "import sys; from comad import cli; text = 'x' * 100000; "

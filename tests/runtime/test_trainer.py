@@ -407,6 +407,20 @@ def test_a_signal_writes_a_checkpoint(tmp_path, capfd, number):
     assert torch.equal(fit(tmp_path / "b", resume=True).weight, fit(tmp_path / "a").weight)
 
 
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    def on_step(call, loss):
+        if call == 7:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return loss
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(tmp_path, on_step=on_step)
+    finally:
+        assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert steps_of(tmp_path) == [18]
+
+
 def test_a_second_signal_acts_at_once(tmp_path):
     def on_step(call, loss):
         if call == 7:

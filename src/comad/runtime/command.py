@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from itertools import zip_longest
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 Config = TypeVar("Config")
@@ -47,7 +48,7 @@ def parse(
 def _with_values(arguments: list[str]) -> list[str]:
     """``--run.resume`` alone means yes: an option of yes, no or a word has a value for tyro."""
     found = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:]):
         found.append("--run.resume=False" if argument == "--run.no-resume" else argument)
         if argument == "--run.resume" and following not in ("True", "False", "auto"):
             found.append("True")

@@ -528,7 +528,8 @@ def _signals() -> Iterator[list[int]]:
         with suppress(OSError):  # print is not for handlers
             os.write(2, f"\n{signal.Signals(number).name}: ends after this step; again: at once.\n".encode())
 
-    before = {number: signal.signal(number, receive) for number in STOPPING}
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, receive) for number in heeded}
     try:
         yield received
     finally:
