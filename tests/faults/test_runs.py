@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import time
 import zipfile
 
@@ -116,6 +117,23 @@ def test_a_full_disk(start, command, judge, tmp_path, largest):
     status, told = start(command(out), largest_file=largest).wait()
     assert judge(out, status, told) == "refused in one line" and str(tmp_path) in told
     judge(out, *start(command(out)).wait(), refusal=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [64, 160, 300, 600])
+def test_a_file_system_that_is_full(start, command, judge, tmp_path, kib):
+    (tmp_path / "small").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    out = tmp_path / "small" / "run"
+    try:
+        status, told = start(command(out)).wait()
+        assert judge(out, status, told) == "survived" or str(out) in told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "small")], check=True)
+        judge(out, *start(command(out)).wait(), refusal=False)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
 def test_a_folder_that_cannot_be_written(start, command, judge, tmp_path):
