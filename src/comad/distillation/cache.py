@@ -294,7 +294,7 @@ def _read_layout(path: Path) -> dict[str, Leaf] | None:
         return (
             leaves if known and all(isinstance(getattr(torch, x.dtype), torch.dtype) for x in leaves.values()) else None
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -429,11 +429,11 @@ class Trainer:
     def __enter__(self) -> Trainer:
         span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
         with ExitStack() as context:
+            self.received = context.enter_context(_signals())  # before workers are forked: Python loses Ctrl-C there
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
             self.prefetcher = Prefetcher(loader, self.fabric, self.now)
             context.callback(self.prefetcher.close)
             context.enter_context(_threads(self.run.threads))
-            self.received = context.enter_context(_signals())
             logs = [context.enter_context(self._open_log(state.job.run)) for state in self.states]
             self.loggers = [StepLogger(state, log, self) for state, log in zip(self.states, logs, strict=True)]
             self.context = context.pop_all()
