@@ -48,9 +48,7 @@ DAMAGE = {
     "gone": lambda content, rng: None,
 }
 QUICK = {
-    ("checkpoints/step-00000006.pt", "flipped"), ("checkpoints/step-00000006.pt", "cut"), ("log.jsonl", "nuls"),
-    ("config.yaml", "text"), ("data.npy", "cut"), ("teacher-cache/*/layout.json", "gone"),
-    ("teacher-cache/*/rows.bin", "flipped"),
+    ("checkpoints/step-00000006.pt", "flipped"), ("config.yaml", "text"), ("teacher-cache/*/layout.json", "text"),
 }  # fmt: skip
 
 
@@ -61,7 +59,7 @@ def marked(cases, quick):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 40))])
 def test_signals_at_any_moment(start, command, whole, judge, tmp_path, seed):
     rng, out = random.Random(seed), tmp_path / "run"
-    for _ in range(12 if seed else 3):
+    for _ in range(12 if seed else 2):
         running = start(command(out, f"--loader.workers={rng.randrange(2)}"))
         time.sleep(rng.uniform(0.1, 1.1) * whole[1])
         number = rng.choice(SIGNALS)
@@ -111,7 +109,9 @@ def test_two_processes_on_one_folder(start, command, judge, tmp_path):
     judge(out, *first.wait(), refusal=False)
 
 
-@pytest.mark.parametrize("largest", [40_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5_000, 12_000, 90_000))])
+@pytest.mark.parametrize(
+    "largest", [40_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5_000, 12_000, 90_000))]
+)
 def test_a_full_disk(start, command, judge, tmp_path, largest):
     out = tmp_path / "run"
     status, told = start(command(out), largest_file=largest).wait()
