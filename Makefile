@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := runs/demo
 
-.PHONY: demo test test-slow teachers benchmarks results clean
+.PHONY: demo test test-slow test-faults teachers benchmarks results clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow
+
+test-faults: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests/faults -m 'slow or not slow'
 
 teachers: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/teachers.py

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -6,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from comad.cli import VERBS, main
+from comad.cli import STATUS, VERBS, main
 from comad.models.teachers import load_teacher
-from comad.runtime.run import Interrupted
+from comad.runtime.run import Interrupted, TrainingError
 
 RANDOM = "vit_tiny_patch16_224:random"
 
@@ -86,6 +87,59 @@ def test_a_stopped_run_says_how_to_go_on(capsys, monkeypatch, verb, command):
     monkeypatch.setitem(VERBS, verb, (VERBS[verb][0], stop))
     assert main([verb]) == 130
     assert capsys.readouterr().err == f"Go on: the same {command}.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ValueError("no data"), 1, "no data"),
+        (TrainingError("the loss is not finite"), 3, "not finite"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/log.jsonl"), 1, "runs/a/log.jsonl: No space"),
+        (MemoryError(), 3, "--optim.batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"), 3, "--optim.batch-size"),
+        (KeyError("x"), 70, "report it with mine/comad-error-"),
+        (OSError("odd"), 70, "comad-error-"),
+        (RecursionError("too deep"), 70, "comad-error-"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_are_one_line_and_have_a_status(capsys, monkeypatch, error, status, words):
+    def fail(arguments):
+        raise error
+
+    Path("mine").mkdir()
+    monkeypatch.setitem(VERBS, "distill", ("", fail))
+    assert main(["distill", "--run.out=mine"]) == status and status in STATUS
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and words in told
+    kept = [path.read_text() for path in Path("mine").iterdir()]
+    assert len(kept) == (status == 70) and all("Traceback" in text for text in kept)
+
+
+@pytest.mark.parametrize(
+    ("given", "resume"),
+    [([], False), (["--run.resume"], True), (["--run.resume", "auto"], "auto"),
+     (["--run.resume=auto"], "auto"), (["--run.no-resume"], False), (["--run.resume", "--run.out=x"], True)],
+)  # fmt: skip
+def test_resume_is_yes_no_or_auto(given, resume):
+    from comad.recipes import parse_distillation
+
+    assert parse_distillation(given).run.resume == resume
+
+
+def test_a_pipe_that_closes_is_told(tmp_path):
+    code = (
+        "import sys; from comad import cli; text = 'x' * 100000; "
+        "cli.VERBS['report'] = ('', lambda arguments: [cli._print(text) for _ in range(100)]); "
+        "sys.exit(cli.main(['report']))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stdout and running.stderr
+    running.stdout.close()
+    assert running.wait() == 141
+    assert running.stderr.read().decode().splitlines() == [
+        "comad: whoever read the output is gone; send it to a file, or go on with --run.resume."
+    ]
 
 
 @pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate", "evaluate finetune", "compare"])

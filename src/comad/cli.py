@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,19 @@ from comad.runtime.spelling import hint
 
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
 
+STATUS = {
+    0: "done",
+    1: "refused or failed, for the reason in one line",
+    2: "a wrong option",
+    3: "training failed",
+    70: "unexpected, with the traceback in a file",
+    130: "stopped by a signal",
+    141: "the output's reader is gone",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 for an error told in one line, 130 after an interruption."""
+    """Run one verb. Returns the exit status, one of `STATUS`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         return _print_help()
@@ -29,24 +43,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Run a verb, and tell what went wrong in one line."""
-    from comad.runtime.run import Interrupted, TrainingError
+    from comad.runtime.command import get_flag
+    from comad.runtime.run import Interrupted
 
+    given = list(arguments)
     try:
         VERBS[verb][1](arguments)
-    except (ValueError, TrainingError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        if not error.strerror:
-            raise
-        return _fail(
-            f"{error.filename or 'a file'}: {error.strerror}; make room or rights for it, or name another place."
-        )
     except Interrupted:
         sys.stderr.write(f"Go on: the same command{'' if verb == 'compare' else ' with --run.resume'}.\n")
         return 130
     except KeyboardInterrupt:
+        sys.stderr.write("comad: ended at once; a run goes on from its last checkpoint with --run.resume.\n")
         return 130
+    except Exception as error:
+        return _tell(error, get_flag(given, "--run.out"))
     return 0
+
+
+def _tell(error: Exception, out: str | None) -> int:
+    """Say in one line what went wrong. Returns the exit status."""
+    from comad.runtime.run import TrainingError
+
+    if isinstance(error, TrainingError):
+        return _fail(str(error), 3)
+    if isinstance(error, ValueError):
+        return _fail(str(error))
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be printed goes nowhere
+        return _fail("whoever read the output is gone; send it to a file, or go on with --run.resume.", 141)
+    if isinstance(error, OSError) and error.strerror:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}; {_remedy(error)}.")
+    if words := _out_of_memory(error):
+        return _fail(words, 3)
+    return _unexpected(error, out)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room or name another place; a run goes on from its last checkpoint with --run.resume"
+    return "make room or rights for it, or name another place"
+
+
+def _out_of_memory(error: Exception) -> str:
+    """One line, if that is what an error says; else nothing."""
+    text = str(error)
+    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        return ""
+    return "out of memory; lower --optim.batch-size (and raise --optim.accumulate), or pass --teachers-in offload."
+
+
+def _unexpected(error: Exception, out: str | None) -> int:
+    """Keep the traceback in a file, and say where: this is a fault of the program, not of its user."""
+    folder = Path(out) if out and Path(out).is_dir() else Path()
+    path = folder / f"comad-error-{os.getpid()}.txt"
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except OSError:
+        path = Path(os.devnull)
+    words = f"{type(error).__name__}: {str(error)[:300]}"
+    return _fail(f"unexpected, a fault of comad or of a plugin: {words}; please report it with {path}.", 70)
 
 
 def distill_command(arguments: list[str]) -> None:
@@ -61,11 +116,16 @@ def pretrain_command(arguments: list[str]) -> None:
     """Train a teacher from scratch: comad pretrain mae|mocov3|ibot. --recipe FILE.yaml runs a recorded one again."""
     from comad.pretraining.config import METHODS, PretrainConfig, recipe
     from comad.pretraining.run import pretrain
+    from comad.runtime.recipe import read_recipe, resumed_recipe
 
     method = _first_word(arguments)
-    if method is None and not {"-h", "--help", "--help-all"} & set(arguments):
+    default = _recorded(PretrainConfig, arguments)
+    if default is None:
+        default = resumed_recipe(lambda path: read_recipe(PretrainConfig, path), arguments, recipe("mae").run.out)
+        default = default if default and method in (None, default.method.kind) else None
+    if not (method or default or {"-h", "--help", "--help-all"} & set(arguments)):
         raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
-    default = _recorded(PretrainConfig, arguments) or recipe(method or "mae")
+    default = default or recipe(method or "mae")
     folder = pretrain(parse(PretrainConfig, default, arguments, "comad pretrain", _about(pretrain_command)))
     if folder is not None:
         _print(f"the teacher is in {folder}; use it: comad distill --teachers NAME={folder}")
@@ -301,7 +361,8 @@ def _about(command: Callable[..., Any], recipes: Any = ()) -> str:
 def _print_help() -> int:
     lines = [f"  {verb:10} {text}" for verb, (text, _) in VERBS.items()]
     title = "Distil several frozen vision teachers into one compact student."
-    return _print("\n".join([title, "", USAGE, "", *lines]))
+    ends = "Exit status: " + ", ".join(f"{status} {text}" for status, text in STATUS.items()) + "."
+    return _print("\n".join([title, "", USAGE, "", *lines, "", ends]))
 
 
 def _print(text: str) -> int:
@@ -309,9 +370,10 @@ def _print(text: str) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"comad: {' '.join(message.split())}\n")
-    return 1
+def _fail(message: str, status: int = 1) -> int:
+    with suppress(OSError):  # nobody may be left to read it
+        sys.stderr.write(f"comad: {' '.join(message.split())}\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
 from comad.runtime.command import parse, pop_all, pop_flag
-from comad.runtime.recipe import read_recipe
+from comad.runtime.recipe import read_recipe, resumed_recipe
 from comad.runtime.slots import Slot, load_plugins
 
 SLOTS: dict[str, type[Slot]] = {
@@ -97,6 +97,9 @@ def take_defaults(
     load_plugins(plugins)
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
     default = base or _default(preset, recipe, rest)
+    resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
+    if resumed is not None:
+        default = resumed.with_method(default.method, preset) if preset else resumed
     if students:
         plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
         default = replace(default, student=plain, extra_students=())

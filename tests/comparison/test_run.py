@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from comad.evaluation.evaluation import Evaluation, PerImage, Result
 from comad.evaluation.intervals import paired_interval
 from comad.evaluation.scores import read_scores
 from comad.presets import recipe
+from comad.runtime.checkpoint import checkpoints
 from comad.runtime.run import RunConfig
 
 RECIPE = recipe("comad", demo=True)
@@ -64,7 +66,8 @@ def trainings(monkeypatch):
     started, real = [], measure_module.distill
 
     def watched(config):
-        started.append((config.preset, len(config.teachers), config.run.seed, config.run.resume))
+        begun = bool(checkpoints(Path(config.run.out) / "checkpoints"))
+        started.append((config.preset, len(config.teachers), config.run.seed, begun))
         return real(config)
 
     monkeypatch.setattr(measure_module, "distill", watched)

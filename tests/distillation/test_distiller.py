@@ -17,6 +17,7 @@ from comad.distillation.masking import Independent, Masking, Masks, Shared, Supe
 from comad.distillation.method import Method
 from comad.distillation.objectives import FeatureLoss, RelationLoss
 from comad.presets import METHODS
+from comad.runtime.run import TrainingError
 
 COMAD = METHODS["comad"]
 MASKINGS = {
@@ -408,6 +409,24 @@ def test_metrics_are_detached_and_finite(small_distillation, method):
     setting = small_distillation(method)
     numbers = setting.distiller(*setting.batch(8))[1]()
     assert all(not number.requires_grad and number.isfinite() and number.ndim == 0 for number in numbers.values())
+
+
+def test_a_teacher_that_is_not_finite_is_named(comad):
+    images, teachers, masks = comad.batch(8)
+    teachers[1].patches[5, 0, 0] = torch.nan
+    name = comad.distiller.teacher_names[1]
+    with pytest.raises(TrainingError, match=f"the teacher '{name}' are not finite"):
+        comad.distiller(images, teachers, masks)[1]()
+
+
+def test_teachers_and_images_that_say_nothing_are_seen_in_the_numbers(comad):
+    images, teachers, masks = comad.batch(8)
+    names = comad.distiller.teacher_names
+    numbers = comad.distiller(images, teachers, masks)[1]()
+    assert float(numbers["image_std"]) > 0.01 and all(float(numbers[f"std_{name}"]) > 0.01 for name in names)
+    teachers[1] = teachers[1]._replace(patches=torch.ones_like(teachers[1].patches))
+    numbers = comad.distiller(torch.full_like(images, 0.5), teachers, masks)[1]()
+    assert float(numbers["image_std"]) == float(numbers[f"std_{names[1]}"]) == 0 < float(numbers[f"std_{names[0]}"])
 
 
 def test_bfloat16_autocast_gives_nearly_the_same_loss(comad):

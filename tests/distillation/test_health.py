@@ -138,6 +138,27 @@ def test_the_detector_is_silent_otherwise(change):
     assert watch(1, HEALTHY) is None and watch(20, HEALTHY | change) is None
 
 
+def test_the_detector_tells_a_loss_that_rises_far():
+    watch = CollapseDetector()
+    watch(1, HEALTHY)
+    assert watch(20, HEALTHY | {"loss": 9.0}) is None
+    assert "from 1 to 1e+03; try a lower --optim.base-lr" in (watch(40, HEALTHY | {"loss": 1000.0}) or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"std_mae": 0.0, "std_dino": 0.5}, "the same from mae for"), ({"image_std": 0.0}, "are blank")],
+)
+def test_the_detector_tells_constant_teachers_and_blank_images_from_the_first_step_on(change, words):
+    watch = CollapseDetector()
+    assert words in (watch(1, HEALTHY | change) or "") and words in (watch(20, HEALTHY | change) or "")
+
+
+def test_a_damaged_start_is_not_compared_with():
+    watch = CollapseDetector({"step": 1, "loss": 2.0})
+    assert watch(20, HEALTHY) is None and watch.first == HEALTHY
+
+
 def test_the_detector_tells_a_constant_student_after_two_epochs():
     watch = CollapseDetector()
     watch(1, HEALTHY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -108,6 +109,20 @@ def test_a_damaged_row_is_unknown_and_its_neighbours_are_not(tmp_path):
     path.write_bytes(content)
     later = open_store(tmp_path, None)
     assert later.known(ROWS, INPUTS).tolist() == [False, True, True]
+
+
+def test_a_disk_that_is_too_small_is_an_error_when_the_store_is_made(tmp_path, monkeypatch):
+    """Room that is taken later, as a memory map is written or read, ends the process by SIGBUS."""
+    store = open_store(tmp_path, values(1))
+    assert store.num_taken >= store.num_bytes
+
+    def full(file, first, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space") as error:
+        open_store(tmp_path / "other", values(1))
+    assert error.value.filename.endswith("rows.bin")
 
 
 def test_int8_rounds_by_less_than_a_hundredth_and_gives_what_it_will_read(tmp_path):

@@ -52,3 +52,10 @@ def test_results_between_right_and_wrong_come_back_too(tmp_path):
     given.correct["recall"] = torch.tensor([0.25, 1.0])
     write_scores(tmp_path / "s.json", [given])
     assert read_scores(tmp_path / "s.json").scores[0].correct["recall"].tolist() == [0.25, 1.0]
+
+
+def test_a_flipped_digit_is_not_believed(tmp_path):
+    write_scores(tmp_path / "s.json", [score()])
+    text = (tmp_path / "s.json").read_text()
+    (tmp_path / "s.json").write_text(text.replace("12.345678901", "92.345678901"))
+    assert read_scores(tmp_path / "s.json") is None

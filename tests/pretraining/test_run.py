@@ -83,4 +83,4 @@ def test_a_run_goes_on_with_the_same_images_and_start_alone(pretrain, labelled_f
     shutil.copytree(labelled_folder, other)
     next(path for path in other.rglob("*") if path.is_file()).unlink()
     assert main([*command, f"--data={other}"]) == 1
-    assert "started with another setup: data" in capsys.readouterr().err
+    assert "its images are not those it was started with: 1 image removed" in capsys.readouterr().err

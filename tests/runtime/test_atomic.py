@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import comad
-from comad.runtime.atomic import replacing
+from comad.runtime.atomic import naming, remove_leftovers, replacing, write_text
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from comad.runtime.atomic import replacing
+from comad.runtime.atomic import naming, remove_leftovers, replacing, write_text
 with replacing(Path(sys.argv[1])) as partial:
     partial.mkdir()
     (partial / "weights").write_text("half")
@@ -70,3 +70,32 @@ def test_modes_follow_the_umask(tmp_path):
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "out", "out/weights")]
     assert modes == [0o640, 0o750, 0o640]
+
+
+def test_leftovers_of_any_file_go_and_those_of_living_processes_stay(tmp_path):
+    (tmp_path / ".step-3.pt.4000001.partial").write_text("half")
+    (tmp_path / ".student.4000001.former").mkdir()
+    (tmp_path / f".other.{os.getppid()}.partial").write_text("at work")
+    (tmp_path / ".mine.partial").write_text("no leftover")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".mine.partial", f".other.{os.getppid()}.partial", "student"]  # fmt: skip
+
+
+def test_a_text_is_whole_or_not_there(tmp_path):
+    write_text(tmp_path / "deep" / "file", "first \udcff")
+    assert (tmp_path / "deep" / "file").read_bytes() == b"first \xff"
+    with pytest.raises(TypeError):
+        write_text(tmp_path / "deep" / "file", None)  # pyright: ignore[reportArgumentType]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
+
+
+def test_errors_of_the_disk_name_their_file(tmp_path):
+    for error, name in (
+        (OSError(28, "full"), str(tmp_path)),
+        (OSError(28, "full", "own"), "own"),
+        (OSError("x"), None),
+    ):
+        with pytest.raises(OSError) as caught, naming(tmp_path):
+            raise error
+        assert caught.value.filename == name

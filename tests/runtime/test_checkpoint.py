@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from comad.runtime import atomic
 from comad.runtime import checkpoint as checkpoint_module
+from comad.runtime.atomic import remove_leftovers
 from comad.runtime.checkpoint import (
     checkpoints,
     differences,
@@ -45,10 +47,12 @@ def test_a_failure_while_writing_leaves_no_partial_file(tmp_path, monkeypatch, w
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint_module.Path, "unlink", lambda *args, **kwargs: None)  # the process is dead by then
+        patch.setattr(atomic, "_remove", lambda place: None)  # the process is dead by then
         patch.setattr(checkpoint_module.torch, "save", lambda state, file: (_ for _ in ()).throw(KeyboardInterrupt))
         save_checkpoint(tmp_path, 1, {}, keep=1)
-    assert checkpoints(tmp_path) == []
+    assert checkpoints(tmp_path) == [] and names(tmp_path) != []
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
     save_checkpoint(tmp_path, 2, {}, keep=1)
     assert names(tmp_path) == ["step-00000002.pt"]
 

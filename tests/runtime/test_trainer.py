@@ -1,10 +1,17 @@
 """The loop's other half, on linear maps of 24 rows: log, accumulation, clipping, averages, checkpoints, signals."""
 
+import errno
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,11 +22,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from comad.data.loader import LoaderConfig, training_batches
+from comad.runtime import checkpoint as checkpoint_module
+from comad.runtime import log as log_module
 from comad.runtime import trainer as trainer_module
 from comad.runtime.checkpoint import RngState, checkpoints, load_checkpoint
+from comad.runtime.lock import holding_runs
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import Interrupted, RunConfig, TrainingError, open_run, open_runs, start_fabric
-from comad.runtime.trainer import Job, Trainer
+from comad.runtime.trainer import STOPPING, Job, Trainer, reader_fault
 
 OPTIM = OptimConfig(epochs=3.0, batch_size=4, base_lr=0.5, warmup_epochs=1.0, weight_decay=0.01, clip=0.0)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -45,12 +55,13 @@ class InOrder:
     unreadable: tuple[int, ...] = ()
     dataset: Any = None
     num_images: int = 24
+    deadline: float = 0.0
 
     def load(self, first, last, rank, world_size):
         size = self.batch_size
         order = [[(number * size + i) % 24 for i in range(size)] for number in range(first, last)]
         if self.dataset is not None:
-            return training_batches(self.dataset, order, LoaderConfig(workers=1))
+            return training_batches(self.dataset, order, LoaderConfig(workers=1, deadline=self.deadline))
         rows = [Rows(x, torch.tensor(i), torch.tensor(i not in self.unreadable)) for i, x in enumerate(ROWS)]
         return DataLoader(rows, batch_sampler=order)
 
@@ -63,15 +74,15 @@ def make_module():
     return nn.Linear(3, 2)
 
 
-def fit(out, module=None, optim=OPTIM, *, on_step=None, unreadable=(), dataset=None, job=None, **run):
+def fit(out, module=None, optim=OPTIM, *, on_step=None, unreadable=(), dataset=None, job=None, deadline=0.0, **run):
     """Learn a linear map of the rows; ``on_step`` may change a loss, ``job`` holds further fields of the job."""
     run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
     fabric = start_fabric(run)
-    open_run(run, fabric)
+    run = open_run(run, fabric)
     fields = {"identity": IDENTITY, "probe": lambda module: {"knn": 50.0}, **(job or {})}
     job = Job(module=module or make_module(), run=run, **fields)
     calls = 0
-    with Trainer([job], InOrder(optim.batch_size, unreadable, dataset), optim, fabric) as trainer:
+    with Trainer([job], InOrder(optim.batch_size, unreadable, dataset, deadline=deadline), optim, fabric) as trainer:
         for step in trainer:
             for batch in step:
                 calls += 1
@@ -279,30 +290,135 @@ def test_resume_refuses_another_setup_and_names_the_difference(tmp_path, identit
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_resume_from_a_damaged_checkpoint_and_from_the_one_before(tmp_path):
+def test_resume_from_a_damaged_checkpoint_takes_the_one_before(tmp_path, capfd):
     whole = fit(tmp_path, checkpoint_every=10)
     last = checkpoints(tmp_path / "checkpoints")[-1]
     last.write_bytes(last.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a readable checkpoint; remove it"):
-        fit(tmp_path, resume=True)
-    last.unlink()
     assert torch.equal(fit(tmp_path, resume=True).weight, whole.weight)
+    told = capfd.readouterr().err
+    assert "step-00000018.pt is not a readable checkpoint" in told and "goes on from step-00000010.pt" in told
+    assert steps_of(tmp_path) == [10, 18] and (tmp_path / "checkpoints" / "step-00000018.damaged").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_resume_when_no_checkpoint_is_whole(tmp_path, capfd):
+    whole = fit(tmp_path, checkpoint_every=10)
+    for path in checkpoints(tmp_path / "checkpoints"):
+        path.write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"no checkpoint of .* can be read") as error:
+        fit(tmp_path, resume=True)
+    assert "step-00000010.pt" in str(error.value) and "\n" not in str(error.value)
+    assert torch.equal(fit(tmp_path, resume="auto").weight, whole.weight)
+    assert "begins again" in capfd.readouterr().err
+
+
+CRAFTED = {
+    "a step below 0": {"step": -5},
+    "a step that is not its own": {"step": 17},
+    "a step that is a word": {"step": "18"},
+    "weights of other shapes": {"module": {"weight": torch.zeros(5, 3), "bias": torch.zeros(2)}},
+    "no weights": {"module": {}},
+    "moments of other shapes": {"optimizer": 7},
+    "a part that is missing": {"random": None},
+}
+
+
+@pytest.mark.parametrize("changed", CRAFTED)
+def test_a_checkpoint_that_is_whole_and_wrong_is_not_taken(tmp_path, capfd, changed):
+    whole = fit(tmp_path, checkpoint_every=10)
+    last = checkpoints(tmp_path / "checkpoints")[-1]
+    state = load_checkpoint(last)
+    if changed == "moments of other shapes":
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"] = torch.zeros(7)
+    else:
+        state |= CRAFTED[changed]
+    torch.save({key: value for key, value in state.items() if value is not None}, last)
+    assert torch.equal(fit(tmp_path, resume=True).weight, whole.weight)
+    assert "step-00000018.pt" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("before", ["nothing", "a kill before the first checkpoint", "a stop", "an end"])
+def test_one_command_for_every_state(tmp_path, before):
+    whole, out = fit(tmp_path / "whole"), tmp_path / "run"
+    if before != "nothing":
+        stop = {"a kill before the first checkpoint": 3, "a stop": 11}.get(before)
+        with pytest.raises(RuntimeError) if stop else nullcontext():
+            fit(out, on_step=stop_at(stop) if stop else None, checkpoint_every=4, resume="auto")
+    assert torch.equal(fit(out, checkpoint_every=4, resume="auto").weight, whole.weight)
+    assert [x["loss"] for x in log_of(out) if "loss" in x] == [
+        x["loss"] for x in log_of(tmp_path / "whole") if "loss" in x
+    ]
+
+
+def test_auto_does_not_write_into_the_folder_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds something else than a run; pass --run\.out"):
+        fit(tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize("damage", [b"", None, b'{"step": 4, "lo', b"\x00" * 50, b'{"step": "four"}\n[1]\n7\n'])
+def test_a_damaged_log_is_repaired_and_told(tmp_path, capfd, damage):
+    whole = fit(tmp_path, checkpoint_every=10)
+    checkpoints(tmp_path / "checkpoints")[-1].unlink()
+    path = tmp_path / "log.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.unlink() if damage is None else path.write_bytes(b"".join(lines[:5]) + damage * 2 if damage else b"")
+    capfd.readouterr()
+    assert torch.equal(fit(tmp_path, resume=True).weight, whole.weight)
+    assert "log.jsonl" in capfd.readouterr().err
+    steps = [line["step"] for line in log_of(tmp_path) if "loss" in line]
+    assert steps == [*([1, 2, 3, 4, 5] if damage else []), *range(11, 19)]
+
+
+def test_a_folder_is_of_one_process(tmp_path):
+    code = (
+        f"from comad.runtime.lock import lock_folder\nfrom pathlib import Path\n"
+        f"lock_folder(Path({str(tmp_path)!r})); print('mine', flush=True); input()"
+    )
+    held = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert held.stdout and held.stdout.readline() == "mine\n"
+    with pytest.raises(ValueError, match=rf"in use by process {held.pid} on .* since 20.*--run\.out"):
+        fit(tmp_path)
+    held.kill()
+    held.wait()
+    fit(tmp_path)  # what the dead one left is no obstacle
+
+
+def test_a_lock_ends_with_what_took_it(tmp_path):
+    with holding_runs():
+        fit(tmp_path)
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_writes_a_checkpoint(tmp_path, capfd, number):
     def on_step(call, loss):
         if call == 7:
             os.kill(os.getpid(), number)
         return loss
 
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in STOPPING]
     with pytest.raises(Interrupted):
         fit(tmp_path / "b", on_step=on_step)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in STOPPING] == before
     assert steps_of(tmp_path / "b") == [7]
     assert "stopped at step 7, checkpoint written" in capfd.readouterr().err
     assert torch.equal(fit(tmp_path / "b", resume=True).weight, fit(tmp_path / "a").weight)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    def on_step(call, loss):
+        if call == 7:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return loss
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(tmp_path, on_step=on_step)
+    finally:
+        assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert steps_of(tmp_path) == [18]
 
 
 def test_a_second_signal_acts_at_once(tmp_path):
@@ -340,6 +456,131 @@ def test_workers_end_with_the_run_however_it_ends(tmp_path):
         fit(tmp_path, dataset=rows, on_step=lambda number, loss: 1 / 0)
     assert caught.value.__traceback__ is not None  # it holds the frames, and with them the loader
     assert not multiprocessing.active_children()
+
+
+class Killed(Dataset):
+    def __getitem__(self, index):
+        if index >= 8:  # of the third batch
+            time.sleep(1)  # while the two before are learnt
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Rows(ROWS[index], torch.tensor(index), torch.tensor(True))
+
+
+class Stuck(Dataset):
+    def __getitem__(self, index):
+        if index >= 8:
+            time.sleep(1000)
+        return Rows(ROWS[index], torch.tensor(index), torch.tensor(True))
+
+
+@pytest.mark.parametrize(("dataset", "words"), [(Killed(), "was killed"), (Stuck(), "is stuck")])
+def test_workers_that_are_killed_or_stuck_end_the_run_with_a_checkpoint(tmp_path, dataset, words):
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match=rf"{words}.*--loader\.workers 0") as error:
+        fit(tmp_path / "run", dataset=dataset, deadline=3.0)
+    assert "\n" not in str(error.value) and time.monotonic() - start < 10
+    assert steps_of(tmp_path / "run") and not multiprocessing.active_children()
+    assert torch.equal(fit(tmp_path / "run", resume=True).weight, fit(tmp_path / "whole").weight)
+
+
+def test_a_second_signal_ends_a_run_whose_worker_is_stuck(tmp_path):
+    def interrupt():
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, dataset=Stuck(), deadline=100.0)
+    assert time.monotonic() - start < 10 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to write to file </torch_2_3_4>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory.",
+        "DataLoader worker: SIGBUS",
+    ],
+)
+def test_too_little_shared_memory_is_told(text):
+    assert "--shm-size" in (reader_fault(RuntimeError(text)) or "")
+    assert reader_fault(RuntimeError("shapes do not match")) is None
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    fail = OSError(errno.ENOSPC, "No space left on device")
+
+    class Full:
+        def write(self, data):
+            raise fail
+
+    real = checkpoint_module.torch.save
+
+    def save(state, file):
+        real(state, Full() if state["step"] > 8 else file)
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", save)
+    with pytest.raises(OSError, match="No space left") as error:
+        fit(tmp_path, checkpoint_every=4)
+    assert error.value.filename.endswith("step-00000012.pt")
+    assert steps_of(tmp_path) == [4, 8] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_log_that_cannot_be_written_leaves_a_checkpoint(tmp_path, monkeypatch):
+    def write(self, step, metrics, real=log_module.RunLog.write):
+        if step == 7:
+            raise OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+        real(self, step, metrics)
+
+    monkeypatch.setattr(log_module.RunLog, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path)
+    assert steps_of(tmp_path) == [7]
+
+
+def test_a_folder_that_vanishes_and_a_terminal_that_closes_do_not_end_a_run(tmp_path, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        def isatty(self):
+            return False
+
+    def on_step(call, loss):
+        if call == 7:
+            shutil.rmtree(tmp_path / "run")
+        return loss
+
+    monkeypatch.setattr(trainer_module.sys, "stderr", Closed())
+    fit(tmp_path / "run", on_step=on_step)
+    assert [line["step"] for line in log_of(tmp_path / "run") if "loss" in line] == list(range(7, 19))
+    assert steps_of(tmp_path / "run") == [18]
+
+
+def test_the_last_checkpoint_is_written_before_the_last_scores(tmp_path):
+    def probe(module):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, job={"probe": probe})
+    assert steps_of(tmp_path) == [18]
+
+
+def test_figures_that_need_finite_numbers_do_not_hide_that_they_are_not(tmp_path):
+    def metrics():
+        raise RuntimeError("the algorithm failed to converge")
+
+    real = trainer_module.TrainState.backward
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="not finite at step 3"):
+        patch.setattr(
+            trainer_module.TrainState,
+            "backward",
+            lambda self, loss, own: real(self, loss, own if loss.isfinite() else metrics),
+        )
+        fit(tmp_path, on_step=lambda call, loss: loss * math.nan if call == 3 else loss)
 
 
 def test_the_message_of_a_worker_is_one_line(tmp_path):

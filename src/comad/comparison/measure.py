@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,7 +25,6 @@ from comad.evaluation.tuning import FinetuneConfig, Tuning
 from comad.evaluation.views import device, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_on_grid, load_teacher
-from comad.runtime.checkpoint import checkpoints
 from comad.runtime.log import hours_of_training
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version
@@ -86,15 +84,8 @@ class RowRun:
         return self.row_folder / f"seed-{self.seed}"
 
     def run(self, name: str) -> RunConfig:
-        """A run in a sub-folder of the unit, resumed if it has begun.
-
-        What was killed before its first checkpoint is removed and begins again.
-        """
-        out = self.folder / name
-        resume = any(checkpoints(folder / "checkpoints") for folder in (out, *out.glob("*/")))
-        if not resume:
-            shutil.rmtree(out, ignore_errors=True)
-        return replace(self.config.recipe.run, out=str(out), seed=self.seed, resume=resume)
+        """A run in a sub-folder of the unit, resumed if it has begun."""
+        return replace(self.config.recipe.run, out=str(self.folder / name), seed=self.seed, resume="auto")
 
 
 def measure(unit: RowRun) -> Scores:

@@ -24,12 +24,14 @@ from comad.evaluation.tuning import FinetuneConfig
 from comad.models.teachers import load_on_grid
 from comad.reporting.page import write_report
 from comad.runtime.checkpoint import differences
+from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import read_recipe, write_recipe
 
 RECORD = "comparison.yaml"
 
 
+@holding_runs()
 def compare(config: CompareConfig) -> str:
     """Measure all rows, and write ``comparison.json`` and ``.md`` anew after each seed, then a page. Returns the table.
 
@@ -99,9 +101,10 @@ def _open(config: CompareConfig) -> Path:
             raise ValueError(
                 f"{str(out)!r} holds another comparison: {'; '.join(changed)}; pass --run.out for a new folder."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {path.name for path in out.iterdir()} - {LOCK}:
         raise ValueError(f"{str(out)!r} is not empty and holds no comparison; pass --run.out for a new folder.")
     out.mkdir(parents=True, exist_ok=True)
+    lock_folder(out)
     write_recipe(config, record)
     return out
 

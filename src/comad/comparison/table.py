@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from comad.comparison.entries import ComparisonRow
 from comad.evaluation.evaluation import score_names, title_of
 from comad.evaluation.intervals import paired_interval
 from comad.evaluation.scores import Scores
+from comad.runtime.atomic import write_text
 
 LEVELS = {"": "Fine labels", "_coarse": "Coarse labels"}
 
@@ -91,9 +91,7 @@ def _compared(name: str, results: Results, against: Results) -> dict[str, Any]:
 def write_table(table: Mapping[str, Any], out: Path) -> None:
     """Write ``comparison.json`` and ``comparison.md``; a reader never sees half a file."""
     for name, text in (("comparison.json", json.dumps(table, indent=1)), ("comparison.md", markdown(table))):
-        temporary = out / f".{name}.{os.getpid()}"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, out / name)
+        write_text(out / name, text + "\n")
 
 
 def markdown(table: Mapping[str, Any]) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from comad.runtime.atomic import replacing
 
 if TYPE_CHECKING:
     from comad.data.images import ImageSet
@@ -33,6 +36,34 @@ def manifest(images: ImageSet) -> np.ndarray:
     for _, labels in sorted(images.labels.items()):
         rows["label"] = rows["label"] * 1_000_003 + labels.numpy()
     return rows
+
+
+def check_manifest(images: ImageSet, path: Path, resumed: bool) -> None:
+    """Keep the manifest of a run's images; of a run that goes on, look whether they are still the same.
+
+    A manifest that is gone or damaged says nothing: the fingerprint in the run's checkpoint decides.
+
+    Raises:
+        ValueError: the images changed; the message says how.
+    """
+    now = manifest(images)
+    before = _read_manifest(path) if resumed else None
+    if before is not None and (changed := tell_changes(before, now)):
+        raise ValueError(
+            f"cannot resume {str(path.parent)!r}: its images are not those it was started with: {changed}; restore "
+            "them, name their new place with --data, or begin a new run with another --run.out."
+        )
+    if not resumed:
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, now)
+
+
+def _read_manifest(path: Path) -> np.ndarray | None:
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows if rows.dtype == ROW else None
 
 
 def fingerprint(images: ImageSet) -> str:

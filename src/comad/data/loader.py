@@ -57,13 +57,17 @@ class LoaderConfig:
     Args:
         workers: processes that decode and augment; 0 does it in the training process, -1 takes the cores that the
             training processes of this machine leave free: each at least one, at most eight.
+        deadline: seconds that a batch may take a worker, before the run ends with a word; 0: it waits for ever.
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
     """
 
     workers: int = field(default=-1, metadata=COMMON | NO_EFFECT)
+    deadline: float = field(default=900.0, metadata=NO_EFFECT)
     fixed_views: int = field(default=0, metadata=COMMON)
 
     def __post_init__(self) -> None:
+        if self.deadline < 0:
+            raise ValueError(f"--loader.deadline {self.deadline:g} is too small; use 0 or more.")
         if self.fixed_views < 0:
             raise ValueError(f"--loader.fixed-views {self.fixed_views} is too small; use 0 or more.")
 
@@ -190,6 +194,7 @@ def training_batches(
         collate_fn=collate,
         num_workers=config.num_workers,
         prefetch_factor=4 if config.num_workers else None,
+        timeout=config.deadline if config.num_workers else 0,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
@@ -201,8 +206,8 @@ def _ignore_signals(worker: int) -> None:
 
     A worker leaves when it is told that the loading is over, or finds that its parent is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _EvaluationDataset(Dataset[tuple[tuple[Tensor, ...], bool]]):

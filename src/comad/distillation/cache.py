@@ -22,6 +22,7 @@ from comad.data.loader import Batch
 from comad.distillation.features import TeacherOutput
 from comad.distillation.masking import Masks
 from comad.models.backbone import Tokens
+from comad.runtime.atomic import naming, write_text
 
 FORMAT = 2
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
@@ -82,6 +83,12 @@ class TeacherStore:
         """Size of the whole store."""
         return self.num_rows * (self.row_bytes + 4)
 
+    @property
+    def num_taken(self) -> int:
+        """Bytes of the disk that its files take already."""
+        files = [self.folder / name for name in ("rows.bin", "checks.bin")]
+        return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+
     def num_known(self) -> int:
         """Rows that have a checksum; 0 if the folder does not exist yet."""
         path = self.folder / "checks.bin"
@@ -96,9 +103,7 @@ class TeacherStore:
         self.mapped = torch.from_file(name, shared=True, size=self.num_rows * self.row_bytes, dtype=torch.uint8)
         self.mapped = self.mapped.view(self.num_rows, self.row_bytes)
         self.checks = np.memmap(self.folder / "checks.bin", np.uint32, "r+")
-        temporary = self.folder / f"layout.{os.getpid()}"
-        temporary.write_text(json.dumps(self.leaves))
-        temporary.replace(self.folder / "layout.json")  # last: without it the folder is new
+        write_text(self.folder / "layout.json", json.dumps(self.leaves))  # last: without it the folder is new
         return self
 
     def known(self, rows: Int[Tensor, " B"], inputs: Sequence[int]) -> Bool[Tensor, " B"]:
@@ -142,7 +147,8 @@ class TeacherStore:
                 flat.append(torch.nn.functional.pad(data, (0, kept.num_bytes - data.shape[1])))
         packed = torch.cat(flat, dim=1)
         for row, data in zip(rows.tolist(), packed.numpy(), strict=True):
-            os.pwrite(self.rows, data.data, row * self.row_bytes)  # a full disk is an error here, not a dead process
+            with naming(self.folder / "rows.bin"):
+                os.pwrite(self.rows, data.data, row * self.row_bytes)
         self.checks[rows.numpy()] = checksums(packed, inputs)
         self.checked[rows] = True
 
@@ -222,7 +228,7 @@ class CacheSpec(NamedTuple):
         counts = ", ".join(f"{name} {count}" for (name, _), count in zip(self.keys, known, strict=True))
         say(f"teacher cache: {_size(total)} in {folder}, {_size(needed)} still to write ({rows} rows; known: {counts})")
         free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
-        if needed > free:
+        if sum(max(0, store.num_bytes - store.num_taken) for store in stores) > free:
             raise ValueError(
                 f"the teacher cache needs {_size(needed)} in {str(folder)!r}, where {_size(free)} are free; name "
                 "another --cache-folder, set --cache-storage int8, lower --loader.fixed-views, or pass "
@@ -288,7 +294,7 @@ def _read_layout(path: Path) -> dict[str, Leaf] | None:
         return (
             leaves if known and all(isinstance(getattr(torch, x.dtype), torch.dtype) for x in leaves.values()) else None
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -307,10 +313,19 @@ def _to(output: TeacherOutput, device: torch.device) -> TeacherOutput:
 
 
 def _open_at_size(path: Path, size: int) -> int:
-    """A file of that size; what it lacks reads as 0 and takes no room yet."""
+    """A file of that size, whose room is taken now: a disk that is full later would end the process without a word."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if os.fstat(file).st_size != size:
-        os.ftruncate(file, size)
+    try:
+        with naming(path):
+            if os.fstat(file).st_size > size:
+                os.ftruncate(file, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file, 0, size)
+            else:
+                os.ftruncate(file, size)
+    except OSError:
+        os.close(file)
+        raise
     return file
 
 

@@ -21,6 +21,7 @@ from comad.models.backbone import Tokens, gather_patches, map_tokens, patchify, 
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime.run import TrainingError
 
 LOGGED_IMAGES = 32
 """Images of a batch whose loss is logged for each teacher where the targets are fused."""
@@ -153,11 +154,23 @@ class Distiller(nn.Module):
         )
         teacher_losses = self._teacher_losses(parts, pairs, positions)
         logged = {f"loss/{name}": part.detach() for name, part in losses.items()}
+        finite = [output.patches.isfinite().all() for output in teachers]
+        blank = images[:LOGGED_IMAGES].detach().float().flatten(2).std(dim=2).mean()
+        spread = [output.patches[:LOGGED_IMAGES].float().std(dim=0).mean() for output in teachers]
 
         def metrics() -> dict[str, Tensor]:
+            for name, fine in zip(self.teacher_names, finite, strict=True):
+                if not fine:
+                    raise TrainingError(
+                        f"the outputs of the teacher {name!r} are not finite; check its file with comad teachers "
+                        "inspect, or pass --run.precision fp32."
+                    )
             shares = zip(self.teacher_names, mean_shares(evidence[2]), strict=True)
             named = {f"share_{name}": share for name, share in shares}
-            return logged | teacher_losses() | health_metrics(*evidence) | named
+            stds = {"image_std": blank} | {
+                f"std_{name}": std for name, std in zip(self.teacher_names, spread, strict=True)
+            }
+            return logged | teacher_losses() | health_metrics(*evidence) | named | stds
 
         return loss, metrics
 

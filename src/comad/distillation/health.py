@@ -15,6 +15,13 @@ from comad.evaluation.similarity import cross_image_cosine, effective_rank
 MAX_IMAGES = 128
 COLLAPSED_SHARE = 0.2
 """A target that keeps less than this share of the information it started with has collapsed."""
+RISEN = 10.0
+"""A loss that is so many times that of the start is no fluctuation."""
+CONSTANT_STD = 1e-5
+"""A teacher whose patches differ less than this from image to image says nothing."""
+BLANK_STD = 1e-3
+"""Of the pixels of an image, in [0, 1]: less than half a step of 8 bits."""
+NEEDED = ("loss", "target_information")
 CONSTANT_COSINE = 0.98
 """Tokens of different images that are this alike are one and the same token."""
 
@@ -79,13 +86,26 @@ class CollapseDetector:
     """
 
     def __init__(self, first: Mapping[str, Any] | None = None):
-        self.first = dict(first or {})
+        self.first = dict(first or {}) if first and all(name in first for name in NEEDED) else {}
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> str | None:
         """A warning with the likely cause, or None. Its words before the colon stay the same from step to step."""
+        if metrics.get("image_std", 1.0) < BLANK_STD:
+            return "the images are blank: each has one colour all over; look at --data and at --augment.*."
+        constant = [n.removeprefix("std_") for n, x in metrics.items() if n.startswith("std_") and x < CONSTANT_STD]
+        if constant:
+            return (
+                f"the same from {', '.join(constant)} for every image: a teacher that teaches nothing, or images that "
+                "are all alike; look at --data and with comad teachers inspect."
+            )
         if not self.first:
             self.first = dict(metrics)
             return None
+        if metrics["loss"] > RISEN * self.first["loss"] > 0:
+            return (
+                f"the loss rose far above its start: from {self.first['loss']:.3g} to {metrics['loss']:.3g}; try a "
+                "lower --optim.base-lr, a longer --optim.warmup-epochs or a smaller --optim.clip."
+            )
         if metrics["target_information"] < COLLAPSED_SHARE * self.first["target_information"]:
             left = metrics["target_information"] / max(self.first["target_information"], 1e-12)
             return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from comad.exporting.package import ModelCard, export_backbone, snippet
 from comad.models.teachers import Teacher, inherited_licence
 from comad.models.timm_backbone import TimmBackbone
 from comad.reporting.page import write_report
-from comad.runtime.log import hours_of_training
+from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.provenance import code_version, hardware
 
 
@@ -64,8 +63,7 @@ class DistillResult:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The log: one dictionary for each logged step, probe or warning."""
-        lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_log(self.folder)[0]
 
 
 class TrainedStudent(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comad.data.identity import check_manifest
 from comad.data.loader import Batch
 from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
@@ -24,7 +25,7 @@ from comad.distillation.setup import Inputs, Setup, Student, prepare
 from comad.evaluation.probe import KnnProbe
 from comad.models.compiling import eager_mode
 from comad.models.teachers import licence_notice
-from comad.runtime.checkpoint import checkpoints
+from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
@@ -32,6 +33,7 @@ from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
+@holding_runs()
 def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResult | None:
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
@@ -50,6 +52,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
+    config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
     summary = setup.splits.summary()
@@ -57,6 +60,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
+        check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
         _write_recipes(config, runs)
         for number, run in enumerate(runs):
             leave_facts(config.alone(number, run), summary.facts, Path(run.out))
@@ -88,7 +92,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
     """
     out = Path(f"{config.run.out}-proxy")
     proxy = replace(config.student, name=config.through, width=None, depth=None, heads=None)
-    run = replace(config.run, out=str(out), resume=bool(checkpoints(out / "checkpoints")))
+    run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     splits = None if inputs is None else inputs.splits
     student = None if inputs is None else inputs.student

@@ -24,6 +24,7 @@ from comad.evaluation.tuning import FinetuneConfig, Tuning
 from comad.evaluation.views import load_one, view_size
 from comad.models.backbone import Backbone
 from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.lock import holding_runs
 from comad.runtime.log import hours_of_training
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import identity_of
@@ -134,6 +135,7 @@ def check(config: FinetuneConfig, splits: Splits) -> None:
         )
 
 
+@holding_runs()
 def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: Splits) -> Finetuned | None:
     """Train every setting, choose by the validation images, score the choice once; see `finetune`.
 

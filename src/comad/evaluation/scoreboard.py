@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from comad.evaluation.features import PIXELS, FeatureSplits, View, evaluating, s
 from comad.evaluation.knn import KNN
 from comad.evaluation.linear import LinearProbe
 from comad.models.backbone import Backbone
+from comad.runtime.atomic import write_text
 
 OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
 """The evaluations of the package; those of plugins follow them on a board."""
@@ -126,10 +126,7 @@ class Scoreboard:
 
     def write(self, path: Path) -> None:
         """Write JSON. A reader never sees half a file: it is renamed into place."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
 
     def table(self) -> str:
         """Lay the board out for a terminal; below stand what scores rest on, and the reasons for missing ones."""

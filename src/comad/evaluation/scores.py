@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from comad.evaluation.scoreboard import Row, Score
+from comad.runtime.atomic import write_text
 
 
 class Scores(NamedTuple):
@@ -38,10 +39,13 @@ def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any] |
         }
         for part in scores
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"facts": dict(facts or {}), "scores": plain}) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    content = {"facts": dict(facts or {}), "scores": plain}
+    write_text(path, json.dumps({**content, "sha256": _digest(content)}) + "\n")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Over facts and scores, so that a damaged file is not believed."""
+    return hashlib.sha256(json.dumps([content["facts"], content["scores"]]).encode()).hexdigest()
 
 
 def read_scores(path: Path) -> Scores | None:
@@ -50,8 +54,10 @@ def read_scores(path: Path) -> Scores | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("sha256", digest := _digest(content)) != digest:
+            raise ValueError("the checksum is wrong")
         return Scores(tuple(_score(part) for part in content["scores"]), content["facts"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sys.stderr.write(f"comad: {path} is damaged or of another version; its scores are computed again.\n")
         return None
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 
+from comad.data.identity import check_manifest
 from comad.data.images import Splits, load_images
 from comad.data.loader import TrainingBatches, ViewDataset
 from comad.evaluation.probe import KnnProbe
@@ -21,7 +22,8 @@ from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.pretraining.config import PretrainConfig, recipe
 from comad.pretraining.mae import MaeModel
 from comad.pretraining.positions import fix_positions
-from comad.runtime.log import hours_of_training
+from comad.runtime.lock import holding_runs
+from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.recipe import flags, write_recipe
@@ -29,6 +31,7 @@ from comad.runtime.run import open_run, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
+@holding_runs()
 def pretrain(config: PretrainConfig) -> Path | None:
     """Train a teacher and export its backbone; returns the folder of the export.
 
@@ -42,7 +45,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
-    out = open_run(config.run, fabric)
+    config = replace(config, run=open_run(config.run, fabric))
+    out = Path(config.run.out)
+    if fabric.is_global_zero:
+        check_manifest(splits.train, out / "data.npy", bool(config.run.resume))
     backbone = config.vit.build(**config.method.vit_arguments)
     start = _start_from(config.init, backbone) if config.init else None
     if start is None and config.method.fixed_positions:
@@ -166,6 +172,6 @@ def export_teacher(
 
 def _curve(out: Path) -> Iterator[dict[str, float]]:
     """Validation kNN during the run."""
-    for line in map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines()):
+    for line in read_log(out)[0]:
         if "knn" in line:
             yield {"step": line["step"], "validation_knn": round(line["knn"], 1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
+
+from comad.runtime.log import read_log
 
 Samples = Mapping[str, np.ndarray]
 UNLABELLED = 255
@@ -109,7 +110,7 @@ def _palette(count: int) -> np.ndarray:
 
 def _curves(folder: Path, keys: list[str]) -> Path:
     """The loss, and the scores during the run."""
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log, _ = read_log(folder)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     _lines(axes[0], log, ["loss"], "loss")
     _lines(axes[1], log, ["lr"], "learning rate")

@@ -52,7 +52,7 @@ class BoardRow(_Plain):
     reason: str | None = None
 
     @property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> dict[str, int | float]:
         """Score → percent, those that are there; of a dict of scores in the file all are taken."""
         inner = (self.__pydantic_extra__ or {}).get("scores")
         given = self.model_dump() | (inner if isinstance(inner, dict) else {})
@@ -147,7 +147,7 @@ class RunFolder:
 
     path: Path
     config: Mapping[str, Any]
-    log: tuple[Mapping[str, float], ...]
+    log: tuple[Mapping[str, int | float], ...]
     warnings: tuple[str, ...]
     rows: tuple[BoardRow, ...]
     results: Mapping[tuple[str, str], Results]
@@ -275,7 +275,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _log(path: Path) -> tuple[tuple[dict[str, float], ...], tuple[str, ...], int]:
+def _log(path: Path) -> tuple[tuple[dict[str, int | float], ...], tuple[str, ...], int]:
     """Numbers by line, what the log warns of, and how many lines could not be read."""
     lines, warnings, skipped = [], {}, 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

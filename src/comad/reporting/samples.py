@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
+
+from comad.runtime.atomic import replacing, write_text
 
 SAMPLES, FACTS = "report.npz", "facts.json"
 VERSION = 1
@@ -78,7 +79,7 @@ class Samples:
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
     gate: Mapping[str, np.ndarray] = field(default_factory=dict)
     colours: Mapping[str, np.ndarray] = field(default_factory=dict)
-    explained: Mapping[str, float] = field(default_factory=dict)
+    explained: Mapping[str, int | float] = field(default_factory=dict)
     neighbours: Mapping[str, np.ndarray] = field(default_factory=dict)
     thumbnails: np.ndarray
     class_names: tuple[str, ...] = ()
@@ -89,11 +90,11 @@ class Samples:
 
 def collect(
     folder: Path,
-    images: UInt8[Array, "n H W 3"],
+    images: Array,
     *,
-    masks: Mapping[str, Bool[Array, "n _"]] | None = None,
-    gate: Mapping[str, Float[Array, "n _"]] | None = None,
-    features: Mapping[str, Float[Array, "n _ _"]] | None = None,
+    masks: Mapping[str, Array] | None = None,
+    gate: Mapping[str, Array] | None = None,
+    features: Mapping[str, Array] | None = None,
     neighbours: Neighbours | None = None,
     classes: Classes | None = None,
 ) -> Path:
@@ -104,9 +105,9 @@ def collect(
 
     Args:
         folder: of the run.
-        images: the images that everything is shown on, such as eight of the test images.
-        masks: network → True where it sees the patch; of student and teachers.
-        gate: teacher → its weight in the target at each patch.
+        images: uint8 (n, H, W, 3), the images that everything is shown on, such as eight of the test images.
+        masks: network → bool (n, N), True where it sees the patch; of student and teachers.
+        gate: teacher → (n, N), its weight in the target at each patch.
         features: network → its patches (n, N, E); of teachers, target and student.
         neighbours: nearest training images of each image.
         classes: what results per class need.
@@ -131,11 +132,9 @@ def collect(
     about = {"version": VERSION, "explained": explained, "class_names": list(classes.names) if classes else []}
     _samples(arrays, about)
     arrays["about"] = np.array(json.dumps(about))
-    path, temporary = folder / SAMPLES, folder / f".{SAMPLES}.{os.getpid()}"
-    with temporary.open("wb") as file:
+    with replacing(folder / SAMPLES) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(temporary, path)
-    return path
+    return folder / SAMPLES
 
 
 def read_samples(path: Path) -> Samples:
@@ -166,10 +165,8 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
         facts: any of ``command``: text. ``changed``: see `changed_options`. ``data``, ``cost``: word → value.
             ``exports``: a list of word → value, such as format, file, size, fidelity, latency.
     """
-    path, temporary = folder / FACTS, folder / f".{FACTS}.{os.getpid()}"
-    temporary.write_text(json.dumps(dict(facts), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    write_text(folder / FACTS, json.dumps(dict(facts), indent=1) + "\n")
+    return folder / FACTS
 
 
 def changed_options(config: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, list[Any]]:

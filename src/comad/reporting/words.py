@@ -173,7 +173,7 @@ def health(run: RunFolder) -> list[Sentence]:
     return found
 
 
-def ends(run: RunFolder, key: str) -> tuple[float, float] | None:
+def ends(run: RunFolder, key: str) -> tuple[int | float, int | float] | None:
     """First and last logged value."""
     values = [line[key] for line in run.log if key in line]
     return (values[0], values[-1]) if values else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     former = path.with_name(f".{path.name}.{os.getpid()}.former")
     try:
-        yield partial
+        with naming(path):
+            yield partial
         _settle(partial)
         if path.is_dir():
             os.replace(path, former)
@@ -36,6 +38,30 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(former)
         elif former.exists():
             os.replace(former, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left at temporary names in a folder; what they had moved away is put back."""
+    for left in [*folder.glob(".*.partial"), *folder.glob(".*.former")]:
+        if name := re.fullmatch(r"\.(.+)\.\d+\.(partial|former)", left.name):
+            _clear_leftovers(folder / name[1])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk name this file, as those of an open one do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _settle(place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from itertools import zip_longest
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 Config = TypeVar("Config")
@@ -25,6 +26,7 @@ def parse(
     """
     import tyro
 
+    arguments = _with_values(arguments)
     everything, short = "--help-all" in arguments, bool({"-h", "--help"} & set(arguments))
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     given = {} if default is None else {"default": default}
@@ -41,6 +43,16 @@ def parse(
             description=description or inspect.getdoc(kind),
             **given,
         )
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """``--run.resume`` alone means yes: an option of yes, no or a word has a value for tyro."""
+    found = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        found.append("--run.resume=False" if argument == "--run.no-resume" else argument)
+        if argument == "--run.resume" and following not in ("True", "False", "auto"):
+            found.append("True")
+    return found
 
 
 def _has_common(kind: Any) -> bool:

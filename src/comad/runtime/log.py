@@ -14,18 +14,35 @@ from typing import Any, TextIO
 
 import torch
 
+from comad.runtime.atomic import naming, write_text
+
+
+def read_log(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's log that can be read, and how many cannot: a killed process or a bad disk left those."""
+    path, lines, damaged = folder / "log.jsonl", [], 0
+    text = path.read_bytes() if path.is_file() else b""
+    for raw in text.splitlines(keepends=True):
+        line: Any = None
+        try:
+            line = json.loads(raw)
+            whole = isinstance(line, dict) and type(line["step"]) is int and raw.endswith(b"\n")
+        except (ValueError, KeyError, RecursionError):
+            whole = False
+        if whole:
+            lines.append(line)
+        else:
+            damaged += 1
+    return lines, damaged
+
 
 def first_metrics(folder: Path) -> dict[str, Any] | None:
-    """The first logged line of a run, or None."""
-    with (folder / "log.jsonl").open(encoding="utf-8") as file:
-        line = file.readline()
-    return json.loads(line) if line else None
+    """The first logged step of a run, or None."""
+    return next((line for line in read_log(folder)[0] if "loss" in line), None)
 
 
 def hours_of_training(folder: Path, images_per_step: int) -> float:
     """Hours that the logged steps of a run took, resumed or not, without the scoring between them."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timed = [line for line in lines if "images_per_s" in line]
+    timed = [line for line in read_log(folder)[0] if line.get("images_per_s")]
     before = [0, *(line["step"] for line in timed)]
     return (
         sum(
@@ -37,11 +54,18 @@ def hours_of_training(folder: Path, images_per_step: int) -> float:
 
 
 def truncate_log(folder: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again."""
+    """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again.
+
+    Lines that cannot be read are dropped, too, and told, and so is a log that is gone.
+    """
     path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    lines, damaged = read_log(folder)
+    kept = [line for line in lines if line["step"] <= step]
+    if damaged:
+        sys.stderr.write(f"comad: {path}: {damaged} damaged lines are dropped; the run goes on without them.\n")
+    if step and not kept:
+        sys.stderr.write(f"comad: {path} has none of the {step} steps that are done; it goes on with the next.\n")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class RunLog:
@@ -68,7 +92,8 @@ class RunLog:
         self.stream = stream
         self.title = f"{name}: " if name else ""
         self.in_place = stream is not None and stream.isatty() and not name
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8") if folder else None
+        self.path = folder / "log.jsonl" if folder else None
+        self.file = self.path.open("a", encoding="utf-8") if self.path else None
         self.writer = _tensorboard_writer(folder) if folder and tensorboard else None
         self.wandb = _wandb_run(folder) if folder and wandb else None
         self.start = time.monotonic()
@@ -79,9 +104,10 @@ class RunLog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.in_place:
-            print(file=self.stream)
-        if self.file:
-            self.file.close()
+            self._print("")
+        if self.file and self.path:
+            with naming(self.path):
+                self.file.close()
         if self.writer:
             self.writer.close()
         if self.wandb:
@@ -89,10 +115,15 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of one step."""
-        if self.file is None:
+        if self.file is None or self.path is None:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        if not self.path.exists():
+            self.say(f"WARNING at step {step}: {self.path} is gone; the run goes on, with a new log.")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self.writer:
             for name, value in numbers.items():
@@ -111,15 +142,19 @@ class RunLog:
             f"{self.title}step {step}/{self.total_steps}  ETA {_clock(left)}  {metrics['images_per_s']:.0f} img/s  "
             f"{metrics['memory_gib']:.1f} GiB  loss {metrics['loss']:.4f}  data_wait {metrics['data_wait']:.1f} %{knn}"
         )
-        if self.in_place:
-            print(f"\r\033[K{line}", end="", file=self.stream, flush=True)
-        else:
-            print(line, file=self.stream, flush=True)
+        self._print(f"\r\033[K{line}" if self.in_place else line, end="" if self.in_place else "\n")
 
     def say(self, message: str) -> None:
         """Show a message on a line of its own."""
-        if self.stream:
-            print(("\r\033[K" if self.in_place else "") + message, file=self.stream, flush=True)
+        self._print(("\r\033[K" if self.in_place else "") + message)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """Show it; a terminal that is gone does not end the run, whose numbers are in the log."""
+        try:
+            if self.stream:
+                print(text, end=end, file=self.stream, flush=True)
+        except OSError:
+            self.stream, self.in_place = None, False
 
 
 def memory_gib() -> float:

@@ -55,6 +55,11 @@ class OptimConfig:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or so.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"--optim.{name.replace('_', '-')} {value} is no number to train with; use a finite one."
+                )
 
     @property
     def peak_lr(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,9 +10,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from comad.runtime.atomic import write_text
+from comad.runtime.command import get_flag
 from comad.runtime.spelling import hint
 
 Config = TypeVar("Config")
+
+LARGEST = 2**20
+"""Bytes of a recipe; more is none."""
 
 
 def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = lambda plain: plain) -> Config:
@@ -27,9 +33,11 @@ def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = 
     """
     if not path.is_file():
         raise ValueError(f"no recipe {str(path)!r}; a run writes its own as config.yaml into its folder.")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is no recipe: it has more than {LARGEST:,} bytes.")
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     given, adapter = upgrade(given), TypeAdapter(kind)
     try:
@@ -44,7 +52,26 @@ def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = 
 def write_recipe(config: object, path: Path) -> None:
     """Write a resolved config."""
     plain = TypeAdapter(type(config)).dump_python(config, mode="json")
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def resumed_recipe(read: Callable[[Path], Config], arguments: list[str], out: str) -> Config | None:
+    """The recipe of a run that is to go on, from its folder; None if none goes on, or it cannot be read.
+
+    Args:
+        read: the reader, see `read_recipe`.
+        arguments: of the command line; ``--run.resume`` and ``--run.out`` are looked at.
+        out: the folder, if ``--run.out`` is not given.
+    """
+    path = Path(get_flag(arguments, "--run.out") or out) / "config.yaml"
+    wanted = any(a.partition("=")[0] == "--run.resume" and a != "--run.resume=False" for a in arguments)
+    if not wanted or not path.is_file():
+        return None
+    try:
+        return read(path)
+    except ValueError as error:
+        sys.stderr.write(f"comad: {' '.join(str(error).split())} The options of the command count.\n")
+        return None
 
 
 def flags(config: object, default: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from comad.runtime.checkpoint import checkpoints
+from comad.runtime.atomic import remove_leftovers
+from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
+from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
 from comad.runtime.options import COMMON, NO_EFFECT
 
@@ -22,12 +25,16 @@ LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
 """Of a forward pass; the metrics are computed only for steps that are logged."""
 
 
+RUN_FILES = ("checkpoints", "config.yaml", "log.jsonl", "data.npy", "facts.json", "teacher-cache", "tensorboard")
+"""Of these one at least is in the folder of a run that has begun."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run after a checkpoint was written."""
 
 
 class TrainingError(Exception):
-    """The run cannot go on: a non-finite loss, or a collapse with ``stop_on_collapse``."""
+    """The run cannot go on: a non-finite loss or teacher, images that do not come, a collapse that is to end it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ class RunConfig:
 
     Args:
         out: folder of the run.
-        resume: go on from the last checkpoint in ``out``.
+        resume: go on from the last checkpoint in ``out``; its options are those of the run, others may not change the
+            result. ``auto`` begins where there is none: one command for a scheduler, whatever happened before.
         seed: of weights, order, views and masks.
         precision: ``bf16`` computes matrix products in bfloat16 and keeps float32 weights.
         log_every: optimiser steps between two log lines.
@@ -52,7 +60,7 @@ class RunConfig:
     """
 
     out: str = field(default="runs/demo", metadata=COMMON | NO_EFFECT)
-    resume: bool = field(default=False, metadata=COMMON | NO_EFFECT)
+    resume: bool | Literal["auto"] = field(default=False, metadata=COMMON | NO_EFFECT)
     seed: int = field(default=0, metadata=COMMON)
     precision: Literal["bf16", "fp32"] = field(default="bf16", metadata=COMMON)
     log_every: int = field(default=20, metadata=NO_EFFECT)
@@ -92,36 +100,80 @@ def start_fabric(run: RunConfig) -> Fabric:
     return fabric
 
 
-def open_run(run: RunConfig, fabric: Fabric) -> Path:
-    """Make the run's folder.
+def open_run(run: RunConfig, fabric: Fabric) -> RunConfig:
+    """Make the run's folder and take it for this process. Returns the run, its ``resume`` a plain yes or no.
 
     Raises:
-        ValueError: it holds a run already and ``resume`` is off, or there is nothing to resume.
+        ValueError: it holds a run already and ``resume`` is off, there is nothing to resume, or another process has it.
     """
     (own,) = open_runs(run, [""], fabric)
-    return Path(own.out)
+    return own
 
 
 def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunConfig]:
     """Make the folders of the parts of a run, below its own. Returns the run of each part.
 
-    A part that was killed before its first checkpoint does not go on, but begins again.
+    A part that was killed before its first checkpoint does not go on, but begins again. Checkpoints that cannot be
+    read are told and set aside.
 
     Raises:
-        ValueError: see `open_run`; to be resumed, one part at least must have a checkpoint.
+        ValueError: see `open_run`; to be resumed, one part at least must have a checkpoint, but for ``auto``.
     """
     out, runs = Path(run.out), [replace(run, out=str(Path(run.out, name))) for name in names]
-    begun = [run.resume and bool(checkpoints(Path(own.out) / "checkpoints")) for own in runs]
-    if run.resume and not any(begun):
-        raise ValueError(f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder.")
-    fabric.barrier()  # every process looks before one writes
     if out.exists() and not out.is_dir():
         raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
-    if not run.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
+    found = [newest_checkpoint(Path(own.out) / "checkpoints") if run.resume else (None, []) for own in runs]
+    faults = [fault for _, faults in found for fault in faults]
+    begun = [path is not None for path, _ in found]
+    _check_folder(run, names, any(begun), faults)
+    fabric.barrier()  # every process looks before one writes
+    _lock(runs, out, fabric)
+    for own, (path, faults) in zip(runs, found, strict=True):
+        if fabric.is_global_zero:
+            _clean(Path(own.out), path, faults)
     fabric.barrier()
-    for own, going_on in zip(runs, begun, strict=True):
-        Path(own.out).mkdir(parents=True, exist_ok=True)
-        if run.resume and not going_on and fabric.is_global_zero:
-            truncate_log(Path(own.out), 0)
     return [replace(own, resume=going_on) for own, going_on in zip(runs, begun, strict=True)]
+
+
+def _check_folder(run: RunConfig, names: Sequence[str], begun: bool, faults: Sequence[str]) -> None:
+    """Refuse a folder that is not the run's to write to."""
+    if run.resume is True and not begun:
+        if faults:
+            raise ValueError(f"no checkpoint of {run.out!r} can be read: {' '.join(faults)}")
+        raise ValueError(
+            f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder, or pass "
+            "--run.resume auto, which begins again."
+        )
+    held = {path.name for path in Path(run.out).iterdir()} - {LOCK} if Path(run.out).exists() else set()
+    if held and not run.resume:
+        raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
+    if held and not begun and not held & {*RUN_FILES, *names}:
+        raise ValueError(f"{run.out!r} holds something else than a run; pass --run.out for a new folder.")
+
+
+def _lock(runs: Sequence[RunConfig], out: Path, fabric: Fabric) -> None:
+    """Take the folders; of several processes the first takes them for all."""
+    refused = ""
+    if fabric.is_global_zero:
+        try:
+            for folder in {out, *(Path(own.out) for own in runs)}:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock_folder(folder)
+        except ValueError as error:
+            refused = str(error)
+    if refused := fabric.broadcast(refused):
+        raise ValueError(refused)
+
+
+def _clean(out: Path, newest: Path | None, faults: Sequence[str]) -> None:
+    """Make a folder what it was when the newest good checkpoint was written, or before the run."""
+    for folder in (out, out / "checkpoints"):
+        remove_leftovers(folder)
+    for fault in faults:
+        sys.stderr.write(f"comad: {fault}\n")
+    if faults:
+        start = f"goes on from {newest.name}" if newest else "begins again"
+        sys.stderr.write(f"comad: the run {start}; the damaged files are set aside as .damaged.\n")
+        set_aside_after(out / "checkpoints", newest)
+    if newest is None and (out / "log.jsonl").exists():
+        truncate_log(out, 0)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -30,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from comad.runtime.checkpoint import (
     RngState,
+    check_parts,
     checkpoints,
     differences,
     load_checkpoint,
@@ -41,6 +43,13 @@ from comad.runtime.log import RunLog, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a run with a checkpoint: of a keyboard, of schedulers, and of a terminal that goes away."""
+
+
+class OtherSetupError(ValueError):
+    """A checkpoint belongs to a run of other options, teachers or images."""
 
 
 @runtime_checkable
@@ -92,6 +101,7 @@ class TrainState:
     Attributes:
         module: as the engine wrapped it: call it for a forward pass.
         first: steps that were done before this process.
+        saved: steps that were done when the last checkpoint was written.
         loss, metrics: of the last forward pass; the metrics are computed only for steps that are logged.
     """
 
@@ -102,6 +112,7 @@ class TrainState:
     optim: OptimConfig
     fabric: Fabric
     first: int = 0
+    saved: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     metrics: Callable[[], Mapping[str, Any]] = dict
 
@@ -117,7 +128,7 @@ class TrainState:
             average.to(fabric.device)
         state = cls(job, module, optimizer, average, optim, fabric)
         if job.run.resume:
-            state.first = state.restore()
+            state.first = state.saved = state.restore()
             if fabric.is_global_zero:
                 truncate_log(Path(job.run.out), state.first)
         return state
@@ -161,27 +172,68 @@ class TrainState:
             "random": random,
             "identity": json.dumps(self.job.identity),
         }
+        self.saved = step
         if self.fabric.is_global_zero:
             save_checkpoint(Path(self.job.run.out) / "checkpoints", step, state, self.job.run.keep)
 
     def restore(self) -> int:
-        """Read the last checkpoint. Returns the steps that were done.
+        """Read the newest checkpoint that fits. Returns the steps that were done.
 
         Raises:
-            ValueError: it belongs to another setup.
+            ValueError: it belongs to another setup, or none can be read.
         """
-        out = self.job.run.out
-        stored = load_checkpoint(checkpoints(Path(out) / "checkpoints")[-1])
-        changed = differences(json.loads(stored["identity"]), json.loads(json.dumps(self.job.identity)))
+        out, faults = self.job.run.out, []
+        for path in reversed(checkpoints(Path(out) / "checkpoints")):
+            try:
+                stored = load_checkpoint(path)
+                check_parts(stored, path)
+                self._refuse_another(stored["identity"])
+                self._load(stored)
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                if isinstance(error, OtherSetupError):
+                    raise
+                faults.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
+                sys.stderr.write(f"comad: {path} cannot be used, the one before is taken: {faults[-1]}\n")
+            else:
+                return stored["step"]
+        raise ValueError(f"no checkpoint of {out!r} can be used: {'; '.join(faults)}; pass --run.out for a new run.")
+
+    def _refuse_another(self, identity: str) -> None:
+        changed = differences(json.loads(identity), json.loads(json.dumps(self.job.identity)))
         if changed:
-            raise ValueError(f"cannot resume {out!r}: it was started with another setup: {'; '.join(changed)}")
+            raise OtherSetupError(
+                f"cannot resume {self.job.run.out!r}: it was started with another setup: {'; '.join(changed)}"
+            )
+
+    def _load(self, stored: Mapping[str, Any]) -> None:
         self.job.module.load_state_dict(stored["module"])
         self.optimizer.load_state_dict(stored["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if any(x.shape not in (parameter.shape, torch.Size()) for x in moments.values() if isinstance(x, Tensor)):
+                raise ValueError("the optimiser's moments have other shapes than the weights")
         if self.average is not None:
             self.average.load_state_dict(stored["average"])
         with self.use_rng():
             restore_random_states(stored["random"])
-        return stored["step"]
+
+
+def reader_fault(error: BaseException) -> str | None:
+    """One line with cause and remedy, if an error is that of a process that reads images; else None."""
+    text = str(error)
+    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    remedy = "go on with --run.resume and fewer --loader.workers, or --loader.workers 0"
+    if any(words in text for words in ("shared memory", "/torch_", "SIGBUS", "(shm)")):
+        return (
+            "the processes that read images have too little shared memory (/dev/shm); give a container more "
+            f"(docker run --shm-size 8g), or {remedy}."
+        )
+    if "DataLoader timed out" in text:
+        return f"no batch of images came in time: a reading process is stuck, or the disk is ({last}); {remedy}."
+    if text.startswith("DataLoader worker"):
+        return f"a process that reads images was killed, as systems do that run out of memory ({last}); {remedy}."
+    if isinstance(error, OSError | MemoryError) and "DataLoader worker" in text:
+        return f"a process that reads images failed: {last}; {remedy}."
+    return None
 
 
 class Prefetcher:
@@ -189,24 +241,46 @@ class Prefetcher:
 
     def __init__(self, loader: Any, fabric: Fabric, now: Callable[[], float]):
         self.batches, self.fabric, self.now = iter(loader), fabric, now
-        self.waited = 0.0
+        self.workers = getattr(self.batches, "_workers", ())
+        self.waited, self.waiting = 0.0, False
         self.unreadable: set[int] = set()
+        self.told = signal.signal(signal.SIGCHLD, self._child_ended)  # torch's would raise in the middle of a step
 
     def __next__(self) -> Any:
         start = self.now()
         try:
+            self.waiting = True
+            self._child_ended()
             batch = next(self.batches)
         except ValueError as error:  # of a worker the last line is its message, after a traceback
             raise ValueError(str(error).strip().rpartition("\nValueError: ")[2]) from error
+        except (OSError, RuntimeError, MemoryError) as error:
+            if fault := reader_fault(error):
+                raise TrainingError(fault) from error
+            raise
+        finally:
+            self.waiting = False
         self.waited += self.now() - start
         self.unreadable.update(batch.image[~batch.readable].tolist())
         return self.fabric.to_device(batch)
 
+    def _child_ended(self, *_: Any) -> None:
+        """Raise while a batch is waited for, if a worker is dead."""
+        ends = [worker.exitcode for worker in self.workers if worker.exitcode]
+        if self.waiting and ends:
+            cause = signal.Signals(-ends[0]).name if ends[0] < 0 else f"exit status {ends[0]}"
+            raise RuntimeError(f"DataLoader worker: {cause}")
+
     def close(self) -> None:
-        """End the workers: the program would wait for them for ever, for they ignore signals."""
+        """End the workers: the program would wait for them for ever, for they ignore signals and may be stuck."""
+        if sys.exc_info()[0] is not None:  # none is asked to end its work
+            for worker in self.workers:
+                worker.kill()
+                worker.join()
         stop = getattr(self.batches, "_shutdown_workers", None)
         if stop:
             stop()
+        signal.signal(signal.SIGCHLD, self.told)
 
 
 class StepLogger:
@@ -225,9 +299,12 @@ class StepLogger:
             TrainingError: the loss or the gradient is not finite, or the run has collapsed and was told to stop.
         """
         state, trainer, run = self.state, self.trainer, self.state.job.run
-        values = {"loss": state.loss, **state.metrics(), **extra}
-        metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+        values: dict[str, Any] = {"loss": state.loss, **extra}
+        finite = all(math.isfinite(float(values[name])) for name in ("loss", "grad_norm"))
+        with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
+            values |= state.metrics()
+        metrics = {name: float(value) for name, value in values.items()}
+        if not finite:
             raise TrainingError(
                 f"{self.log.title}loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint "
                 f"is kept in {run.out}/checkpoints; try a lower --optim.base-lr or --run.precision fp32."
@@ -287,7 +364,13 @@ class TrainStep:
         count = self.trainer.optim.accumulate
         for number in range(count):
             self.last = number == count - 1
-            yield next(self.trainer.prefetcher)
+            try:
+                batch = next(self.trainer.prefetcher)
+            except TrainingError:
+                if number == 0:  # between two steps, where a run can go on
+                    self.trainer.rescue(self.number)
+                raise
+            yield batch
 
     @contextmanager
     def microbatch(self, state: TrainState) -> Iterator[TrainState]:
@@ -312,7 +395,7 @@ class Trainer:
 
     Raises:
         ValueError: the batch cannot be shared by the processes, or a checkpoint belongs to another setup.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is written.
+        Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run has collapsed and ``run.stop_on_collapse`` is set.
     """
 
@@ -346,11 +429,11 @@ class Trainer:
     def __enter__(self) -> Trainer:
         span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
         with ExitStack() as context:
+            self.received = context.enter_context(_signals())  # before workers are forked: Python loses Ctrl-C there
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
             self.prefetcher = Prefetcher(loader, self.fabric, self.now)
             context.callback(self.prefetcher.close)
             context.enter_context(_threads(self.run.threads))
-            self.received = context.enter_context(_signals())
             logs = [context.enter_context(self._open_log(state.job.run)) for state in self.states]
             self.loggers = [StepLogger(state, log, self) for state, log in zip(self.states, logs, strict=True)]
             self.context = context.pop_all()
@@ -371,11 +454,22 @@ class Trainer:
             lr, done = self.optim.lr(number, self.steps_per_epoch), number + 1
             norms = [state.update(lr) for state in step.states]
             stopped = self._stopped(done)
-            for logger, norm in zip([x for x in self.loggers if x.state in step.states], norms, strict=True):
-                self._record(logger, done, stopped, {"lr": lr, "grad_norm": norm})
+            try:
+                for logger, norm in zip([x for x in self.loggers if x.state in step.states], norms, strict=True):
+                    self._record(logger, done, stopped, {"lr": lr, "grad_norm": norm})
+            except OSError:
+                self.rescue(done)
+                raise
             if stopped and done < self.total:
                 self.loggers[0].log.say(f"stopped at step {done}, checkpoint written.")
                 raise Interrupted(self.run.out)
+
+    def rescue(self, done: int) -> None:
+        """Write the checkpoints that can still be written, on the way to an error."""
+        for state in self.states:
+            if state.saved < done and state.first < done:
+                with suppress(OSError):
+                    state.save(done)
 
     def _record(self, logger: StepLogger, done: int, stopped: bool, numbers: Metrics) -> None:
         """Log, score and save what is due after a step."""
@@ -383,9 +477,11 @@ class Trainer:
         save = stopped or ends or done % run.checkpoint_every == 0
         if save or done == 1 or done % run.log_every == 0:
             self._timed("log", lambda: logger.step(done, numbers))
+        if ends:  # before the scores, that nothing which fails there costs the training
+            self._timed("save", lambda: logger.state.save(done))
         if ends or (run.probe_every > 0 and done % run.probe_every == 0):
             self._timed("probe", lambda: logger.log.write(done, logger.state.job.probe(logger.state.scored)))
-        if save:
+        if save and not ends:
             self._timed("save", lambda: logger.state.save(done))
 
     def _timed(self, what: str, call: Callable[[], object]) -> None:
@@ -422,15 +518,18 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM for the loop to act on after the step in hand; a second one acts at once."""
+    """Collect `STOPPING` signals for the loop to act on after the step in hand; a second one acts at once."""
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        with suppress(OSError):  # print is not for handlers
+            os.write(2, f"\n{signal.Signals(number).name}: ends after this step; again: at once.\n".encode())
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, receive) for number in heeded}
     try:
         yield received
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from comad.evaluation.features import evaluating
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.lock import holding_runs
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import open_run, start_fabric
 from comad.runtime.trainer import Job
@@ -31,6 +33,7 @@ from comad.runtime.trainer import Job
 SURE, LIKELIEST = 0.5, 3
 
 
+@holding_runs()
 def detect(config: DetectConfig) -> str:
     """Train, score and write ``scores.json``, ``results.json`` and ``samples.npz`` into the run's folder.
 
@@ -45,7 +48,8 @@ def detect(config: DetectConfig) -> str:
     """
     fabric = start_fabric(config.run)
     job, data, splits, card = prepare(config, fabric)
-    out = open_run(config.run, fabric)
+    config = replace(config, run=open_run(config.run, fabric))
+    job, out = replace(job, run=config.run), Path(config.run.out)
     if fabric.is_global_zero:
         tell(splits.summary().text)
         if not config.run.resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from comad.evaluation.segmentation.segmenter import Segmenter, segment_image
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.lock import holding_runs
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import open_run, start_fabric
 from comad.runtime.trainer import Job
 
 
+@holding_runs()
 def segment(config: SegmentConfig) -> str:
     """Train, score and write ``scores.json``, ``counts.npz`` and ``samples.npz`` into the run's folder.
 
@@ -41,7 +44,8 @@ def segment(config: SegmentConfig) -> str:
     """
     fabric = start_fabric(config.run)
     job, data, splits, card = prepare(config, fabric)
-    out = open_run(config.run, fabric)
+    config = replace(config, run=open_run(config.run, fabric))
+    job, out = replace(job, run=config.run), Path(config.run.out)
     if fabric.is_global_zero and not config.run.resume:
         tell(splits.summary().text)
         write_recipe(config, out / "config.yaml")
