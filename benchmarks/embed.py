@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from comad.data.images import ImageSet, Splits, load_images
+from comad.data.images import ImageSet, Splits
+from comad.data.load import load_images
 from comad.data.loader import LoaderConfig
 from comad.evaluation.embed import EmbedConfig, EvaluationViews, embed_images
 from comad.evaluation.views import view_size

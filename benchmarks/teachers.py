@@ -20,7 +20,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.data.loader import evaluation_batches
 from comad.evaluation.features import Features, FeatureSplits, View, extract_features, split_features
 from comad.evaluation.intervals import paired_interval

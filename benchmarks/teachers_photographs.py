@@ -24,7 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from comad.data.images import ImageSet, load_images
+from comad.data.images import ImageSet
+from comad.data.load import load_images
 from comad.data.loader import evaluation_batches
 from comad.distillation.setup import prepare
 from comad.evaluation.features import Features, FeatureSplits

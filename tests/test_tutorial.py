@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from comad import api
-from comad.data.images import ImageSet, load_images
+from comad.data.images import ImageSet
+from comad.data.load import load_images
 from comad.data.loader import evaluation_batches
 from comad.distillation import distiller, setup
 

@@ -30,7 +30,8 @@ PUBLIC = {
         "pretrain",
         "report",
     ),
-    "comad.data.images": ("ImageSet", "Splits", "load_images"),
+    "comad.data.images": ("ImageSet", "Splits"),
+    "comad.data.load": ("load_images",),
     "comad.distillation.aligners": (
         "Aligner",
         "AutoencoderAdapter",
@@ -99,7 +100,7 @@ if TYPE_CHECKING:
     from comad.api import pretrain as pretrain
     from comad.data.images import ImageSet as ImageSet
     from comad.data.images import Splits as Splits
-    from comad.data.images import load_images as load_images
+    from comad.data.load import load_images as load_images
     from comad.distillation.aligners import Aligner as Aligner
     from comad.distillation.aligners import AutoencoderAdapter as AutoencoderAdapter
     from comad.distillation.aligners import ProcrustesAligner as ProcrustesAligner

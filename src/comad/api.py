@@ -16,7 +16,8 @@ from torch import nn
 
 from comad.comparison.config import CompareConfig
 from comad.comparison.run import compare as run_comparison
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.distillation.method import Method
 from comad.distillation.results import DistillResult
 from comad.distillation.run import distill as run_distillation

@@ -14,7 +14,7 @@ from comad.comparison import run as run_module
 from comad.comparison.config import CompareConfig
 from comad.comparison.entries import ComparisonRow
 from comad.comparison.measure import RowRun
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller
 from comad.evaluation.evaluation import Evaluation, PerImage, Result

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from comad.data.bundled import SIDE, STAMPS, _premultiplied, load_stamps
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.data.transforms import evaluation_view
 
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from comad.data import decoding
 from comad.data import index as index_module
 from comad.data.folders import FolderImages
-from comad.data.images import UnreadableImageError, load_images
+from comad.data.images import UnreadableImageError
+from comad.data.load import load_images
 
 
 @pytest.fixture(autouse=True)

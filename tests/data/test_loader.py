@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comad.data import loader as loader_module
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.data.loader import (
     EpochBatches,
     LoaderConfig,

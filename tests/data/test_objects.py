@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from comad.data.images import UnreadableImageError, load_images
+from comad.data.images import UnreadableImageError
+from comad.data.load import load_images
 from comad.data.loader import EpochBatches, LoaderConfig, ViewDataset, training_batches
 from comad.data.transforms import Crop
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from comad.data.images import UnreadableImageError, load_images
+from comad.data.images import UnreadableImageError
+from comad.data.load import load_images
 from comad.data.loader import EpochBatches, LoaderConfig, ViewDataset, training_batches
 from comad.data.shards import expand
 from comad.data.transforms import Crop

@@ -9,8 +9,8 @@ from PIL import Image
 
 from comad.data import summary as summary_module
 from comad.data.identity import changes, manifest, tell_changes
-from comad.data.images import load_images
 from comad.data.index import NOT_READABLE, NOT_REGULAR, PathTable, index_folder
+from comad.data.load import load_images
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import comad
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.distillation.agreement import held_out_agreement
 from comad.distillation.method import Method
 from comad.distillation.samples import leave_samples

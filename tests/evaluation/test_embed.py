@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.evaluation import embed as module
 from comad.evaluation.embed import EmbedConfig, embed
 from comad.evaluation.features import extract_features

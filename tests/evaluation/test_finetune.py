@@ -8,7 +8,7 @@ import timm
 import torch
 
 from comad.cli import main
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.evaluation import classifier as classifier_module
 from comad.evaluation import finetune as finetune_module
 from comad.evaluation.finetune import PretrainedModel, check, finetune_backbone

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from comad.data.images import ImageSet, Splits, load_images
+from comad.data.images import ImageSet, Splits
+from comad.data.load import load_images
 from comad.evaluation.command import evaluate
 from comad.evaluation.evaluation import Evaluation, Result
 from comad.evaluation.scoreboard import (

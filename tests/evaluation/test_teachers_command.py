@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comad.cli import main
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.evaluation import comparison, inspection
 from comad.evaluation.catalogue import ListConfig, list_teachers
 from comad.evaluation.comparison import CompareConfig, Pair, compare

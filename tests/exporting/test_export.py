@@ -15,7 +15,7 @@ from torch import nn
 
 import comad
 from comad.data.folders import FolderImages
-from comad.data.images import load_images
+from comad.data.load import load_images
 from comad.data.transforms import evaluation_view
 from comad.exporting import command, fidelity, formats
 from comad.exporting.command import ExportConfig, export, export_classifier, export_model

@@ -15,7 +15,8 @@ from comad.comparison.config import CompareConfig
 from comad.comparison.entries import ComparisonRow, list_entries
 from comad.comparison.measure import RowRun, digest_of, measure
 from comad.comparison.table import markdown, tabulate, write_table
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.evaluation.evaluation import title_of
 from comad.evaluation.finetune import check as check_finetune
 from comad.evaluation.scoreboard import shortage

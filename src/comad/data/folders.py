@@ -68,7 +68,11 @@ def _size(path: str) -> int:
 
 
 def load_folder(
-    root: Path, label_depth: int = 1, labels: str | Path | None = None, subset: str | Path | None = None
+    root: Path,
+    label_depth: int = 1,
+    labels: str | Path | None = None,
+    subset: str | Path | None = None,
+    index: FolderIndex | None = None,
 ) -> Splits:
     """Open a folder of images.
 
@@ -76,16 +80,13 @@ def load_folder(
     ``val`` is the test and a tenth of ``train`` is held out. Without either, images are split by a hash of their path,
     so that the split stays the same when files are added; so are those of ``train`` where nothing lies beside it.
     Labels are the names of the sub-folders, if most training images lie in some; an image that lies in none has no
-    label. Names are compared in Unicode's form NFC. The options are those of `load_images`.
+    label. Names are compared in Unicode's form NFC. The options are those of `load_images`; ``index`` is what
+    lies below the folder, if that is known.
 
     Raises:
         ValueError: no image, two sub-folders for the same part, or a list that fits no image.
     """
-    index = index_folder(root)
-    if not index.files and ".tar" in index.left_out:
-        from comad.data.shards import load_shards
-
-        return load_shards(root, sorted(root.rglob("*.tar")), labels, subset)
+    index = index or index_folder(root)
     if not index.files:
         raise ValueError(
             f"no images below {str(root)!r}; expected files ending in {', '.join(endings())}{_hint(index)}."

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distillation.cache import CacheSpec, digest_of_names

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.evaluation.evaluation import Evaluation, choose
 from comad.evaluation.scoreboard import LABEL_SETS, Candidate, Scoreboard, score_all, shortage
 from comad.evaluation.views import device, load_one

@@ -14,7 +14,8 @@ import tyro
 from jaxtyping import Int
 from torch import Tensor
 
-from comad.data.images import ImageSet, load_images
+from comad.data.images import ImageSet
+from comad.data.load import load_images
 from comad.evaluation.similarity import linear_cka
 from comad.evaluation.views import BATCH, device, load_many, readable, sample, token_batches, view_size
 from comad.models.backbone import gather_patches

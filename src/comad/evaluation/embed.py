@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from comad.data.folders import FolderImages
-from comad.data.images import ImageSet, Splits, UnreadableImageError, load_images
+from comad.data.images import ImageSet, Splits, UnreadableImageError
+from comad.data.load import load_images
 from comad.data.loader import LoaderConfig
 from comad.data.transforms import evaluation_view
 from comad.evaluation.features import evaluating, pool_tokens

@@ -13,7 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from comad.data.images import ImageSet, Splits, load_images
+from comad.data.images import ImageSet, Splits
+from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.evaluation.classifier import Classifier, correct_answers, cross_entropy, mix, mixed_labels, set_drop_path

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.evaluation import sanity_checks
 from comad.evaluation.features import PIXELS, View, extract_many
 from comad.evaluation.intervals import paired_interval

@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import nn
 
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.exporting.card import ModelCard, model_card
 from comad.exporting.encoder import ClassScorer, Encoder, Pool, Preprocessing, preprocessing_of
 from comad.exporting.fidelity import (

@@ -11,7 +11,8 @@ import torch
 from lightning_fabric import Fabric
 
 from comad.data.identity import check_manifest
-from comad.data.images import Splits, load_images
+from comad.data.images import Splits
+from comad.data.load import load_images
 from comad.data.loader import TrainingBatches, ViewDataset
 from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import Scoreboard, score
