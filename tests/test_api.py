@@ -95,7 +95,7 @@ def test_resume_refuses_a_module_with_other_weights(distil: Distil):
 
 def test_resume_refuses_other_images(distil: Distil):
     distil()
-    with pytest.raises(ValueError, match="another setup: data"):
+    with pytest.raises(ValueError, match="32 images resized"):
         distil({**DATA, "train": Photographs(32, 5)}, resume=True)
 
 

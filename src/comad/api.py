@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_type_hints, no_type_check
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -40,6 +40,7 @@ from comad.recipes import SLOTS
 from comad.runtime.spelling import hint
 
 
+@no_type_check  # at run time: what is wrong is told in one line, by this function
 def distill(
     data: Any = "stamps",
     teachers: Sequence[str | Path | nn.Module | Teacher] | str | Path | nn.Module | Teacher = (),

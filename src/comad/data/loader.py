@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -185,7 +185,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def training_batches(
-    dataset: Dataset, batches: Sampler, config: LoaderConfig, collate: Callable[[list], Any] | None = None
+    dataset: Any, batches: Iterable[Any], config: LoaderConfig, collate: Callable[[list], Any] | None = None
 ) -> DataLoader:
     """Load the named batches in order, ahead of the training process. ``collate`` makes a batch of samples."""
     return DataLoader(

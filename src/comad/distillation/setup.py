@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -53,7 +53,7 @@ class Inputs:
     """
 
     splits: Splits | None = None
-    teachers: Sequence[str | nn.Module | Teacher] | None = None
+    teachers: Sequence[Any] | None = None
     student: VisionTransformer | None = None
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, no_type_check
 
 import torch
 from torch import nn
@@ -96,6 +96,7 @@ class Teacher(NamedTuple):
     card: TeacherCard
 
 
+@no_type_check  # at run time: what is wrong is told in one line
 def load_teacher(
     teacher: str | nn.Module | Teacher,
     image_size: Size = None,
@@ -151,6 +152,7 @@ def load_teacher(
     return _frozen(source, dtype, options)
 
 
+@no_type_check
 def load_on_grid(
     specs: Sequence[str | nn.Module | Teacher],
     rows: int,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -85,7 +85,7 @@ class RunLog:
         total_steps: int,
         tensorboard: bool = True,
         wandb: bool = False,
-        stream: TextIO | None = sys.stderr,
+        stream: Any = sys.stderr,
         name: str = "",
     ):
         self.total_steps = total_steps
