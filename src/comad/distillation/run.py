@@ -46,6 +46,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
+    asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)
     fabric = start_fabric(config.run)
@@ -61,7 +62,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
-        _write_recipes(config, runs)
+        _write_recipes(replace(config, through=asked.through, teachers=asked.teachers), runs)
         for number, run in enumerate(runs):
             leave_facts(config.alone(number, run), summary.facts, Path(run.out))
     if config.compile:

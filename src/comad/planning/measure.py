@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     largest_batch: int | None
     estimated: bool
 
-    def stage(self, count: float, took: StepProfile | None = None, cached: bool = False) -> Stage:
+    def stage(self, count: int | float, took: StepProfile | None = None, cached: bool = False) -> Stage:
         """So many optimiser steps, from forward passes of another batch; from a cache teachers compute nothing."""
         took, optim = took or self.steps, self.training.optim
         flops = self.flops._replace(teachers=0.0) if cached else self.flops
