@@ -63,7 +63,7 @@ def evaluate(
     data: str | Splits = "stamps",
     *,
     image_size: int | None = None,
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     evaluations: tuple[Evaluation | str, ...] | None = None,
 ) -> Scoreboard:
     """Score a backbone beside raw pixels; what there is to choose is chosen on the validation part.

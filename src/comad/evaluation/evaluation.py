@@ -76,7 +76,7 @@ class Evaluation(Slot, slot="evaluation"):
                 raise ValueError(f"{lacks}; {self.title or self.name} needs some in each split.")
         return names
 
-    def results(self, features: FeatureSplits, correct: dict[str, Bool[Tensor, " _"]]) -> dict[str, PerImage]:
+    def results(self, features: FeatureSplits, correct: dict[str, Tensor]) -> dict[str, PerImage]:
         """Scores called ``NAME`` and ``NAME_coarse``, of what was found for each label set."""
         known = {name: features.test.known(name) for name in correct}
         return {

@@ -480,7 +480,7 @@ def _with_norm(network: nn.Module, what: str) -> Any:
     return network
 
 
-def _token_types(tag: str | None) -> tuple[str, ...]:
+def _token_types(tag: object) -> tuple[str, ...]:
     """The trained tokens of timm's weights of that tag; masked images alone train no class token."""
     return ("patch",) if str(tag).startswith(("mae", "mim")) else ("cls", "patch")
 

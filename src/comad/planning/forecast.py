@@ -99,26 +99,26 @@ class Plan:
     disk: Disk
 
     @property
-    def steps(self) -> float:
+    def steps(self) -> int | float:
         """Optimiser steps."""
         return sum(stage.steps for stage in self.stages.values())
 
     @property
-    def images(self) -> float:
+    def images(self) -> int | float:
         """Images that the run computes on."""
         return self.steps * self.images_per_step
 
-    def step_seconds(self, stage: Stage) -> float:
+    def step_seconds(self, stage: Stage) -> int | float:
         """Of a step: no less than reading its images takes."""
         return max(stage.seconds, self.images_per_step * self.view_seconds / max(1, self.readers))
 
     @property
-    def training_seconds(self) -> float:
+    def training_seconds(self) -> int | float:
         """Of all steps, here."""
         return sum(stage.steps * self.step_seconds(stage) for stage in self.stages.values())
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> int | float:
         """From the first line of the command to the last, here."""
         return self.training_seconds + sum(self.other.values())
 
@@ -223,7 +223,7 @@ class Plan:
         ]
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: int | float) -> str:
     """Seconds, minutes or hours in words."""
     if seconds < 90:
         return f"{seconds:.1f} s"
@@ -241,7 +241,7 @@ def in_words(flops: Flops) -> str:
     return f"{scaled(sum(flops))}{parts}"
 
 
-def scaled(count: float) -> str:
+def scaled(count: int | float) -> str:
     """A large number with a prefix."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G")):
         if count >= 10**power:

@@ -165,7 +165,7 @@ def times(steps: int, every: int) -> int:
     return -(-steps // every) if every else 1
 
 
-def steps_within_budget(seconds: float) -> int:
+def steps_within_budget(seconds: int | float) -> int:
     """How many steps of such a length are measured."""
     return max(3, min(MOST_STEPS, int(BUDGET / max(seconds, 1e-9))))
 

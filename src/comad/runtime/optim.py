@@ -39,11 +39,11 @@ class OptimConfig:
         ema: decay of a moving average of the weights that is scored and exported instead; 0 keeps none.
     """
 
-    epochs: float = field(default=300, metadata=COMMON)
+    epochs: float = field(default=300.0, metadata=COMMON)
     batch_size: int = field(default=256, metadata=COMMON)
     accumulate: int = field(default=1, metadata=COMMON)
     base_lr: float = field(default=1.5e-4, metadata=COMMON)
-    warmup_epochs: float = field(default=15, metadata=COMMON)
+    warmup_epochs: float = field(default=15.0, metadata=COMMON)
     schedule: Literal["cosine", "poly", "step"] = "cosine"
     min_lr: float = 0.0
     weight_decay: float = field(default=0.05, metadata=COMMON)
