@@ -20,6 +20,7 @@ from comad.data.transforms import evaluation_view
 from comad.exporting import command, fidelity, formats
 from comad.exporting.command import ExportConfig, export, export_classifier, export_model
 from comad.exporting.formats import FORMATS
+from comad.exporting.source import Source
 from comad.models.teachers import load_teacher
 
 from .conftest import ARGS, CARD, make_student
@@ -287,15 +288,13 @@ def test_a_classifier_says_the_names_of_its_classes(tiny_run, tmp_path, monkeypa
     write_photo(tmp_path)
     torch.manual_seed(0)
     backbone, head = make_student(), nn.Linear(24, 3)
+    source = Source(backbone, CARD, ARGS, load_images(tiny_run.data))
     done = export_classifier(
-        backbone,
+        source,
         head,
         ["ant", "bee | fly", "cat"],
         "classifier",
         pool=pool,
-        model_args=ARGS,
-        card=CARD,
-        splits=load_images(tiny_run.data),
         to=["timm", "transformers", "onnx"],
         images=8,
     )
@@ -312,16 +311,7 @@ def test_a_classifier_says_the_names_of_its_classes(tiny_run, tmp_path, monkeypa
     best = run_without(programs, tmp_path, ("comad",)).splitlines()[0]
     assert best.rsplit(" ", 1)[0] == by_onnx and by_onnx in ("ant", "bee | fly", "cat")
     with pytest.raises(ValueError, match="2 labels for a head of 3"):
-        export_classifier(
-            backbone,
-            head,
-            ["a", "b"],
-            "x",
-            pool=pool,
-            model_args=ARGS,
-            card=CARD,
-            splits=load_images(tiny_run.data),
-        )
+        export_classifier(source, head, ["a", "b"], "x", pool=pool)
 
 
 def test_nothing_is_sent_by_openvino_and_nncf(tmp_path):

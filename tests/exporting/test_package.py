@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comad.exporting.card import ModelCard, model_card
+from comad.exporting.card import model_card
 from comad.exporting.encoder import preprocessing_of
 from comad.exporting.package import both_programs, export_backbone, timm_facts, verify_export
 from comad.models.files import sha256
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
-NAME = "vit_tiny_patch16_224"
-ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+from .conftest import ARGS, NAME
+from .conftest import CARD as STUDENT_CARD
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.485, 0.25, 0.2)
 TEACHER = TeacherCard(
     name="mae",
@@ -38,17 +39,8 @@ TEACHER = TeacherCard(
     licence="CC-BY-NC-4.0",
     params=1000,
 )
-CARD = ModelCard(
-    name="Small student",
-    licence="apache-2.0",
-    architecture=NAME,
-    token_types=("cls", "patch"),
-    preset="comad",
-    seed=3,
-    images_seen=1_000_000,
-    data="stamps",
-    data_licence="OFL-1.1",
-    about="Trained for a test.",
+CARD = replace(
+    STUDENT_CARD,
     teachers=(TEACHER,),
     scores=({"name": "student", "role": "student", "knn": 61.25, "knn_coarse": None, "linear": 70.0},),
 )

@@ -170,29 +170,25 @@ def export_model(
     return write_exports(Source(backbone, replace(card, architecture=name), arguments, splits), Path(out), config)
 
 
-def export_classifier(  # noqa: PLR0913 - one keyword per fact that a module does not tell
-    backbone: Backbone,
+def export_classifier(
+    source: Source,
     head: nn.Linear,
     labels: Sequence[str],
     out: str | Path,
     *,
     pool: Pool,
-    model_args: dict[str, Any],
-    card: ModelCard,
-    splits: Splits,
     to: Sequence[str] = ("timm", "transformers", "onnx"),
     **options: Any,
 ) -> Exported:
     """Export a fine-tuned classifier: a backbone and a linear head on the class token or the mean patch token.
 
     Args:
-        backbone, head: as they were trained, on any device; left as they are.
+        source: the backbone as it was trained, its card and timm's arguments, and images to compare and to calibrate
+            with; the score is top-1 on their validation part. The card's ``labels`` are filled in.
+        head: as it was trained, on any device; left as it is.
         labels: names of the classes, in the order of the head's outputs.
         out: the folder to write.
         pool: what the head sees.
-        model_args: timm's arguments of the network ``card.architecture``.
-        card: about the model; its ``labels`` are filled in.
-        splits: images to compare and to calibrate with; the score is top-1 on its validation part.
         to: names of `FORMATS`.
         options: fields of `ExportConfig`.
 
@@ -203,8 +199,9 @@ def export_classifier(  # noqa: PLR0913 - one keyword per fact that a module doe
         raise ValueError(f"{len(labels)} labels for a head of {head.out_features} classes; give one name per output.")
     config = ExportConfig(to=tuple(to), out=str(out), **options)
     check(config)
-    card = replace(card, labels=tuple(labels))
-    return write_exports(Source(backbone, card, model_args, splits, (head, pool)), Path(out), config)
+    card = replace(source.card, labels=tuple(labels))
+    source = source._replace(card=card, head=(head, pool), scoreboard=None)  # the run's scores are of its backbone
+    return write_exports(source, Path(out), config)
 
 
 def check(config: ExportConfig) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class Format:
 
 def without_telemetry() -> None:
     """Let openvino and nncf run as where ``openvino-telemetry`` is not installed: nothing is sent from this process."""
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # so that importing it fails
+    sys.modules["openvino_telemetry"] = ModuleType("openvino_telemetry")  # empty: what they import from it is missing
 
 
 def exported_program(graph: Graph) -> torch.export.ExportedProgram:

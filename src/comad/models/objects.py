@@ -51,11 +51,10 @@ def from_python_file(text: str) -> tuple[str, nn.Module] | None:
     return name, made
 
 
-def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not tell
+def from_object(
     module: nn.Module,
     request: Request,
     *,
-    name: str = "",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     num_prefix_tokens: int = 0,
@@ -67,8 +66,8 @@ def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not 
     Args:
         module: a model of timm or of transformers, a `Backbone`, or any whose forward takes normalised pixels (B, 3, H,
             W), and gives a map (B, E, h, w), or tokens (B, num_prefix_tokens + N, E) whose N patches form a square.
-        request: the images and the grid that it is wanted for. A module of your own keeps its image size on every grid.
-        name: what the run calls it; the class, if left out.
+        request: its name, and the images and the grid that it is wanted for. A module of your own keeps its image size
+            on every grid.
         mean, std: pixel normalisation, in units of [0, 1] pixels. None: what timm or transformers know about the model,
             ImageNet's for your own module.
         num_prefix_tokens: of your own module, tokens before the patches; they are dropped, but for a class token.
@@ -78,8 +77,7 @@ def from_object(  # noqa: PLR0913 - one keyword per fact that a module does not 
     Raises:
         ValueError: it gives something else, its pixel normalisation is unknown, or the image size does not fit.
     """
-    name = name or type(module).__name__.lower()
-    request = request._replace(name=name)
+    name = request.name
     digest, architecture = sha256_of(module.state_dict()), type(module).__name__
     try:
         module = copy.deepcopy(module).eval()

@@ -145,8 +145,9 @@ def load_teacher(
             torch.default_generator.manual_seed(0)
             source = find(teacher, image_size, rows, allow_changed)
     elif isinstance(teacher, nn.Module):
+        name = facts.pop("name", "") or type(teacher).__name__.lower()
         options = options or checked(Request("a module", image_size, rows))
-        source = from_object(teacher, options, **facts)
+        source = from_object(teacher, options._replace(name=name), **facts)
     else:
         raise ValueError(f"{teacher!r} is no teacher; give a name, a file, a module or what load_teacher returns.")
     return _frozen(source, dtype, options)
