@@ -71,6 +71,11 @@ def fingerprint(images: ImageSet) -> str:
     return hashlib.sha256(manifest(images).tobytes()).hexdigest()
 
 
+def content_digest(images: ImageSet) -> str:
+    """Hash names, sizes and order alone: what is made of the pixels holds in another place, under other labels."""
+    return hashlib.sha256(manifest(images)[["name", "content"]].tobytes()).hexdigest()
+
+
 def changes(before: np.ndarray, now: np.ndarray) -> dict[str, int]:
     """Count what changed between two manifests.
 

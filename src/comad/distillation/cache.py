@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from comad.data.images import ImageSet
 from comad.data.loader import Batch
 from comad.distillation.features import TeacherOutput
 from comad.distillation.masking import Masks
@@ -268,14 +267,6 @@ def checksums(packed: UInt8[Tensor, "B bytes"], inputs: Sequence[int]) -> np.nda
     """CRC-32 of each row, going on from its input's; never 0, which stands for unknown."""
     sums = [zlib.crc32(row.data, start) or 1 for row, start in zip(packed.numpy(), inputs, strict=True)]
     return np.array(sums, dtype=np.uint32)
-
-
-def digest_of_names(images: ImageSet) -> str:
-    """Hash of the names of a training set's images, in order."""
-    digest = hashlib.sha256(images.name.encode("utf-8", "surrogateescape"))
-    for index in range(len(images)):
-        digest.update(images.path(index).encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
 
 
 def _tensors(output: TeacherOutput) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from comad.data.identity import content_digest
 from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop
-from comad.distillation.cache import CacheSpec, digest_of_names
+from comad.distillation.cache import CacheSpec
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller, set_heads
 from comad.distillation.features import Blocks, TeacherOutput, forward_teacher
@@ -164,7 +165,7 @@ class Setup:
             "augment": identity_of(config.augment),
             "view": [config.student.image_size, self.students[0].start.num_patches],
             "seed": views.seed,
-            "images": digest_of_names(views.images),
+            "images": content_digest(views.images),
         }
         keys = []
         for place, teacher in enumerate(self.teachers):
