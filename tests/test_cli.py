@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,19 @@ def test_a_pipe_that_closes_is_told(tmp_path):
     assert running.stderr.read().decode().splitlines() == [
         "comad: whoever read the output is gone; send it to a file, or go on with --run.resume."
     ]
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_one(capsys, monkeypatch):
+    def scored(arguments):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    monkeypatch.setitem(VERBS, "report", ("", scored))
+    assert main(["report"]) == 130 and "ended at once" in capsys.readouterr().err
+    monkeypatch.setitem(VERBS, "report", ("", lambda arguments: int("x")))
+    assert main(["report"]) == 1  # the interrupt before is forgotten
 
 
 @pytest.mark.parametrize("verb", ["distill", "pretrain", "evaluate", "evaluate finetune", "compare"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -43,19 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Run a verb, and tell what went wrong in one line."""
-    from comad.runtime.command import get_flag
-    from comad.runtime.run import Interrupted
+    from comad.runtime.run import INTERRUPTS, Interrupted, interrupt
 
     given = list(arguments)
+    INTERRUPTS.clear()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         VERBS[verb][1](arguments)
     except Interrupted:
         sys.stderr.write(f"Go on: the same command{'' if verb == 'compare' else ' with --run.resume'}.\n")
         return 130
-    except KeyboardInterrupt:
-        sys.stderr.write("comad: ended at once; a run goes on from its last checkpoint with --run.resume.\n")
-        return 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or INTERRUPTS:
+            return _fail("ended at once; a run goes on from its last checkpoint with --run.resume.", 130)
         return _tell(error, get_flag(given, "--run.out"))
     return 0
 

@@ -122,6 +122,8 @@ class Broken:
     def path(self, index):
         return f"image {index}"
 
+    labels, key, content_numbers = {}, path, None
+
     def load(self, index):
         if index % self.every == 0:
             raise UnreadableImageError(f"{self.path(index)}: no")

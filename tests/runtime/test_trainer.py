@@ -28,7 +28,7 @@ from comad.runtime import trainer as trainer_module
 from comad.runtime.checkpoint import RngState, checkpoints, load_checkpoint
 from comad.runtime.lock import holding_runs
 from comad.runtime.optim import OptimConfig
-from comad.runtime.run import Interrupted, RunConfig, TrainingError, open_run, open_runs, start_fabric
+from comad.runtime.run import Interrupted, RunConfig, TrainingError, open_runs, start_fabric
 from comad.runtime.trainer import STOPPING, Job, Trainer, reader_fault
 
 OPTIM = OptimConfig(epochs=3.0, batch_size=4, base_lr=0.5, warmup_epochs=1.0, weight_decay=0.01, clip=0.0)
@@ -78,7 +78,7 @@ def fit(out, module=None, optim=OPTIM, *, on_step=None, unreadable=(), dataset=N
     """Learn a linear map of the rows; ``on_step`` may change a loss, ``job`` holds further fields of the job."""
     run = RunConfig(**{"precision": "fp32", "log_every": 1, "tensorboard": False} | run, out=str(out))
     fabric = start_fabric(run)
-    run = open_run(run, fabric)
+    (run,) = open_runs(run, [""], fabric)
     fields = {"identity": IDENTITY, "probe": lambda module: {"knn": 50.0}, **(job or {})}
     job = Job(module=module or make_module(), run=run, **fields)
     calls = 0

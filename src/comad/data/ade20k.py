@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from comad.data.decoding import UnreadableImageError, check_label_map, load_file, load_label_map
+from comad.data.identity import file_size
 from comad.data.summary import Summary, dense_text
 
 IGNORED = 255
@@ -45,6 +46,19 @@ class SegmentationImages:
     def label_path(self, index: int) -> str:
         """The file of its label map."""
         return str(self.root / "annotations" / self.part / f"{self.names[index]}.png")
+
+    def key(self, index: int) -> str:
+        """Name one image wherever the set lies."""
+        return str(self.names[index])
+
+    def content_numbers(self) -> np.ndarray:
+        """int64 (n,): bytes of the images."""
+        return np.array([file_size(self.path(index)) for index in range(len(self))], dtype=np.int64)
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """What tells label maps apart: bytes of their files."""
+        return {"map": torch.tensor([file_size(self.label_path(index)) for index in range(len(self))])}
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
         """An image, uint8 (3, h, w), and its classes, uint8 (h, w), from 0 on, `IGNORED` where there is none.

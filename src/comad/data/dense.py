@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from comad.data.ade20k import IGNORED
+from comad.data.identity import Listed
 from comad.data.images import UnreadableImageError
 from comad.data.loader import MAX_UNREADABLE_RUN, randomness_of
 
@@ -26,10 +27,8 @@ THIN = 8
 
 
 @runtime_checkable
-class DenseImages(Protocol):
+class DenseImages(Listed, Protocol):
     """Images with something to learn for each pixel or object."""
-
-    def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
         """Name one image."""

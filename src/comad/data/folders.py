@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from comad.data.decoding import HEIF_ENDINGS, endings, load_file
-from comad.data.identity import normalised
+from comad.data.identity import file_size, normalised
 from comad.data.images import SPLIT_NAMES, ImageSet, Source, Splits
 from comad.data.index import FolderIndex, PathTable, index_folder
 from comad.data.summary import some
@@ -57,14 +57,7 @@ class FolderImages(ImageSet):
     def content_numbers(self) -> np.ndarray:
         """See `ImageSet.content_numbers`: sizes in bytes, -1 of a file that is gone or empty."""
         prefix = os.path.join(self.root, "")
-        return np.fromiter((_size(prefix + file) for file in self.files), dtype=np.int64, count=len(self))
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size or -1
-    except OSError:
-        return -1
+        return np.fromiter((file_size(prefix + file) for file in self.files), dtype=np.int64, count=len(self))
 
 
 def load_folder(

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from comad.runtime.atomic import replacing
 
-if TYPE_CHECKING:
-    from comad.data.images import ImageSet
-
 ROW = np.dtype([("name", "<u8"), ("content", "<i8"), ("label", "<i8")])
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """Images that have names, sizes and labels: an `comad.data.images.ImageSet`, or a part of a dense data set."""
+
+    @property
+    def labels(self) -> Mapping[str, Tensor]:
+        """Label set → one number per image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Name one image wherever the set lies."""
+        ...
+
+    def content_numbers(self) -> np.ndarray:
+        """int64 (n,): sizes of the files, or other numbers that tell contents apart."""
+        ...
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file; -1 of one that is gone or empty."""
+    try:
+        return os.stat(path).st_size or -1
+    except OSError:
+        return -1
 
 
 def normalised(name: str) -> str:
@@ -23,7 +51,7 @@ def normalised(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def manifest(images: ImageSet) -> np.ndarray:
+def manifest(images: Listed) -> np.ndarray:
     """A row of 24 bytes per image, in order: hash of its name, size of its file, its labels.
 
     A run that keeps it (`numpy.save`) can say what changed since; see `changes`. A million files take seconds.
@@ -38,16 +66,18 @@ def manifest(images: ImageSet) -> np.ndarray:
     return rows
 
 
-def check_manifest(images: ImageSet, path: Path, resumed: bool) -> None:
+def check_manifest(images: Listed, path: Path, resumed: bool) -> None:
     """Keep the manifest of a run's images; of a run that goes on, look whether they are still the same.
 
-    A manifest that is gone or damaged says nothing: the fingerprint in the run's checkpoint decides.
+    A manifest that is gone or damaged is told: the fingerprint in the run's checkpoint decides.
 
     Raises:
         ValueError: the images changed; the message says how.
     """
     now = manifest(images)
     before = _read_manifest(path) if resumed else None
+    if resumed and before is None:
+        sys.stderr.write(f"comad: {path} cannot be read; whether the images changed, the checkpoint says.\n")
     if before is not None and (changed := tell_changes(before, now)):
         raise ValueError(
             f"cannot resume {str(path.parent)!r}: its images are not those it was started with: {changed}; restore "
@@ -56,22 +86,25 @@ def check_manifest(images: ImageSet, path: Path, resumed: bool) -> None:
     if not resumed:
         with replacing(path) as partial, partial.open("wb") as file:
             np.save(file, now)
+            file.write(hashlib.sha256(now.tobytes()).digest())
 
 
 def _read_manifest(path: Path) -> np.ndarray | None:
+    """The rows of a manifest; None if it is gone, or other than its checksum says."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with path.open("rb") as file:
+            rows = np.load(file, allow_pickle=False)
+            return rows if file.read() == hashlib.sha256(rows.tobytes()).digest() and rows.dtype == ROW else None
+    except (OSError, ValueError, EOFError, MemoryError, SyntaxError):
         return None
-    return rows if rows.dtype == ROW else None
 
 
-def fingerprint(images: ImageSet) -> str:
+def fingerprint(images: Listed) -> str:
     """Hash the manifest: names relative to the folder, sizes, labels and order."""
     return hashlib.sha256(manifest(images).tobytes()).hexdigest()
 
 
-def content_digest(images: ImageSet) -> str:
+def content_digest(images: Listed) -> str:
     """Hash names, sizes and order alone: what is made of the pixels holds in another place, under other labels."""
     return hashlib.sha256(manifest(images)[["name", "content"]].tobytes()).hexdigest()
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from comad.data.identity import check_manifest
+from comad.data.begin import begin_run
 from comad.data.loader import Batch
+from comad.data.summary import Summary
 from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
 from comad.distillation.config import DistillConfig
@@ -29,7 +30,7 @@ from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import write_recipe
-from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
+from comad.runtime.run import Metrics, RunConfig, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -52,19 +53,15 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     fabric = start_fabric(config.run)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
-    runs = open_runs(config.run, config.student_folders, fabric)
-    config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
-    summary = setup.splits.summary()
-    fabric.print(summary.text)
+    recipe = replace(config, through=asked.through, teachers=asked.teachers)
+    recipe, runs, summary = begin_run(recipe, fabric, setup.splits, config.student_folders)
+    config = replace(config, run=recipe.run)
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
-        check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
-        _write_recipes(replace(config, through=asked.through, teachers=asked.teachers), runs)
-        for number, run in enumerate(runs):
-            leave_facts(config.alone(number, run), summary.facts, Path(run.out))
+        _record_students(recipe, runs, summary)
     if config.compile:
         setup.compile()
     with Trainer(make_jobs(setup, runs), setup.data, config.optim, fabric) as trainer:
@@ -171,9 +168,10 @@ class Probe:
             return {**self.knn(module.student), **agreement}
 
 
-def _write_recipes(config: DistillConfig, runs: Sequence[RunConfig]) -> None:
-    """The recipe of the run, and of several students each one's own."""
-    own = [config.alone(number, run) for number, run in enumerate(runs)]
-    for part in (config, *own):
-        if not part.run.resume:
-            write_recipe(part, Path(part.run.out) / "config.yaml")
+def _record_students(recipe: DistillConfig, runs: Sequence[RunConfig], summary: Summary) -> None:
+    """Write what is known of each student before the run; of several each one's recipe, too."""
+    for number, run in enumerate(runs):
+        own = recipe.alone(number, run)
+        if recipe.extra_students and not run.resume:
+            write_recipe(own, Path(run.out) / "config.yaml")
+        leave_facts(own, summary.facts, Path(run.out))

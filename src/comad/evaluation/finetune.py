@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from comad.data.begin import begin_run
 from comad.data.images import ImageSet, Splits
 from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
@@ -30,7 +31,7 @@ from comad.runtime.log import hours_of_training
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
-from comad.runtime.run import RunConfig, open_runs, start_fabric
+from comad.runtime.run import RunConfig, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -146,7 +147,12 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
         splits: the images.
     """
     fabric = start_fabric(config.run)
-    trials = [finetune_once(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
+    settings = _settings(config)
+    runs = begin_run(config, fabric, splits, list(settings)).runs
+    trials = [
+        finetune_once(replace(config, tuning=tuning, run=run), subject, splits, fabric)
+        for tuning, run in zip(settings.values(), runs, strict=True)
+    ]
     if not fabric.is_global_zero:
         return None
     best = max(trials, key=lambda trial: trial.validation["fine"])
@@ -248,14 +254,13 @@ def _by_score(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"finetune" + LABEL_SETS[name]: value for name, value in values.items()}
 
 
-def _settings(config: FinetuneConfig, fabric: Fabric) -> list[FinetuneConfig]:
-    """One config per setting to try, each with a folder of its own if there are several."""
+def _settings(config: FinetuneConfig) -> dict[str, Tuning]:
+    """Each setting to try, by the name of its folder below the run's; one alone has none."""
     tuning = config.tuning
     pairs = list(product(config.try_lr or (tuning.optim.base_lr,), config.try_epochs or (tuning.optim.epochs,)))
     names = [""] if len(pairs) == 1 else [f"lr-{lr:g}-epochs-{epochs:g}" for lr, epochs in pairs]
     tunings = [replace(tuning, optim=replace(tuning.optim, base_lr=lr, epochs=epochs)) for lr, epochs in pairs]
-    runs = open_runs(config.run, names, fabric)
-    return [replace(config, tuning=tuning, run=run) for tuning, run in zip(tunings, runs, strict=True)]
+    return dict(zip(names, tunings, strict=True))
 
 
 def _score(subject: PretrainedModel, classifier: Classifier, images: ImageSet, run: RunConfig) -> Score:

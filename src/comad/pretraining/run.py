@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 
-from comad.data.identity import check_manifest
+from comad.data.begin import begin_run
 from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.data.loader import TrainingBatches, ViewDataset
@@ -27,8 +26,8 @@ from comad.runtime.lock import holding_runs
 from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
-from comad.runtime.recipe import flags, write_recipe
-from comad.runtime.run import open_run, start_fabric
+from comad.runtime.recipe import flags
+from comad.runtime.run import start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -46,18 +45,14 @@ def pretrain(config: PretrainConfig) -> Path | None:
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
-    config = replace(config, run=open_run(config.run, fabric))
+    config = begin_run(config, fabric, splits).config
     out = Path(config.run.out)
-    if fabric.is_global_zero:
-        check_manifest(splits.train, out / "data.npy", bool(config.run.resume))
     backbone = config.vit.build(**config.method.vit_arguments)
     start = _start_from(config.init, backbone) if config.init else None
     if start is None and config.method.fixed_positions:
         fix_positions(backbone.vit)
     model = config.method.build(backbone)
     math_attention_on_cpu(model, fabric.device)
-    if fabric.is_global_zero and not config.run.resume:
-        write_recipe(config, out / "config.yaml")
     seed, size, images = config.run.seed, config.vit.image_size, splits.train
     views = ViewDataset(images, config.method.views(size, backbone.num_patches), seed, 2 * size)
     data = TrainingBatches(views, len(images), images.path, config.optim.batch_size, seed, config.loader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,16 @@ LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
 
 RUN_FILES = ("checkpoints", "config.yaml", "log.jsonl", "data.npy", "facts.json", "teacher-cache", "tensorboard")
 """Of these one at least is in the folder of a run that has begun."""
+
+
+INTERRUPTS: list[int] = []
+"""Signals for which `interrupt` raised."""
+
+
+def interrupt(number: int, frame: object) -> None:
+    """A handler of signals that raises KeyboardInterrupt, and notes it: libraries turn that into errors of theirs."""
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
 
 
 class Interrupted(KeyboardInterrupt):
@@ -100,24 +110,15 @@ def start_fabric(run: RunConfig) -> Fabric:
     return fabric
 
 
-def open_run(run: RunConfig, fabric: Fabric) -> RunConfig:
-    """Make the run's folder and take it for this process. Returns the run, its ``resume`` a plain yes or no.
-
-    Raises:
-        ValueError: it holds a run already and ``resume`` is off, there is nothing to resume, or another process has it.
-    """
-    (own,) = open_runs(run, [""], fabric)
-    return own
-
-
 def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunConfig]:
-    """Make the folders of the parts of a run, below its own. Returns the run of each part.
+    """Make the folders of the parts of a run, below its own, and take them for this process.
 
-    A part that was killed before its first checkpoint does not go on, but begins again. Checkpoints that cannot be
-    read are told and set aside.
+    Returns the run of each part, its ``resume`` a plain yes or no: a part that was killed before its first checkpoint
+    does not go on, but begins again. Checkpoints that cannot be read are told and set aside.
 
     Raises:
-        ValueError: see `open_run`; to be resumed, one part at least must have a checkpoint, but for ``auto``.
+        ValueError: there is a run already and ``resume`` is off, another process has it, or there is nothing to resume,
+            that is, no part has a checkpoint; with ``auto`` the run begins then.
     """
     out, runs = Path(run.out), [replace(run, out=str(Path(run.out, name))) for name in names]
     if out.exists() and not out.is_dir():
@@ -127,7 +128,7 @@ def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunC
     begun = [path is not None for path, _ in found]
     _check_folder(run, names, any(begun), faults)
     fabric.barrier()  # every process looks before one writes
-    _lock(runs, out, fabric)
+    first_for_all(lambda: _lock({out, *(Path(own.out) for own in runs)}), fabric)
     for own, (path, faults) in zip(runs, found, strict=True):
         if fabric.is_global_zero:
             _clean(Path(own.out), path, faults)
@@ -151,18 +152,27 @@ def _check_folder(run: RunConfig, names: Sequence[str], begun: bool, faults: Seq
         raise ValueError(f"{run.out!r} holds something else than a run; pass --run.out for a new folder.")
 
 
-def _lock(runs: Sequence[RunConfig], out: Path, fabric: Fabric) -> None:
-    """Take the folders; of several processes the first takes them for all."""
+def first_for_all(call: Callable[[], object], fabric: Fabric) -> None:
+    """Let the first process do something; if it is refused, all are.
+
+    Raises:
+        ValueError: as the first process did.
+    """
     refused = ""
     if fabric.is_global_zero:
         try:
-            for folder in {out, *(Path(own.out) for own in runs)}:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock_folder(folder)
+            call()
         except ValueError as error:
             refused = str(error)
     if refused := fabric.broadcast(refused):
         raise ValueError(refused)
+
+
+def _lock(folders: Collection[Path]) -> None:
+    """Make folders, and take them."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
 
 
 def _clean(out: Path, newest: Path | None, faults: Sequence[str]) -> None:

@@ -42,7 +42,7 @@ from comad.runtime.checkpoint import (
 from comad.runtime.log import RunLog, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
-from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
+from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError, interrupt
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a run with a checkpoint: of a keyboard, of schedulers, and of a terminal that goes away."""
@@ -523,7 +523,7 @@ def _signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame: object) -> None:
         if received:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         received.append(number)
         with suppress(OSError):  # print is not for handlers
             os.write(2, f"\n{signal.Signals(number).name}: ends after this step; again: at once.\n".encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
-from comad.data.loader import TrainingBatches
-from comad.evaluation.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
+from comad.evaluation.dense import PROBED, DenseRun, dense_job, run_dense, sampled, write_arrays, write_json
 from comad.evaluation.detection.config import DetectConfig
 from comad.evaluation.detection.detector import Detector, detect_in_image
 from comad.evaluation.detection.scores import DetectionScore, as_results, score_results
@@ -25,10 +23,8 @@ from comad.evaluation.features import evaluating
 from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
+from comad.runtime.atomic import write_text
 from comad.runtime.lock import holding_runs
-from comad.runtime.recipe import write_recipe
-from comad.runtime.run import open_run, start_fabric
-from comad.runtime.trainer import Job
 
 SURE, LIKELIEST = 0.5, 3
 
@@ -46,19 +42,10 @@ def detect(config: DetectConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
-    job, data, splits, card = prepare(config, fabric)
-    config = replace(config, run=open_run(config.run, fabric))
-    job, out = replace(job, run=config.run), Path(config.run.out)
-    if fabric.is_global_zero:
-        tell(splits.summary().text)
-        if not config.run.resume:
-            write_recipe(config, out / "config.yaml")
-    trained = train_dense(job, data, config.optim, fabric)
-    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+    return run_dense(config, prepare, score_detector, _finish)
 
 
-def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, DetectionSplits, TeacherCard]:
+def prepare(config: DetectConfig, fabric: Fabric) -> DenseRun:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -75,7 +62,7 @@ def prepare(config: DetectConfig, fabric: Fabric) -> tuple[Job, TrainingBatches,
         score, _ = score_detector(module, splits.validation, config, limit=PROBED)
         return {"box_ap": score.box["ap"], "mask_ap": score.mask["ap"]}
 
-    return *dense_job(config, model, dataset, card, probe), splits, card
+    return DenseRun(*dense_job(config, model, dataset, card, probe), splits, card)
 
 
 def build(config: DetectConfig, num_classes: int) -> tuple[Detector, TeacherCard]:
@@ -99,15 +86,16 @@ def score_detector(
     return score_results(images, results, [record.id for record in images.records[:count]]), results
 
 
-def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, out: Path, card: TeacherCard) -> str:
+def _finish(config: DetectConfig, splits: DetectionSplits, module: Detector, card: TeacherCard) -> str:
     """Score the trained network on all validation images."""
+    out = Path(config.run.out)
     images = splits.validation
     score, results = score_detector(module, images, config)
     skipped = {"objects": dict(splits.train.skipped), "images": len(splits.train.missing)}
     facts = {"backbone": card.name, "detector": config.detector.kind, "images": len(images), "skipped": skipped}
     facts["data"] = splits.summary().facts
     write_json(out / "scores.json", {**facts, **score.as_dict()})
-    (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_text(out / "results.json", json.dumps(results))
     _save_samples(config, splits, module, out)
     lines = [card.summary()]
     for kind, values in score.as_dict().items():
@@ -127,7 +115,7 @@ def _save_samples(config: DetectConfig, splits: DetectionSplits, module: Detecto
             arrays[f"image{number}"] = image.numpy()
             for name, part in _parts(masks, labels, found):
                 arrays[f"{name}{number}"] = part.numpy()
-    np.savez_compressed(out / "samples.npz", **arrays)
+    write_arrays(out / "samples.npz", arrays)
 
 
 def shown(scores: Float[Tensor, " k"]) -> Tensor:

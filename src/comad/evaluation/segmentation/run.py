@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
-from comad.data.loader import TrainingBatches
-from comad.evaluation.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
+from comad.evaluation.dense import PROBED, DenseRun, dense_job, run_dense, sampled, write_arrays, write_json
 from comad.evaluation.features import evaluating
 from comad.evaluation.segmentation.config import SegmentConfig
 from comad.evaluation.segmentation.scores import count_pixels, score_counts
@@ -24,9 +22,6 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.lock import holding_runs
-from comad.runtime.recipe import write_recipe
-from comad.runtime.run import open_run, start_fabric
-from comad.runtime.trainer import Job
 
 
 @holding_runs()
@@ -42,18 +37,10 @@ def segment(config: SegmentConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
-    job, data, splits, card = prepare(config, fabric)
-    config = replace(config, run=open_run(config.run, fabric))
-    job, out = replace(job, run=config.run), Path(config.run.out)
-    if fabric.is_global_zero and not config.run.resume:
-        tell(splits.summary().text)
-        write_recipe(config, out / "config.yaml")
-    trained = train_dense(job, data, config.optim, fabric)
-    return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
+    return run_dense(config, prepare, count_answers, _finish)
 
 
-def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, TrainingBatches, SegmentationSplits, TeacherCard]:
+def prepare(config: SegmentConfig, fabric: Fabric) -> DenseRun:
     """Load and check everything that a run needs; nothing is written.
 
     Raises:
@@ -73,7 +60,7 @@ def prepare(config: SegmentConfig, fabric: Fabric) -> tuple[Job, TrainingBatches
         scores = score_counts(counts, splits.class_names) if counts[:, 2].any() else None
         return {"miou": scores.miou, "aacc": scores.aacc} if scores else {}
 
-    return *dense_job(config, model, dataset, card, probe), splits, card
+    return DenseRun(*dense_job(config, model, dataset, card, probe), splits, card)
 
 
 def build(config: SegmentConfig, num_classes: int) -> tuple[Segmenter, TeacherCard]:
@@ -97,8 +84,9 @@ def count_answers(
     return torch.stack(counts)
 
 
-def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, out: Path, card: TeacherCard) -> str:
+def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter, card: TeacherCard) -> str:
     """Score the trained network on all validation images."""
+    out = Path(config.run.out)
     counts = count_answers(module, splits.validation, config)
     score = score_counts(counts, splits.class_names)
     truth = counts[:, 2].sum(dim=0)
@@ -115,7 +103,7 @@ def _finish(config: SegmentConfig, splits: SegmentationSplits, module: Segmenter
             "data": splits.summary().facts,
         },
     )
-    np.savez_compressed(out / "counts.npz", counts=counts.numpy().astype(np.int32))
+    write_arrays(out / "counts.npz", {"counts": counts.numpy().astype(np.int32)})
     _save_samples(config, splits, module, out)
     note = f"\n{len(absent)} classes have no pixel in the validation images: {', '.join(absent)}." if absent else ""
     return f"{card.summary()}\nmIoU {score.miou:.2f} %  aAcc {score.aacc:.2f} %  on {images} images{note}"
@@ -134,4 +122,4 @@ def _save_samples(config: SegmentConfig, splits: SegmentationSplits, module: Seg
                 f"truth{number}": truth.numpy(),
                 f"answer{number}": answer.numpy(),
             }
-    np.savez_compressed(out / "samples.npz", **arrays)
+    write_arrays(out / "samples.npz", arrays)
