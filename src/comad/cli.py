@@ -118,13 +118,10 @@ def pretrain_command(arguments: list[str]) -> None:
     """Train a teacher from scratch: comad pretrain mae|mocov3|ibot. --recipe FILE.yaml runs a recorded one again."""
     from comad.pretraining.config import METHODS, PretrainConfig, recipe
     from comad.pretraining.run import pretrain
-    from comad.runtime.recipe import read_recipe, resumed_recipe
 
-    method = _first_word(arguments)
-    default = _recorded(PretrainConfig, arguments)
-    if default is None:
-        default = resumed_recipe(lambda path: read_recipe(PretrainConfig, path), arguments, recipe("mae").run.out)
-        default = default if default and method in (None, default.method.kind) else None
+    method, named = _first_word(arguments), get_flag(arguments, "--recipe")
+    default = _recorded(PretrainConfig, arguments, recipe("mae").run.out)
+    default = default if named or (default and method in (None, default.method.kind)) else None
     if not (method or default or {"-h", "--help", "--help-all"} & set(arguments)):
         raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
     default = default or recipe(method or "mae")
@@ -155,8 +152,8 @@ def finetune_command(arguments: list[str]) -> None:
     from comad.evaluation.tuning import RECIPES, FinetuneConfig, recipe
 
     tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
-    about = f"{_about(finetune_command)} --preset {{{','.join(RECIPES)}}} chooses the values that the options change."
     default = FinetuneConfig(backbone="", tuning=tuning)
+    default, about = _recorded(FinetuneConfig, arguments, default.run.out) or default, _about(finetune_command, RECIPES)
     _print(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
 
 
@@ -196,15 +193,19 @@ def compare_command(arguments: list[str]) -> None:
     """
     from comad import presets
     from comad.comparison.config import CompareConfig
-    from comad.comparison.run import compare
+    from comad.comparison.run import RECORD, compare
     from comad.evaluation import tuning
     from comad.recipes import take_defaults
+    from comad.runtime.recipe import read_recipe, resumed_recipe
 
-    rest, students, recipe = take_defaults(arguments)
+    default = resumed_recipe(lambda path: read_recipe(CompareConfig, path), arguments, "runs/compare", RECORD)
+    rest, students, recipe = take_defaults(arguments, default and default.recipe)
     if len(students) > 1:
         raise ValueError("a row has one student; name one --student.")
-    recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
-    default = CompareConfig(recipe=recipe, tuning=tuning.recipe("", get_flag(arguments, "--data") or "stamps"))
+    if default is None:
+        recipe = replace(recipe, method=presets.COMAD, run=replace(recipe.run, out="runs/compare"))
+        default = CompareConfig(tuning=tuning.recipe("", get_flag(arguments, "--data") or "stamps"))
+    default = replace(default, recipe=recipe)
     _print(compare(parse(CompareConfig, default, rest, "comad compare", _about(compare_command))))
 
 
@@ -314,25 +315,27 @@ def _load_plugins(arguments: list[str]) -> None:
     load_plugins(pop_all(arguments, "--plugin"))
 
 
-def _recorded(kind: type, arguments: list[str]) -> Any:
-    """The config in the file of ``--recipe``, which is taken away; None without one."""
-    from comad.runtime.recipe import read_recipe
+def _recorded(kind: type, arguments: list[str], out: str) -> Any:
+    """The config in the file of ``--recipe``, which is taken away, or of the run that is to go on; else None."""
+    from comad.runtime.recipe import read_recipe, resumed_recipe
 
-    file = pop_flag(arguments, "--recipe")
-    return read_recipe(kind, Path(file)) if file else None
+    if file := pop_flag(arguments, "--recipe"):
+        return read_recipe(kind, Path(file))
+    return resumed_recipe(lambda path: read_recipe(kind, path), arguments, out)
 
 
 def _segmentation(arguments: list[str]) -> Any:
     from comad.evaluation.segmentation.config import SegmentConfig, recipe
 
     default = recipe(pop_flag(arguments, "--preset") or "ade20k", get_flag(arguments, "--head") or "upernet")
-    return _recorded(SegmentConfig, arguments) or default
+    return _recorded(SegmentConfig, arguments, default.run.out) or default
 
 
 def _detection(arguments: list[str]) -> Any:
     from comad.evaluation.detection.config import DetectConfig, recipe
 
-    return _recorded(DetectConfig, arguments) or recipe(pop_flag(arguments, "--preset") or "coco")
+    default = recipe(pop_flag(arguments, "--preset") or "coco")
+    return _recorded(DetectConfig, arguments, default.run.out) or default
 
 
 def _dense(kind: type, default: Any, arguments: list[str], about: str, program: str = "comad evaluate") -> Any:

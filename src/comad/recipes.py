@@ -97,6 +97,7 @@ def take_defaults(
     load_plugins(plugins)
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
     default = base or _default(preset, recipe, rest)
+    load_plugins(default.plugin)
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed

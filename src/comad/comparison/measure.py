@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 
 from comad.comparison.config import CompareConfig
 from comad.comparison.entries import ComparisonRow, Kind
 from comad.data.images import Splits
 from comad.distillation.config import DistillConfig
 from comad.distillation.run import distill
+from comad.distillation.setup import Inputs, prepare
 from comad.evaluation.evaluation import Evaluation
-from comad.evaluation.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluation.finetune import Finetuned, PretrainedModel, build_classifier, finetune_backbone
 from comad.evaluation.scoreboard import Role, Score, score
 from comad.evaluation.scores import Scores, read_scores, write_scores
 from comad.evaluation.tuning import FinetuneConfig, Tuning
 from comad.evaluation.views import device, view_size
 from comad.models.backbone import Backbone
+from comad.models.files import read_json, sha256
 from comad.models.teachers import load_on_grid, load_teacher
 from comad.runtime.log import hours_of_training
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version
 from comad.runtime.run import RunConfig
+from comad.runtime.seal import is_intact
 
 ROLES: dict[Kind, Role] = {
     "student": "student",
@@ -109,6 +116,25 @@ def measure(unit: RowRun) -> Scores:
     return Scores((frozen.joined((_learnt(unit) or _learn(unit).score).found),), facts)
 
 
+def check(unit: RowRun, fabric: Fabric) -> None:
+    """Load all that a row needs and build all that it trains, so that nothing is found missing hours later.
+
+    Raises:
+        ValueError: see `comad.distillation.setup.prepare` and `comad.evaluation.finetune.build_classifier`.
+    """
+    kind = unit.entry.kind
+    if kind == "pixels":
+        return
+    if kind == "student":
+        distiller = prepare(unit.entry.config, fabric, Inputs(splits=unit.splits)).students[0].distiller
+        backbone: Any = copy.copy(distiller.student)
+        backbone.token_types = distiller.token_types
+    else:
+        backbone = (_teacher if kind == "teacher" else _untrained)(unit).backbone
+    if unit.config.finetune or kind == "supervised":
+        build_classifier(backbone, unit.splits, _tuning(unit))
+
+
 def _score(unit: RowRun, backbone: Backbone | None) -> Score:
     """KNN and linear probe on the split that is asked for."""
     recipe, splits = unit.config.recipe, unit.splits
@@ -122,13 +148,27 @@ def _score(unit: RowRun, backbone: Backbone | None) -> Score:
 def _distilled(unit: RowRun) -> TrainedModel:
     """Distil the student, or go on, or find it done."""
     student, config = unit.folder / "run" / "student", unit.entry.config
-    if not (student / "config.json").is_file():
+    card = _card(student / "config.json")
+    if card is None:
         shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
-        distill(replace(config, run=unit.run("run"), split="none", cache_folder=shared))
-    card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
+        run = replace(config, run=unit.run("run"), split="none", cache_folder=shared)
+        distill(run, Inputs(splits=unit.splits))
+        card = read_json(student / "config.json", "begin again")["comad"]
     seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
     facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 3), "code": card["code"]}
     return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
+
+
+def _card(path: Path) -> dict[str, Any] | None:
+    """What an export says of itself; None if there is none, or it is told to be damaged."""
+    if not path.is_file():
+        return None
+    with suppress(ValueError, KeyError, OSError):
+        content = read_json(path, "begin again")
+        if is_intact(content) and content["comad"]["sha256"] == sha256(path.with_name("model.safetensors")):
+            return content["comad"]
+    sys.stderr.write(f"comad: {path.parent} is damaged; the student is exported again from its last checkpoint.\n")
+    return None
 
 
 def _teacher(unit: RowRun) -> TrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 
 from comad.comparison.config import CompareConfig
 from comad.comparison.entries import ComparisonRow, list_entries
-from comad.comparison.measure import RowRun, digest_of, measure
+from comad.comparison.measure import RowRun, check, digest_of, measure
 from comad.comparison.table import markdown, tabulate, write_table
 from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.evaluation.evaluation import title_of
 from comad.evaluation.finetune import check as check_finetune
-from comad.evaluation.scoreboard import shortage
+from comad.evaluation.scoreboard import rehearse, shortage
 from comad.evaluation.scores import Scores
 from comad.evaluation.tuning import FinetuneConfig
 from comad.models.teachers import load_on_grid
@@ -28,6 +29,8 @@ from comad.runtime.checkpoint import differences
 from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
 from comad.runtime.recipe import read_recipe, write_recipe
+from comad.runtime.run import start_fabric
+from comad.runtime.seal import is_text_intact
 
 RECORD = "comparison.yaml"
 
@@ -47,10 +50,11 @@ def compare(config: CompareConfig) -> str:
     entries, reference = list_entries(config)
     splits = load_images(config.recipe.data)
     _check_data(config, splits)
-    for entry in entries:
-        if entry.kind == "student":
-            entry.config.check(len(splits.train))
+    rehearse(splits._replace(test=getattr(splits, config.recipe.split)))
     hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
+    fabric = start_fabric(config.recipe.run)
+    for entry in entries:
+        check(RowRun(entry, config.seeds[0], config, splits, hashes, pictures), fabric)
     out = _open(config)
     results: list[dict[int, Scores]] = [{} for _ in entries]
     table: dict[str, Any] = {}
@@ -97,8 +101,8 @@ def _open(config: CompareConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{str(out)!r} is a file; pass --run.out with a folder for the comparison.")
     if record.is_file():
-        changed = differences(_shared(read_recipe(CompareConfig, record)), _shared(config))
-        if changed:
+        recorded = _read_record(record)
+        if recorded and (changed := differences(_shared(recorded), _shared(config))):
             raise ValueError(
                 f"{str(out)!r} holds another comparison: {'; '.join(changed)}; pass --run.out for a new folder."
             )
@@ -108,6 +112,15 @@ def _open(config: CompareConfig) -> Path:
     lock_folder(out)
     write_recipe(config, record)
     return out
+
+
+def _read_record(path: Path) -> CompareConfig | None:
+    """What the comparison is of; None, which is told, if it cannot be known: rows are found by what they are of."""
+    with suppress(ValueError, OSError):
+        if is_text_intact(path.read_text(encoding="utf-8")):
+            return read_recipe(CompareConfig, path)
+    _say(f"comad: {path} is damaged; it is written anew, and runs of this comparison are found by their names.")
+    return None
 
 
 def _shared(config: CompareConfig) -> dict[str, Any]:

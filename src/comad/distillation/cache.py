@@ -22,6 +22,7 @@ from comad.distillation.features import TeacherOutput
 from comad.distillation.masking import Masks
 from comad.models.backbone import Tokens
 from comad.runtime.atomic import naming, write_text
+from comad.runtime.seal import KEY, sealed
 
 FORMAT = 2
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
@@ -102,7 +103,7 @@ class TeacherStore:
         self.mapped = torch.from_file(name, shared=True, size=self.num_rows * self.row_bytes, dtype=torch.uint8)
         self.mapped = self.mapped.view(self.num_rows, self.row_bytes)
         self.checks = np.memmap(self.folder / "checks.bin", np.uint32, "r+")
-        write_text(self.folder / "layout.json", json.dumps(self.leaves))  # last: without it the folder is new
+        write_text(self.folder / "layout.json", json.dumps(sealed(self.leaves)))  # last: without it the folder is new
         return self
 
     def known(self, rows: Int[Tensor, " B"], inputs: Sequence[int]) -> Bool[Tensor, " B"]:
@@ -280,6 +281,8 @@ def _read_layout(path: Path) -> dict[str, Leaf] | None:
     """The tensors of a row; None if it is not known, and to be found anew."""
     try:
         layout = json.loads(path.read_text())
+        if layout.pop(KEY, "") != sealed(layout)[KEY]:
+            return None
         leaves = {name: Leaf(str(dtype), tuple(int(side) for side in shape)) for name, (dtype, shape) in layout.items()}
         known = set(leaves) <= set(FIELDS) and "patches" in leaves
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,6 +87,8 @@ def finish(
     for trained in students:
         trained.distiller.to(fabric.device)
     if config.split != "none":
+        for trained in students:  # before anything that may fail
+            _export(trained, scored, teachers, Scoreboard(()), fabric)
         rows = [candidates(trained) for trained in students]
         shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
         shared += [Candidate(t.name, "teacher", t.backbone, t.backbone.image_size) for t in teachers]
@@ -102,24 +105,28 @@ def finish(
 def _leave(
     trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], scores: tuple[Score, ...], fabric: Fabric
 ) -> DistillResult:
-    """Write what one student leaves behind. Whoever loads it reads no token that nothing trained."""
+    """Write what one student leaves behind."""
     config, out = trained.config, Path(trained.config.run.out)
-    trained.distiller.student.token_types = trained.distiller.token_types
     board = Scoreboard(tuple(part.row for part in scores))
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
         fabric.print(board.table())
-    folder = export_backbone(
-        trained.distiller.student,
-        out / "student",
-        model_args=config.student.arguments,
-        card=_card(trained, splits, teachers, board, fabric),
-    )
+    folder = _export(trained, splits, teachers, board, fabric)
     leave_samples(trained.distiller, teachers, splits, scores, out)
     fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return DistillResult(out, scores, board)
+
+
+def _export(
+    trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
+) -> Path:
+    """Export the student with what is known of it. Whoever loads it reads no token that nothing trained."""
+    student, config = copy.copy(trained.distiller.student), trained.config
+    student.token_types = trained.distiller.token_types
+    card = _card(trained, splits, teachers, board, fabric)
+    return export_backbone(student, Path(config.run.out) / "student", model_args=config.student.arguments, card=card)
 
 
 def candidates(trained: TrainedStudent) -> list[Candidate]:

@@ -24,6 +24,7 @@ from comad.distillation.results import DistillResult, TrainedStudent, finish
 from comad.distillation.samples import leave_facts
 from comad.distillation.setup import Inputs, Setup, Student, prepare
 from comad.evaluation.probe import KnnProbe
+from comad.evaluation.scoreboard import rehearse
 from comad.models.compiling import eager_mode
 from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
@@ -53,6 +54,8 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     fabric = start_fabric(config.run)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
+    if config.split != "none":
+        rehearse(setup.splits._replace(test=getattr(setup.splits, config.split)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         fabric.print(line)
     recipe = replace(config, through=asked.through, teachers=asked.teachers)

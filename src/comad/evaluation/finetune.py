@@ -101,6 +101,7 @@ def finetune(config: FinetuneConfig) -> str:
     splits = load_images(config.data)
     check(config, splits)
     teacher = load_one(config.backbone, config.data, config.image_size)
+    build_classifier(teacher.backbone, splits, config.tuning)
     subject = PretrainedModel(teacher.name, "teacher", teacher.backbone, {"sha256": teacher.card.sha256})
     done = finetune_backbone(config, subject, splits)
     if done is None:
@@ -172,6 +173,17 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
     return Finetuned(score, best)
 
 
+def build_classifier(backbone: Backbone, splits: Splits, tuning: Tuning) -> Classifier:
+    """A copy of a network with heads of random weights for the labels of a set.
+
+    Raises:
+        ValueError: it has no class token, and that is to be classified.
+    """
+    backbone = copy.deepcopy(backbone)
+    set_drop_path(backbone, tuning.drop_path)
+    return Classifier(backbone, _num_classes(splits), tuning.pool)
+
+
 def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Splits, fabric: Fabric) -> Trial:
     """Train a classifier by ``config.tuning`` in the folder ``config.run.out``, and score it on the validation images.
 
@@ -180,11 +192,9 @@ def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Spli
     """
     tuning, optim, seed, images = config.tuning, config.tuning.optim, config.run.seed, splits.train
     fabric.seed_everything(seed, verbose=False)
-    backbone, num_classes = copy.deepcopy(subject.backbone), _num_classes(splits)
-    set_drop_path(backbone, tuning.drop_path)
-    classifier = Classifier(backbone, num_classes, tuning.pool)
+    num_classes, classifier = _num_classes(splits), build_classifier(subject.backbone, splits, tuning)
     math_attention_on_cpu(classifier, fabric.device)
-    size = view_size(backbone)
+    size = view_size(classifier.backbone)
     colour = ColourChange(strength=tuning.jitter, hue=tuning.jitter / 4) if tuning.jitter else None
     views = ViewDataset(images, ClassifierViews(Crop(size=size, scale=tuning.crop_scale), colour), seed, 2 * size)
     data = TrainingBatches(views, len(images), images.path, optim.batch_size, seed, config.loader)

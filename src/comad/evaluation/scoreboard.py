@@ -16,9 +16,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from comad.data.images import Splits
+from comad.data.images import ImageSet, Splits
 from comad.evaluation.evaluation import LABEL_SETS, Evaluation, PerImage, choose, score_names, title_of
-from comad.evaluation.features import PIXELS, FeatureSplits, View, evaluating, split_features
+from comad.evaluation.features import (
+    PIXELS,
+    Features,
+    FeatureSplits,
+    View,
+    evaluating,
+    labelled_indices,
+    split_features,
+)
 from comad.evaluation.knn import KNN
 from comad.evaluation.linear import LinearProbe
 from comad.models.backbone import Backbone
@@ -29,6 +37,8 @@ OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
 Role = Literal["teacher", "untrained", "init_only", "student", "pixels"]
 """What a row is. ``init_only``: the student's starting weights, before distillation; ``pixels``: no network at all."""
 
+REHEARSED = 2048
+"""Images of each part by which evaluations of plugins are tried."""
 MIN_CLASSES = 2
 MIN_TRAIN_LABELS = 20
 
@@ -204,6 +214,36 @@ def score_all(
         for evaluation in chosen:
             scores[number] = scores[number].joined(*evaluation(features, device))
     return tuple(scores)
+
+
+def rehearse(splits: Splits) -> None:
+    """Try the evaluations of plugins on random features of some images, so that one that fails does so before a run.
+
+    Raises:
+        ValueError: one fails.
+    """
+    if shortage(splits, next(iter(LABEL_SETS))):
+        return
+    known = [name for name in LABEL_SETS if shortage(splits, name) is None]
+    features = _only(FeatureSplits(*map(_random_features, (splits.train, splits.val, splits.test))), known)
+    for evaluation in choose(None):
+        if isinstance(evaluation, OURS):
+            continue
+        try:
+            Score(Row(name="", role="student", params=0, flops=0, latency_ms=0.0), {}, {}).joined(*evaluation(features))
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"evaluation {evaluation.name!r} fails on random features of {len(features.train.groups)} images: "
+                f"{words}; mend it, or leave out its plugin."
+            ) from error
+
+
+def _random_features(images: ImageSet) -> Features:
+    chosen = labelled_indices(images)
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), REHEARSED)).long()]
+    pools = {name: torch.randn(len(chosen), 8, generator=torch.Generator().manual_seed(0)) for name in ("cls", "patch")}
+    return Features(pools, {name: labels[chosen] for name, labels in images.labels.items()}, images.groups[chosen])
 
 
 def score(

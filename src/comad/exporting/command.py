@@ -38,6 +38,7 @@ from comad.exporting.source import Source, data_of, load_source, plain_card, run
 from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256_of
 from comad.runtime.atomic import replacing
+from comad.runtime.seal import sealed
 from comad.runtime.spelling import hint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -417,7 +418,7 @@ def _write_facts(folder: Path, card: ModelCard, session: _Session, rows: list[di
     if (config := folder / "config.json").is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         content["comad"]["exports"] = rows
-        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(sealed(content), indent=2) + "\n", encoding="utf-8")
 
 
 def _program(session: _Session, name: str, folder: str) -> str:

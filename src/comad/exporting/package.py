@@ -25,6 +25,7 @@ from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256
 from comad.models.networks import gives_tokens
 from comad.runtime.atomic import replacing
+from comad.runtime.seal import sealed
 
 __all__ = ["ModelCard", "export_backbone", "snippet", "verify_export", "write_timm"]
 
@@ -236,7 +237,7 @@ def _complete_config(path: Path, pretrained_cfg: dict[str, Any], card: ModelCard
     if card.labels:
         config["label_names"] = list(card.labels)
     config["comad"] = asdict(card)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(sealed(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _timm_tokens(folder: Path, image: Float[Tensor, "1 3 H W"], num_prefix: int) -> Float[Tensor, "1 n E"]:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -31,6 +32,7 @@ from comad.models.networks import (
     stored_size,
 )
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
+from comad.runtime.seal import is_intact
 
 Size = int | Literal["grid"] | None
 """Pixels on the side of a teacher's images; "grid": as many as give it the wanted grid; None: as it was made for."""
@@ -261,6 +263,10 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     if huggingface.is_ours(config):
         return _from_transformers(folder, config, request, file)
     mean, std = _check_config(config, folder)
+    if not is_intact(config):
+        sys.stderr.write(
+            f"comad: {folder}/config.json was edited or damaged since it was written; it counts as it is.\n"
+        )
     path, facts, ours, name = (
         folder / (file or huggingface.weights_file(folder)),
         config["pretrained_cfg"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.data.loader import TrainingBatches, ViewDataset
 from comad.evaluation.probe import KnnProbe
-from comad.evaluation.scoreboard import Scoreboard, score
+from comad.evaluation.scoreboard import Scoreboard, rehearse, score
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.mae_decoder import save_decoder
 from comad.models.teachers import TeacherCard, inherited_licence, load_teacher
@@ -45,6 +46,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
+    rehearse(splits)
     config = begin_run(config, fabric, splits).config
     out = Path(config.run.out)
     backbone = config.vit.build(**config.method.vit_arguments)
@@ -72,10 +74,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     scored = trainer.states[0].scored
     if not fabric.is_global_zero:
         return None
-    folder = export_teacher(config, splits, scored.trained, out, fabric, start)
-    if isinstance(scored, MaeModel):
-        save_decoder(scored.decoder, folder)
-    return folder
+    return export_teacher(config, splits, scored, out, fabric, start)
 
 
 def train_steps(trainer: Trainer) -> None:
@@ -122,12 +121,13 @@ def _check(config: PretrainConfig, splits: Splits) -> None:
 def export_teacher(
     config: PretrainConfig,
     splits: Splits,
-    backbone: TimmBackbone,
+    model: Any,
     out: Path,
     fabric: Fabric,
     start: TeacherCard | None,
 ) -> Path:
-    """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
+    """Export the backbone in 16 bits to ``teacher``, score it beside its untrained self, and put the scores there."""
+    backbone: TimmBackbone = model.trained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         untrained = config.vit.build()
@@ -137,12 +137,6 @@ def export_teacher(
     for network in (untrained, plain):
         network.take_pixels_of(backbone)
     plain.token_types = config.method.token_types
-    rows = (
-        score("pixels", "pixels", None, splits, size).row,
-        score("untrained", "untrained", untrained, splits, size).row,
-    )
-    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
-    board.write(out / "scoreboard.json")
     origin = f", starting from {start.source} ({start.licence}): {start.about}" if start else " from scratch."
     card = ModelCard(
         name=f"{method} teacher, {splits.train.name}",
@@ -161,9 +155,23 @@ def export_teacher(
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
-        scores=tuple(board.as_dict()["rows"]),
     )
-    return export_backbone(plain, out / "teacher", model_args=config.vit.arguments, card=card, dtype=torch.float16)
+
+    def export(card: ModelCard) -> Path:
+        place, arguments = out / "teacher", config.vit.arguments
+        folder = export_backbone(plain, place, model_args=arguments, card=card, dtype=torch.float16)
+        if isinstance(model, MaeModel):
+            save_decoder(model.decoder, folder)
+        return folder
+
+    export(card)  # before anything that may fail
+    rows = (
+        score("pixels", "pixels", None, splits, size).row,
+        score("untrained", "untrained", untrained, splits, size).row,
+    )
+    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
+    board.write(out / "scoreboard.json")
+    return export(replace(card, scores=tuple(board.as_dict()["rows"])))
 
 
 def _curve(out: Path) -> Iterator[dict[str, float]]:

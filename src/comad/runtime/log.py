@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import resource
@@ -53,12 +54,21 @@ def hours_of_training(folder: Path, images_per_step: int) -> float:
     )
 
 
-def truncate_log(folder: Path, step: int) -> None:
+def digest_log(folder: Path, size: int | None = None) -> str:
+    """Size and hash of the first ``size`` bytes of a log, of all of them if None; for the checkpoint."""
+    path = folder / "log.jsonl"
+    text = path.read_bytes()[:size] if path.is_file() else b""
+    return f"{len(text)} {hashlib.sha256(text).hexdigest()}"
+
+
+def truncate_log(folder: Path, step: int, digest: str = "") -> None:
     """Drop the lines that a killed run wrote after its last checkpoint; its continuation writes them again.
 
-    Lines that cannot be read are dropped, too, and told, and so is a log that is gone.
+    Lines that cannot be read are dropped, too, and told. So is a log that is gone, or other than its `digest_log` says.
     """
     path = folder / "log.jsonl"
+    if digest and digest_log(folder, int(digest.partition(" ")[0])) != digest:
+        sys.stderr.write(f"comad: {path} was changed or damaged since the last checkpoint; its figures may be wrong.\n")
     lines, damaged = read_log(folder)
     kept = [line for line in lines if line["step"] <= step]
     if damaged:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from comad.runtime.atomic import write_text
 from comad.runtime.command import get_flag
+from comad.runtime.seal import is_text_intact, sealed_text
 from comad.runtime.spelling import hint
 
 Config = TypeVar("Config")
@@ -21,7 +22,7 @@ LARGEST = 2**20
 
 
 def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = lambda plain: plain) -> Config:
-    """Read a config.
+    """Read a config; one that is not as a run wrote it counts as it is, and is told.
 
     Args:
         kind: what it is of.
@@ -36,9 +37,12 @@ def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = 
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is no recipe: it has more than {LARGEST:,} bytes.")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not is_text_intact(text):
+        sys.stderr.write(f"comad: {path} was edited or damaged since a run wrote it; it counts as it is now.\n")
     given, adapter = upgrade(given), TypeAdapter(kind)
     try:
         config = adapter.validate_python(given)
@@ -50,20 +54,23 @@ def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = 
 
 
 def write_recipe(config: object, path: Path) -> None:
-    """Write a resolved config."""
+    """Write a resolved config, with a checksum."""
     plain = TypeAdapter(type(config)).dump_python(config, mode="json")
-    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_text(path, sealed_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)))
 
 
-def resumed_recipe(read: Callable[[Path], Config], arguments: list[str], out: str) -> Config | None:
+def resumed_recipe(
+    read: Callable[[Path], Config], arguments: list[str], out: str, name: str = "config.yaml"
+) -> Config | None:
     """The recipe of a run that is to go on, from its folder; None if none goes on, or it cannot be read.
 
     Args:
         read: the reader, see `read_recipe`.
         arguments: of the command line; ``--run.resume`` and ``--run.out`` are looked at.
         out: the folder, if ``--run.out`` is not given.
+        name: of the file.
     """
-    path = Path(get_flag(arguments, "--run.out") or out) / "config.yaml"
+    path = Path(get_flag(arguments, "--run.out") or out) / name
     wanted = any(a.partition("=")[0] == "--run.resume" and a != "--run.resume=False" for a in arguments)
     if not wanted or not path.is_file():
         return None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -39,7 +40,7 @@ from comad.runtime.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from comad.runtime.log import RunLog, memory_gib, truncate_log
+from comad.runtime.log import RunLog, digest_log, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError, interrupt
@@ -102,6 +103,7 @@ class TrainState:
         module: as the engine wrapped it: call it for a forward pass.
         first: steps that were done before this process.
         saved: steps that were done when the last checkpoint was written.
+        logged: `digest_log` of then.
         loss, metrics: of the last forward pass; the metrics are computed only for steps that are logged.
     """
 
@@ -113,6 +115,7 @@ class TrainState:
     fabric: Fabric
     first: int = 0
     saved: int = 0
+    logged: str = ""
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     metrics: Callable[[], Mapping[str, Any]] = dict
 
@@ -130,7 +133,7 @@ class TrainState:
         if job.run.resume:
             state.first = state.saved = state.restore()
             if fabric.is_global_zero:
-                truncate_log(Path(job.run.out), state.first)
+                truncate_log(Path(job.run.out), state.first, state.logged)
         return state
 
     @property
@@ -160,6 +163,14 @@ class TrainState:
             self.average.update_parameters(self.job.module)
         return cast(Tensor, norm)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of a checkpoint: the module's state, its average, and two moments of all that is trained."""
+        state = [*self.job.module.state_dict().values()]
+        held = sum(x.nbytes for x in state if isinstance(x, Tensor))
+        moments = sum(2 * x.nbytes for x in self.job.module.parameters() if x.requires_grad)
+        return held * (1 + (self.average is not None)) + moments
+
     def save(self, step: int) -> None:
         """Write a checkpoint; the first process alone does."""
         with self.use_rng():
@@ -171,6 +182,7 @@ class TrainState:
             "average": self.average.state_dict() if self.average is not None else {},
             "random": random,
             "identity": json.dumps(self.job.identity),
+            "log": digest_log(Path(self.job.run.out)),
         }
         self.saved = step
         if self.fabric.is_global_zero:
@@ -195,6 +207,7 @@ class TrainState:
                 faults.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
                 sys.stderr.write(f"comad: {path} cannot be used, the one before is taken: {faults[-1]}\n")
             else:
+                self.logged = str(stored.get("log", ""))
                 return stored["step"]
         raise ValueError(f"no checkpoint of {out!r} can be used: {'; '.join(faults)}; pass --run.out for a new run.")
 
@@ -420,6 +433,22 @@ class Trainer:
         self.states = [TrainState.create(job, optim, fabric) for job in jobs]
         self.first = min(state.first for state in self.states)
         self.spent: dict[str, list[float]] = {"log": [], "probe": [], "save": []}
+        if fabric.is_global_zero:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """Look whether the disk has room for the checkpoints that are kept, one more, and an export of the weights."""
+        needed, out = 0, Path(self.run.out)
+        for state in self.states:
+            there = len(checkpoints(Path(state.job.run.out) / "checkpoints"))
+            needed += state.num_bytes * max(1, self.run.keep + 1 - there)
+            needed += sum(x.nbytes for x in state.job.module.parameters())
+        free = shutil.disk_usage(out).free
+        if needed > free:
+            raise ValueError(
+                f"{str(out)!r} has {free / 1e6:,.1f} MB free, and checkpoints and export need {needed / 1e6:,.1f} MB; "
+                "make room, lower --run.keep, or name another --run.out."
+            )
 
     @property
     def seconds(self) -> float:
