@@ -75,7 +75,9 @@ def _tell(error: Exception, out: str | None) -> int:
         return _fail("whoever read the output is gone; send it to a file, or go on with --run.resume.", 141)
     if isinstance(error, OSError) and error.strerror:
         return _fail(f"{error.filename or 'a file'}: {error.strerror}; {_remedy(error)}.")
-    if words := _out_of_memory(error):
+    from comad.runtime.trainer import reader_fault
+
+    if words := _out_of_memory(error) or reader_fault(error):
         return _fail(words, 3)
     return _unexpected(error, out)
 

@@ -69,7 +69,7 @@ def test_a_layout_that_is_damaged_or_of_another_version_is_found_anew(tmp_path, 
     (tmp_path / "t" / "layout.json").write_text(layout)
     again = open_store(tmp_path, value)
     assert again.known(ROWS, INPUTS).tolist() == ALL
-    assert set(json.loads((tmp_path / "t" / "layout.json").read_text())) == {"cls", "patches"}
+    assert set(json.loads((tmp_path / "t" / "layout.json").read_text())) == {"cls", "patches", "checksum"}
 
 
 def test_a_row_from_another_input_is_unknown(tmp_path):

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -508,6 +509,44 @@ def test_a_second_signal_ends_a_run_whose_worker_is_stuck(tmp_path):
 def test_too_little_shared_memory_is_told(text):
     assert "--shm-size" in (reader_fault(RuntimeError(text)) or "")
     assert reader_fault(RuntimeError("shapes do not match")) is None
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Bytes that every file system has free."""
+
+    def leave(count):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
+
+    return leave
+
+
+def test_too_little_shared_memory_is_told_before_the_first_step(tmp_path, free):
+    rows = [Rows(x, torch.tensor(i), torch.tensor(True)) for i, x in enumerate(ROWS)]
+    free(300)  # bytes; a row has 21, and 16 are read ahead
+    with pytest.raises(ValueError, match=r"need 0 MB of shared memory.*--shm-size 8g\), or pass --loader\.workers 0"):
+        fit(tmp_path, dataset=rows, keep=1)
+
+
+def test_a_disk_without_room_for_checkpoints_and_export_is_told_before_the_first_step(tmp_path, free):
+    free(223)  # two checkpoints of 8 numbers and their moments, and an export
+    with pytest.raises(
+        ValueError, match=r"'.*run' has 0\.0 MB free, and checkpoints and export need 0\.0 MB; make room"
+    ):
+        fit(tmp_path / "run", keep=1)
+    free(224)
+    fit(tmp_path / "run", keep=1)
+
+
+def test_a_log_that_was_changed_is_told(tmp_path, capfd):
+    fit(tmp_path)
+    path = tmp_path / "log.jsonl"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+    fit(tmp_path, resume=True)
+    assert f"{path} was changed or damaged since the last checkpoint" in capfd.readouterr().err
+    fit(tmp_path, optim=replace(OPTIM, epochs=4.0), resume=True)
+    fit(tmp_path, optim=replace(OPTIM, epochs=4.0), resume=True)
+    assert "was changed" not in capfd.readouterr().err.rpartition("step 24/24")[2]
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

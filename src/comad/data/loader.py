@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,10 @@ from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
 
+AHEAD = 4
+"""Batches that each process reads ahead."""
+SHARED = Path("/dev/shm")
+"""Where Linux keeps memory that processes share."""
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
 DECODED_TOGETHER = 4
@@ -187,18 +193,42 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 def training_batches(
     dataset: Any, batches: Iterable[Any], config: LoaderConfig, collate: Callable[[list], Any] | None = None
 ) -> DataLoader:
-    """Load the named batches in order, ahead of the training process. ``collate`` makes a batch of samples."""
+    """Load the named batches in order, ahead of the training process. ``collate`` makes a batch of samples.
+
+    Raises:
+        ValueError: there is too little shared memory to read ahead.
+    """
+    first = next(iter(batches), None) if config.num_workers else None
+    needed = config.num_workers * AHEAD * len(first) * _num_bytes(dataset[first[0]]) if first else 0
+    if not has_shared_memory(needed):
+        raise ValueError(
+            f"{config.num_workers} processes that read images ahead need {needed / 1e6:,.0f} MB of shared memory, and "
+            f"{SHARED} has less; give a container more (docker run --shm-size 8g), or pass --loader.workers 0."
+        )
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.num_workers,
-        prefetch_factor=4 if config.num_workers else None,
+        prefetch_factor=AHEAD if config.num_workers else None,
         timeout=config.deadline if config.num_workers else 0,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
     )
+
+
+def has_shared_memory(needed: int) -> bool:
+    """Whether processes have so many bytes to hand batches over in; a full one would kill them without a word."""
+    return not needed or not SHARED.is_dir() or needed <= shutil.disk_usage(SHARED).free
+
+
+def _num_bytes(sample: Any) -> int:
+    """Of all tensors in a sample."""
+    if isinstance(sample, Tensor):
+        return sample.nbytes
+    parts = sample.values() if isinstance(sample, dict) else sample if isinstance(sample, tuple | list) else ()
+    return sum(map(_num_bytes, parts))
 
 
 def _ignore_signals(worker: int) -> None:
@@ -246,7 +276,8 @@ def evaluation_views(
     the same alone and beside others. An unreadable file is a white image, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
-    workers = 2 if len(dataset) > 2048 else 0
+    ahead = 2 * 2 * batch_size * 3 * sum(size**2 for size in image_sizes)  # two workers, two batches each
+    workers = 2 if len(dataset) > 2048 and has_shared_memory(ahead) else 0
     unreadable = 0
     for views, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
         unreadable += int((~readable).sum())

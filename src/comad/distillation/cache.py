@@ -166,15 +166,18 @@ class TeacherCache:
         self.num_images = num_images
 
     def __call__(
-        self, batch: Batch, views: Sequence[Tensor], masks: Masks, compute: Callable[[int, Tensor], TeacherOutput]
+        self, batch: Batch, views: Sequence[Tensor], masks: Masks, compute: Callable[[int], TeacherOutput]
     ) -> list[TeacherOutput]:
         """The teacher outputs for a batch, from disk; what is not known yet is computed and kept.
+
+        If one row is unknown, the teacher sees the whole batch: the last bit of a matrix product may depend on how many
+        rows it has, and so a run whose cache was lost in part computes the same as before.
 
         Args:
             batch: which images and views.
             views: what each teacher sees.
             masks: which patches each teacher sees.
-            compute: (number of a teacher, samples of the batch) → its output for these samples.
+            compute: number of a teacher → its output for the batch.
         """
         rows = (batch.view * self.num_images + batch.image).cpu()
         outputs = []
@@ -182,8 +185,10 @@ class TeacherCache:
             inputs = input_checksums(view.cpu().contiguous(), visible)
             new = (~store.known(rows, inputs)).nonzero().flatten()
             if len(new):
-                store.write(rows[new], [inputs[i] for i in new.tolist()], compute(m, new))
-            outputs.append(_to(store.read(rows), batch.noise.device))
+                own = _mapped(compute(m), lambda part, new=new: part[new.to(part.device)])
+                store.write(rows[new], [inputs[i] for i in new.tolist()], own)
+            device = batch.noise.device
+            outputs.append(_mapped(store.read(rows), lambda part, to=device: part.to(to, non_blocking=True)))
         return outputs
 
 
@@ -299,10 +304,10 @@ def _quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (numbers / scale).round().to(torch.int8), scale
 
 
-def _to(output: TeacherOutput, device: torch.device) -> TeacherOutput:
-    """An output on a device."""
+def _mapped(output: TeacherOutput, call: Callable[[Tensor], Tensor]) -> TeacherOutput:
+    """An output, each of its tensors changed."""
     cls, patches, _, qkv = output
-    parts = [None if part is None else part.to(device, non_blocking=True) for part in (cls, patches, *(qkv or ())[:2])]
+    parts = [None if part is None else call(part) for part in (cls, patches, *(qkv or ())[:2])]
     return TeacherOutput(parts[0], parts[1], (), Tokens(*parts[2:]) if qkv else None)  # pyright: ignore[reportArgumentType]
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from comad.data.begin import begin_run
 from comad.data.loader import Batch
@@ -125,10 +124,8 @@ def cached_outputs(
     """The teachers' outputs from the cache; what is not known yet is computed and kept."""
     views = setup.teacher_views(batch.views)
 
-    def compute(m: int, samples: Tensor) -> TeacherOutput:
-        visible = tuple(None if part is None else part[samples.to(part.device)] for part in masks.teachers)
-        view = views[m][samples.to(views[m].device)].float() / 255
-        return distiller.forward_teacher(setup.teachers[m], m, view, masks._replace(teachers=visible))
+    def compute(m: int) -> TeacherOutput:
+        return distiller.forward_teacher(setup.teachers[m], m, views[m].float() / 255, masks)
 
     return cache(batch, views, masks, compute)
 
