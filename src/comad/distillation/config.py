@@ -159,5 +159,6 @@ class DistillConfig:
             )
             raise ValueError(
                 "--cache-teachers needs images and masks that repeat; add --no-cache-teachers, or leave out "
-                f"--masking.{option.replace('_', '-')}."
+                f"--masking.{option.replace('_', '-')}"
+                f"{' (or add --masking.mixup-outputs)' if option == 'mixup' else ''}."
             )

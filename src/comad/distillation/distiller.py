@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.distillation.features import StudentOutput, TeacherOutput, block_at, forward_teacher
+from comad.distillation.features import StudentOutput, TeacherOutput, block_at, forward_teacher, map_output
 from comad.distillation.fusion import Pair
 from comad.distillation.health import central_patches, health_metrics, mean_shares
 from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks, move, move_patches
@@ -459,7 +459,7 @@ def repeat_for_masks(
     def again(part: Tensor) -> Tensor:
         return part.repeat(times, *(1,) * (part.ndim - 1))
 
-    outputs = [map_tokens(again, o)._replace(qkv=o.qkv and map_tokens(again, o.qkv)) for o in teachers]
+    outputs = [map_output(again, output) for output in teachers]
     visible = tuple(None if part is None else again(part) for part in masks.teachers)
     noise = None if masks.noise is None else again(masks.noise)
     return again(images), outputs, masks._replace(teachers=visible, noise=noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.distillation.masking import Visible
-from comad.models.backbone import Backbone, Hidden, Tokens
+from comad.models.backbone import Backbone, Hidden, Tokens, map_tokens
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime.slots import Slot
 
@@ -221,6 +222,11 @@ def forward_teacher(
     if size != images.shape[-1]:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
     return features.read(backbone, images, visible, hidden, needs)
+
+
+def map_output(function: Callable[[Tensor], Tensor], output: TeacherOutput) -> TeacherOutput:
+    """Apply a function to every tensor of an output."""
+    return map_tokens(function, output)._replace(qkv=output.qkv and map_tokens(function, output.qkv))
 
 
 def check_depths(*depths: float) -> None:
