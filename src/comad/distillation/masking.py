@@ -327,7 +327,7 @@ def move(x: Float[Tensor, "B C h w"], shift: Int[Tensor, "B 2"]) -> Float[Tensor
     return x.gather(3, columns[:, None, None, :].expand_as(x))
 
 
-def move_patches(patches: Float[Tensor, "B N E"], shift: Int[Tensor, "B 2"]) -> Float[Tensor, "B N E"]:
+def move_patches(patches: Float[Tensor, "B N E"], shift: Int[Tensor, "B 2"]) -> Tensor:
     """`move` for patches of a square grid."""
     side = math.isqrt(patches.shape[1])
     return move(patches.mT.unflatten(2, (side, side)), shift).flatten(2).mT
