@@ -69,7 +69,7 @@ class Masking(Slot, slot="masking", default="superset"):
         """Whether teachers see the images as they are, and their outputs are blended instead."""
         return False
 
-    def blend(self, part: Float[Tensor, B * any], noise: Float[Tensor, "B M1 N"]) -> Float[Tensor, B * any]:
+    def blend(self, part: Tensor, noise: Float[Tensor, "B M1 N"]) -> Tensor:
         """With ``mixup`` each row and the one before it, by a share of its noise that is uniform in [0, 1)."""
         if not self.mixup:
             return part
