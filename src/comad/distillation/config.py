@@ -12,7 +12,7 @@ import tyro
 from comad.data.loader import LoaderConfig
 from comad.distillation.method import Method
 from comad.models.quantized import Quantized
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
 from comad.runtime.run import RunConfig
