@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -51,12 +50,12 @@ class Inputs:
     Attributes:
         splits: the images.
         teachers: each as a name, or loaded.
-        student: a network of timm to train, in the place of ``config.student``.
+        student: a network to train, in the place of ``config.student``.
     """
 
     splits: Splits | None = None
     teachers: Sequence[Any] | None = None
-    student: VisionTransformer | None = None
+    student: nn.Module | None = None
 
 
 class Student(NamedTuple):
@@ -237,7 +236,7 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         rng = RngState()
         with rng.use():
             given = inputs.student
-            built.append((vit.build() if given is None else to_be_trained(given, vit.name), rng))
+            built.append((vit.build() if given is None else to_be_trained(given, vit.name, vit.image_size), rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):
