@@ -60,6 +60,11 @@ class Masking(Slot, slot="masking", default="superset"):
     mixup: bool = False
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "neighbours that images are mixed with" if self.mixup else ""
+
+    @property
     def repeats(self) -> bool:
         """Whether the teachers see the same again whenever a view comes again, so that their outputs can be cached."""
         return not self.mixup

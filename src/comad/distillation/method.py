@@ -17,6 +17,7 @@ from comad.distillation.objectives import FeatureLoss, Objective, TokenObjective
 from comad.models.mae_decoder import load_decoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime.slots import Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,12 @@ class Method:
     def active(self) -> dict[str, Objective]:
         """The objectives that have weight."""
         return {name: objective for name, objective in self.objectives.items() if objective.weight}
+
+    @property
+    def parts(self) -> tuple[Slot, ...]:
+        """What fills the slots, the active objectives one by one."""
+        slots = (self.masking, self.features, self.normalizer, self.aligner, self.fusion)
+        return (*slots, *self.active.values())
 
     def needs(self, what: str) -> bool:
         """Whether an objective reads ``tokens``, ``qkv`` or ``pixels``."""

@@ -245,6 +245,11 @@ class QueueLoss(Objective, name="queue"):
     temperature: float = 0.07
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "newest targets in the queue"
+
+    @property
     def uses_cls(self) -> bool:
         """See `Objective`."""
         return True
@@ -382,6 +387,11 @@ class AngleLoss(Objective, name="angle"):
     """
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "means of the teachers' directions so far"
+
+    @property
     def uses_cls(self) -> bool:
         """See `Objective`."""
         return True
@@ -418,6 +428,11 @@ class DistanceLoss(Objective, name="distances"):
     Images nearer in the teacher than the median are drawn together where the student has them further apart, the others
     are pushed apart where it has them nearer. Distances are shares of their mean.
     """
+
+    @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "images that distances are taken between"
 
     @property
     def uses_cls(self) -> bool:

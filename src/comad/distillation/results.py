@@ -161,7 +161,7 @@ def _card(
         images_seen=config.optim.images_seen(len(splits.train)),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(Path(config.run.out), config.optim.images_per_step), 2),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,

@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         write_recipe(config, out / "config.yaml")
     seed, size, images = config.run.seed, config.vit.image_size, splits.train
     views = ViewDataset(images, config.method.views(size, backbone.num_patches), seed, 2 * size)
-    data = TrainingBatches(views, len(images), images.path, config.optim.batch_size, seed, config.loader)
+    data = TrainingBatches(views, len(images), images.path, config.optim.pass_size, seed, config.loader)
     knn = KnnProbe(splits, size)
     job = Job(
         module=model,
@@ -114,7 +114,7 @@ def _architecture(backbone: Any) -> Any:
 
 
 def _check(config: PretrainConfig, splits: Splits) -> None:
-    count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
+    count, batch = len(splits.train), config.optim.images_per_step
     if count < batch:
         raise ValueError(
             f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
@@ -161,7 +161,7 @@ def export_teacher(
         command=f"comad pretrain {method} {flags(config, recipe(method))}".rstrip(),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(out, config.optim.images_per_step), 2),
         curve=tuple(_curve(out)),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
