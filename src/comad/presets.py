@@ -19,6 +19,7 @@ from comad.distillation.objectives import (
     AttentionLoss,
     DistanceLoss,
     FeatureLoss,
+    HOGLoss,
     MapLoss,
     Objective,
     PixelLoss,
@@ -81,12 +82,12 @@ DMAE = Method(
     aligner=StudentProjector(unit_length=True),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss(normalize=False)},
+    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss()},
 )
 """DMAE (arXiv:2208.12256): MAE, and tokens of the block at 3/4 (9 of 12, 18 of 24), class token too, at length 1.
 
-Both terms have weight 1, pixels are raw, as in the published code; its decoder has 8 blocks of width 512, here it is 1
-of width 128.
+Both terms have weight 1, and patches' pixels are normalised, as by the published command; its decoder has 8 blocks of
+width 512, here it is 1 of width 128.
 """
 
 G2SD = Method(
@@ -107,19 +108,19 @@ out.
 
 DMJD = Method(
     masking=Disjoint(mask_ratio=0.6, block=2),
-    normalizer=LayerNorm(),
-    aligner=StudentProjector(head="mlp"),
+    aligner=StudentProjector(head="identity"),
     fusion=Sum(),
     single_teacher=True,
     objectives={
-        "visible": FeatureLoss(where="visible", cls=False, distance="smooth-l1", temperature=2.0),
-        "hidden": FeatureLoss(where="hidden", cls=False, distance="mse"),
+        "visible": HOGLoss(where="visible", distance="smooth-l1", temperature=2.0),
+        "hidden": HOGLoss(where="hidden"),
     },
 )
 """Disjoint masking with joint distillation (arXiv:2301.00230): two masks of 2 x 2 patches without a common one.
 
-The published code compares with the image's HOG and has no teacher; here the targets are a teacher's tokens of the
-whole image. Both branches share one MLP; published are three layers for what is visible, one behind the decoder.
+As published, visible and hidden patches predict the image's histograms of gradients; a teacher is read for the scores
+beside the student's alone. A teacher's tokens take their place by ``--objectives.visible feature
+--objectives.visible.where visible --objectives.hidden feature --objectives.hidden.where hidden`` and a projector.
 """
 
 HYBRID = Method(
@@ -216,13 +217,14 @@ Its published norms have a weight per position too, ours one per channel: the sa
 
 C_RADIO = replace(
     PHI_S,
-    masking=WholeImages(shift=0.5),
+    masking=WholeImages(shift=0.5, scales=tuple(round(size / 432, 3) for size in (128, 192, 224, 256, 384, 432))),
     objectives={"cls": AngleLoss(), "patch": FeatureLoss(where="all", cls=False, distance="mse")},
 )
 """C-RADIOv4 (arXiv:2601.17237): angles of summaries balanced over teachers, patches of images moved for each network.
 
 What moves out on one side comes back on the other and does not count; published crops move over the larger image. Its
-random resolutions, DAMP and the loss to its own moving average are left out: a run has one size and one student.
+random resolutions are the published ones up to 432 pixels, as shares of the student's own; those from 512 on, DAMP and
+the loss to its own moving average are left out.
 """
 
 SIGLINO_LIKE = replace(
