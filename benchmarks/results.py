@@ -33,9 +33,9 @@ FORMER = """## Intervals of these tables
 
 Those of the demo and of composed scenes are t intervals of the differences paired by seed, over seeds, on the images
 they were scored on. Those marked *former* are of a bootstrap that drew seeds and concepts apart: for seeds that differ
-by 0, 1 and 2 points it covered 99, 96 and 93 % at three seeds, 100, 98 and 96 % at five, 77 % at one. No image's outcome
-was kept with them, so they cannot be made anew from what is stored; their commands do, and what those write today has
-the intervals of [methods](methods.md#intervals).
+by 0, 1 and 2 points it covered 99, 96 and 93 % at three seeds, 100, 98 and 96 % at five, 77 % at one. No image's
+outcome was kept with them, so they cannot be made anew from what is stored; their commands do, and what those write
+today has the intervals of [methods](methods.md#intervals).
 """
 CHANGED = {
     "comad-literal": "all teachers count at every position",
