@@ -33,7 +33,7 @@ from comad.evaluation.detection.run import detect
 from comad.evaluation.segmentation import config as segmentation
 from comad.evaluation.segmentation.run import segment
 from comad.exporting.package import ModelCard, export_backbone
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.presets import recipe
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,8 +29,8 @@ from comad.evaluation.tuning import recipe as tuning_recipe
 from comad.evaluation.views import load_one
 from comad.models.backbone import Backbone
 from comad.models.files import sha256_of
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
-from comad.models.timm_backbone import TimmBackbone, VitConfig
 from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
@@ -115,7 +115,7 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
     if isinstance(student, VitConfig):
         return student
     if isinstance(student, str):
-        return replace(default, name=student, width=None, depth=None, heads=None)
+        return replace(default, width=None, depth=None, heads=None).called(student)
     if type(student) is not VisionTransformer:
         raise ValueError(f"{type(student).__name__} is no plain Vision Transformer of timm; give one, or its name.")
     known: Any = getattr(student, "pretrained_cfg", None) or {}
@@ -177,8 +177,8 @@ def _names(config: Any) -> set[str]:
     return found.union(*(_names(group) for group in groups if is_dataclass(group)))
 
 
-def load_student(name: str = "vit_tiny_patch16_224", **options: Any) -> TimmBackbone:
-    """A network to train: a timm Vision Transformer by name.
+def load_student(name: str = "vit_tiny_patch16_224", **options: Any) -> Backbone:
+    """A network to train, of timm by its name.
 
     Args:
         name: timm's.

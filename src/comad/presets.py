@@ -26,7 +26,7 @@ from comad.distillation.objectives import (
     QueueLoss,
     RelationLoss,
 )
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint

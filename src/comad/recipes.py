@@ -106,8 +106,10 @@ def take_defaults(
     if resumed is not None and recipe_of not in (None, resumed.recipe_of):
         raise ValueError(f"the run was started with {resumed.recipe}; leave out --recipe-of, or pass --run.out.")
     if students:
-        plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
+        plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())
+    elif name := pop_flag(list(rest), "--student.name"):
+        default = replace(default, student=default.student.called(name))
     method = choose_members(default.method, rest)
     return rest, students, replace(default, method=method, plugin=(*default.plugin, *plugins))
 
@@ -140,7 +142,7 @@ def choose_members(method: Method, arguments: list[str]) -> Method:
 
 def with_students(config: DistillConfig, students: Sequence[str]) -> DistillConfig:
     """A distillation with all students that were named, alike but for their architecture."""
-    extra = tuple(replace(config.student, name=name) for name in students[1:])
+    extra = tuple(config.student.called(name) for name in students[1:])
     return replace(config, extra_students=extra) if students else config
 
 

@@ -13,7 +13,7 @@ from comad.distillation.features import Blocks, block_at, forward_teacher
 from comad.distillation.masking import Masks, Superset
 from comad.distillation.objectives import PixelLoss
 from comad.models.backbone import normalise_patches, patchify
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.presets import METHODS
 
 WHOLE = Masks(None, (None, None, None))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from comad.distillation.masking import Disjoint, Independent, Masking, Shared, Superset, WholeImages, num_visible
 from comad.models.backbone import resample_patches
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.presets import METHODS
 
 CPU = torch.device("cpu")
@@ -194,6 +194,9 @@ def test_mixup_blends_neighbours_by_a_share_that_belongs_to_the_sample():
         torch.testing.assert_close(mixed[index].double(), naive, atol=1e-4, rtol=0)
     assert 0 <= min(shares) < 0.05 and 0.95 < max(shares) < 1 and abs(sum(shares) / 200 - 0.5) < 0.06
     assert not masking.repeats and not Superset(mask_ratio_end=0.9).repeats
+    assert WholeImages(mixup=True, mixup_outputs=True).repeats and not WholeImages(mixup=True).repeats
+    with pytest.raises(ValueError, match=r"--masking\.mixup"):
+        WholeImages(mixup_outputs=True)
 
 
 def test_noise_of_the_masks_is_uniform_and_belongs_to_the_sample():

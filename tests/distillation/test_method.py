@@ -18,8 +18,8 @@ from comad.distillation.objectives import FeatureLoss, Objective
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.mae_decoder import load_decoder, save_decoder
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_teacher, teacher_from_module
-from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS
 
 STUDENT = VitConfig(image_size=16, patch_size=4, width=12, depth=2, heads=2)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from comad.models.decoder import MaskedDecoder
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig, build_optimizer
 
 

@@ -12,7 +12,7 @@ import tyro
 from comad.data.loader import LoaderConfig
 from comad.distillation.method import Method
 from comad.models.quantized import Quantized
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
 from comad.runtime.run import RunConfig
@@ -171,5 +171,6 @@ class DistillConfig:
             )
             raise ValueError(
                 "--cache-teachers needs images and masks that repeat; add --no-cache-teachers, or leave out "
-                f"--masking.{option.replace('_', '-')}."
+                f"--masking.{option.replace('_', '-')}"
+                f"{' (or add --masking.mixup-outputs)' if option == 'mixup' else ''}."
             )

@@ -22,8 +22,8 @@ from comad.distillation.samples import leave_samples
 from comad.evaluation.scoreboard import Candidate, Score, Scoreboard, score_all
 from comad.evaluation.scores import write_scores
 from comad.exporting.package import ModelCard, export_backbone, snippet
+from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, inherited_licence
-from comad.models.timm_backbone import TimmBackbone
 from comad.reporting.page import write_report
 from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.provenance import code_version, hardware
@@ -70,7 +70,7 @@ class TrainedStudent(NamedTuple):
     """A student at the end of training: the config that it would have alone, itself before, and what was trained."""
 
     config: DistillConfig
-    untrained: TimmBackbone
+    untrained: Backbone
     distiller: Distiller
 
 
@@ -118,7 +118,8 @@ def _leave(
     )
     leave_samples(trained.distiller, teachers, splits, scores, out)
     fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
-    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    program = snippet(trained.distiller.student, folder, splits.train.eval_crop)
+    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{program}")
     return DistillResult(out, scores, board)
 
 

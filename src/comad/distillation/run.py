@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller, calibrate
-from comad.distillation.features import TeacherOutput
+from comad.distillation.features import TeacherOutput, map_output
 from comad.distillation.health import CollapseDetector
 from comad.distillation.masking import Masks, drop_unused_masks
 from comad.distillation.results import DistillResult, TrainedStudent, finish
@@ -93,7 +94,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
         ValueError: that folder holds the proxy of another setup.
     """
     out = Path(f"{config.run.out}-proxy")
-    proxy = replace(config.student, name=config.through, width=None, depth=None, heads=None)
+    proxy = replace(config.student, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     splits = None if inputs is None else inputs.splits
@@ -112,16 +113,20 @@ def of_passes(config: DistillConfig) -> str:
 
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
     """The training loop: masks, teachers, then student, loss and backward of everyone."""
-    method, teachers, distiller = setup.config.method, setup.teachers, setup.students[0].distiller
+    masking, teachers, distiller = setup.config.method.masking, setup.teachers, setup.students[0].distiller
     for step in trainer:
         for batch in step:
-            views = [method.masking.blend(view.float() / 255, batch.noise) for view in batch.views]
-            masks = drop_unused_masks(method.masking(batch.noise, step.progress), teachers)
+            whole = [view.float() / 255 for view in batch.views]
+            views = [masking.blend(view, batch.noise) for view in whole]
+            masks = drop_unused_masks(masking(batch.noise, step.progress), teachers)
             if cache:
                 outputs = cached_outputs(cache, batch, masks, distiller, setup)
             else:
-                seen = enumerate(zip(teachers, setup.teacher_views(views), strict=True))
-                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in seen]
+                seen = setup.teacher_views(whole if masking.blends_outputs else views)
+                pairs = enumerate(zip(teachers, seen, strict=True))
+                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in pairs]
+            if masking.blends_outputs:
+                outputs = [map_output(partial(masking.blend, noise=batch.noise), output) for output in outputs]
             for state in step.states:
                 with step.microbatch(state):
                     loss, metrics = state.module(views[-1], outputs, masks)

@@ -34,9 +34,10 @@ from comad.exporting.fidelity import (
 )
 from comad.exporting.formats import FORMATS, OPSET, Format, Graph, Run, by_torch
 from comad.exporting.package import both_programs, check_place, timm_facts, write_timm
-from comad.exporting.source import Source, data_of, load_source, plain_card, run_folder, takes_size
+from comad.exporting.source import Source, data_of, load_source, plain_card, run_folder
 from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256_of
+from comad.models.students import takes_size
 from comad.runtime.atomic import replacing
 from comad.runtime.spelling import hint
 

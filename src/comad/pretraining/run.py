@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     out = Path(config.run.out)
     if fabric.is_global_zero:
         check_manifest(splits.train, out / "data.npy", bool(config.run.resume))
-    backbone = config.vit.build(**config.method.vit_arguments)
+    backbone = config.vit.build_vit(**config.method.vit_arguments)
     start = _start_from(config.init, backbone) if config.init else None
     if start is None and config.method.fixed_positions:
         fix_positions(backbone.vit)
@@ -135,9 +135,9 @@ def export_teacher(
     """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        untrained = config.vit.build()
+        untrained = config.vit.build_vit()
     method, size = config.method.kind, config.vit.image_size
-    plain = config.vit.build()
+    plain = config.vit.build_vit()
     plain.load_state_dict(backbone.state_dict())
     for network in (untrained, plain):
         network.take_pixels_of(backbone)
