@@ -160,7 +160,7 @@ def _teachers(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[
 
 
 def _untrained(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
-    scratch = replace(config.recipe, student=replace(config.recipe.student, pretrained=False))
+    scratch = replace(config.recipe, student=config.recipe.student.from_scratch)
     return [ComparisonRow(label="untrained", preset="untrained", teachers=(), kind="untrained", config=scratch)]
 
 

@@ -94,7 +94,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
         ValueError: that folder holds the proxy of another setup.
     """
     out = Path(f"{config.run.out}-proxy")
-    proxy = replace(config.student, width=None, depth=None, heads=None).called(config.through)
+    proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     splits = None if inputs is None else inputs.splits

@@ -15,6 +15,7 @@ from torch import nn
 from comad.models.backbone import Backbone
 from comad.models.feature_map_backbone import FeatureMapBackbone, create_whole
 from comad.models.networks import has_token_norm
+from comad.models.teachers import load_teacher, start_from
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
 
 SHAPE = ("patch_size", "width", "depth", "heads")
@@ -29,6 +30,7 @@ class VitConfig:
         name: a timm model name.
         image_size: pixels on the side of the training views; scores use the same.
         pretrained: start from timm's pretrained weights.
+        start: or from others of the same architecture, named as a teacher is: a file, an exported folder.
         patch_size: pixels on the side of a patch; of a network with a map its stride, where timm can change it.
         width: channels of a token, of a plain Vision Transformer.
         depth: its blocks.
@@ -39,6 +41,7 @@ class VitConfig:
     name: str = "vit_tiny_patch16_224"
     image_size: int = 224
     pretrained: bool = False
+    start: str | None = None
     patch_size: int | None = None
     width: int | None = None
     depth: int | None = None
@@ -46,6 +49,8 @@ class VitConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.pretrained and self.start:
+            raise ValueError("a student has one start; leave out --student.pretrained or --student.start.")
         for name in ("image_size", *SHAPE):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -69,22 +74,34 @@ class VitConfig:
         return {key: value for key, value in given.items() if value is not None}
 
     @property
+    def from_scratch(self) -> VitConfig:
+        """The same with random weights; equal to it if it begins with them."""
+        return replace(self, pretrained=False, start=None)
+
+    @property
     def start_licences(self) -> tuple[str, ...]:
         """The licence of the weights it starts from, if any."""
+        if self.start:
+            return (load_teacher(self.start, self.image_size).card.licence,)
         if not self.pretrained:
             return ()
         known = timm.get_pretrained_cfg(self.name)
         return (known.license if known and known.license else "unknown",)
 
     def build(self, **extra: Any) -> Backbone:
-        """Make the network, randomly initialised from torch's generator unless ``pretrained``.
+        """Make the network, randomly initialised from torch's generator unless it is ``pretrained`` or has a ``start``.
 
         Raises:
             ValueError: see `create_vit`; its sizes do not fit each other, or its weights cannot be had; or its tokens
                 have no norm, no method here trains one of its tokens, or its CNN would see what is hidden.
         """
-        if is_plain(self.name):
-            return self.build_vit(**extra)
+        backbone = self.build_vit(**extra) if is_plain(self.name) else self._build_map()
+        if self.start:
+            start_from(self.start, backbone)
+        return backbone
+
+    def _build_map(self) -> FeatureMapBackbone:
+        """Any other network than a plain Vision Transformer."""
         if names := [name for name in SHAPE[1:] if getattr(self, name) is not None]:
             options = ", ".join(f"--student.{name}" for name in names)
             raise ValueError(f"{self.name} is no plain Vision Transformer, and has no {options}; leave them out.")

@@ -157,7 +157,7 @@ def _scoring_seconds(setup: Setup) -> float:
     dtype = torch.bfloat16 if config.run.precision == "bf16" else None
     count = sum(len(labelled_indices(images)) for images in splits[:3])
     student = setup.students[0].distiller.student
-    own = [student] * (3 if config.student.pretrained else 2)
+    own = [student] * (2 if config.student == config.student.from_scratch else 3)
     sizes: dict[tuple[int, int], float] = {}
     total = 0.0
     for backbone in (None, *(teacher.backbone for teacher in setup.teachers), *own):
