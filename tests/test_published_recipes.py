@@ -41,7 +41,7 @@ def test_every_one_is_of_a_preset_and_says_where_it_stands():
 def test_options_go_before_it_and_other_presets_may_take_it():
     config = parse_distillation(["--preset", "unic", "--recipe-of", "unic", "--optim.epochs", "7"])
     assert config.optim.epochs == 7 and config.optim.betas == (0.9, 0.99) and config.student.drop_path == 0.1
-    assert config.augment.crop_scale == (0.08, 1.0) and config.recipe == "the published settings of unic"
+    assert config.augment.crop_scale == (0.08, 1.0) and config.settings == "the published settings of unic"
     assert parse_distillation(["--preset", "radio", "--recipe-of", "unic"]).recipe_of == "unic"
     assert parse_distillation(["--preset", "unic"]).optim == recipe("unic", demo=True).optim
 

@@ -104,7 +104,7 @@ def take_defaults(
     elif recipe_of:
         default = presets.published(recipe_of).applied(default, recipe_of)
     if resumed is not None and recipe_of not in (None, resumed.recipe_of):
-        raise ValueError(f"the run was started with {resumed.recipe}; leave out --recipe-of, or pass --run.out.")
+        raise ValueError(f"the run was started with {resumed.settings}; leave out --recipe-of, or pass --run.out.")
     if students:
         plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())

@@ -498,7 +498,7 @@ def without_positions(backbone: Any) -> Any:
 
 @torch.no_grad()
 def test_patches_of_moved_images_come_back_to_where_they_came_from(small_distillation):
-    setting = small_distillation(METHODS["c-radio"])
+    setting = small_distillation(replace(METHODS["c-radio"], masking=WholeImages(shift=0.5)))
     distiller = setting.distiller
     for network in (distiller.student, *(teacher.backbone for teacher in setting.teachers)):
         without_positions(network)

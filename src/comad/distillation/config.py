@@ -100,7 +100,7 @@ class DistillConfig:
         return replace(self, method=method, preset=preset, cache_teachers=cached)
 
     @property
-    def recipe(self) -> str:
+    def settings(self) -> str:
         """Whose optimiser settings these are, in words; single ones may have been changed."""
         return f"the published settings of {self.recipe_of}" if self.recipe_of else "the common settings"
 

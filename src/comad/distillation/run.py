@@ -57,7 +57,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     summary = setup.splits.summary()
     cards = [teacher.card.summary() for teacher in teachers]
-    recipe = f"{config.preset} by {config.recipe}: {config.optim.summary}"
+    recipe = f"{config.preset} by {config.settings}: {config.optim.summary}"
     lines = (*cards, licence_notice(teachers), recipe, of_passes(config), summary.text)
     fabric.print("\n".join(filter(None, lines)))
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now

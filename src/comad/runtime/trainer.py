@@ -408,9 +408,9 @@ class Trainer:
         now: Callable[[], float] = time.monotonic,
     ):
         if optim.pass_size % fabric.world_size:
+            flag = "microbatch" if optim.microbatch else "batch-size"
             raise ValueError(
-                f"{optim.pass_size} images of a forward pass cannot be shared by {fabric.world_size} processes; use a "
-                "multiple."
+                f"--optim.{flag} {optim.pass_size} cannot be shared by {fabric.world_size} processes; use a multiple."
             )
         if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
             keep_freed_memory()
