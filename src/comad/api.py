@@ -31,6 +31,7 @@ from comad.models.backbone import Backbone
 from comad.models.files import sha256_of
 from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
+from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
 from comad.presets import recipe as preset_recipe
@@ -62,7 +63,8 @@ def distill(
         out: folder of the run.
         method: what fills the slots, in the place of the preset's.
         overrides: any option of `comad distill` by its name: ``epochs=10``, ``batch_size=64``, ``image_size=96``,
-            ``fusion="mean"``, ``split="val"``, ``resume=True``; or a group of them: ``optim={"epochs": 10}``.
+            ``fusion="mean"``, ``split="val"``, ``resume=True``, ``budget="20min"``; or a
+            group of them: ``optim={"epochs": 10}``.
 
     Returns:
         The student and its scores.
@@ -95,7 +97,8 @@ def distill(
     config = override(config, overrides)
     splits = None if isinstance(data, str | Path) else data if isinstance(data, Splits) else load_images(data)
     objects = None if len(names) == len(specs) else specs
-    result = run_distillation(config, Inputs(splits=splits, teachers=objects, student=module))
+    inputs = Inputs(splits=splits, teachers=objects, student=module)
+    result = run_distillation(within_budget(config, inputs), inputs)
     assert result is not None, "only the first of several processes has a result"
     return result
 

@@ -89,7 +89,7 @@ def _out_of_memory(error: Exception) -> str:
     text = str(error)
     if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
         return ""
-    return "out of memory; lower --optim.batch-size (and raise --optim.accumulate), or pass --teachers-in offload."
+    return "out of memory; pass --optim.microbatch, for the same batch in smaller parts, or pass --teachers-in offload."
 
 
 def _unexpected(error: Exception, out: str | None) -> int:
@@ -109,7 +109,12 @@ def distill_command(arguments: list[str]) -> None:
     from comad.distillation.run import distill
     from comad.recipes import parse_distillation
 
-    distill(parse_distillation(arguments, "comad distill", _about(distill_command)))
+    config = parse_distillation(arguments, "comad distill", _about(distill_command))
+    if config.budget:
+        from comad.planning.budget import within_budget
+
+        config = within_budget(config)
+    distill(config)
 
 
 def pretrain_command(arguments: list[str]) -> None:

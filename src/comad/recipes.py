@@ -96,10 +96,15 @@ def take_defaults(
     plugins = pop_all(rest, "--plugin")
     load_plugins(plugins)
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
+    recipe_of = pop_flag(rest, "--recipe-of")
     default = base or _default(preset, recipe, rest)
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed
+    elif recipe_of:
+        default = presets.published(recipe_of).applied(default, recipe_of)
+    if resumed is not None and recipe_of not in (None, resumed.recipe_of):
+        raise ValueError(f"the run was started with {resumed.settings}; leave out --recipe-of, or pass --run.out.")
     if students:
         plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())
@@ -145,7 +150,8 @@ def choices_help() -> str:
     """What ``--help`` says about the options of a distillation that choose others."""
     slots = "; ".join(f"--{field} {{{','.join(slot.members)}}}" for field, slot in SLOTS.items())
     return (
-        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
+        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change; "
+        f"--recipe-of {{{','.join(presets.PUBLISHED)}}} takes that method's published optimiser settings. "
         f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
         "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
         "architecture; several times, for several students that share the teachers' passes, each in a folder of its "

@@ -65,7 +65,7 @@ def test_a_network_without_blocks_is_refused(name):
         ("dmae", WholeImages(), "--masking shared"),
         ("dmae", Shared(hidden="token"), "--masking.hidden drop"),
         ("g2sd", Independent(teacher_hidden="zero"), "--masking.teacher-hidden drop"),
-        ("dmjd", WholeImages(), "no patch is hidden.*--masking shared"),
+        ("dmjd", WholeImages(), "--masking shared"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(name, masking, words):
@@ -101,9 +101,9 @@ def test_heads_are_those_of_the_teacher_whose_attention_is_compared(name, heads)
     assert METHODS[name].compared_heads([teacher("a"), teacher("b", heads=2)]) == heads
 
 
-def test_identity_heads_are_for_attention_alone():
+def test_identity_heads_are_for_what_compares_no_tokens():
     identity = StudentProjector(head="identity")
-    assert {name for name, method in METHODS.items() if method.aligner == identity} == {"tinymim", "m-tinymim"}
+    assert {name for name, method in METHODS.items() if method.aligner == identity} == {"tinymim", "m-tinymim", "dmjd"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ def test_identity_heads_are_for_attention_alone():
         ("comad", [{"tokens"}, {"tokens"}]),
         ("tinymim", [{"qkv"}]),
         ("dmae", [{"tokens"}]),
+        ("dmjd", [set()]),
         ("hybrid", [{"qkv"}, {"tokens"}]),
     ],
 )

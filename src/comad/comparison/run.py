@@ -49,7 +49,7 @@ def compare(config: CompareConfig) -> str:
     _check_data(config, splits)
     for entry in entries:
         if entry.kind == "student":
-            entry.config.check(len(splits.train))
+            replace(entry.config, budget="").check(len(splits.train))
     hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
     out = _open(config)
     results: list[dict[int, Scores]] = [{} for _ in entries]
@@ -114,7 +114,7 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
     plain = identity_of(config.recipe)
     del plain["run"]["seed"]
-    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers)}
+    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers), "budget": config.recipe.budget}
     return {**plain, **own, "ablation": config.ablation or "none"}
 
 

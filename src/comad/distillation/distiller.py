@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -18,10 +20,18 @@ from comad.distillation.health import central_patches, health_metrics, mean_shar
 from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks, move, move_patches
 from comad.distillation.method import Method, num_heads
 from comad.distillation.objectives import FeatureLoss, Objective, Shapes, mean_over
-from comad.models.backbone import Backbone, Tokens, gather_patches, map_tokens, patchify, scatter_patches
+from comad.models.backbone import (
+    Backbone,
+    Tokens,
+    gather_patches,
+    map_tokens,
+    patchify,
+    resample_patches,
+    scatter_patches,
+)
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher
-from comad.models.timm_backbone import TimmBackbone
+from comad.models.timm_backbone import TimmBackbone, any_size
 from comad.runtime.run import TrainingError
 
 LOGGED_IMAGES = 32
@@ -105,7 +115,7 @@ class Distiller(nn.Module):
         """Channels of the pairs that an objective gets."""
         chosen = [compared[self.used.index(m)] for m in objective.subset(len(self.teacher_names)) if m in self.used]
         own = tuple(chosen[:1] if self.method.fusion.one_target else chosen)
-        return Shapes(self.student.width, own, num_heads(self.student))
+        return Shapes(self.student.width, own, num_heads(self.student), self.student.patch_size)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
@@ -201,15 +211,7 @@ class Distiller(nn.Module):
         compared = [self.compared_block] if self.compared_block else []
         blocks = sorted({*self.tap_blocks, *compared})
         moved = images if masks.shifts is None else move(images, masks.shifts[:, 0] * self.student.patch_size)
-        tokens = self.student(
-            moved,
-            masks.student,
-            self.method.masking.modes[0],
-            self.mask_token,
-            intermediates=blocks,
-            qkv=self.qkv_block,
-        )
-        tokens = move_back(tokens, masks, 0)
+        tokens = move_back(self._run(moved, masks, blocks), masks, 0)
         at = dict(zip(blocks, tokens.intermediates, strict=True))
         read = self._all_positions(at[self.compared_block] if self.compared_block else tokens, masks, fill=True)
         return StudentOutput(
@@ -219,6 +221,15 @@ class Distiller(nn.Module):
             qkv=tokens.qkv,
             pixels=self._reconstruct(images, tokens, masks),
         )
+
+    def _run(self, images: Float[Tensor, "B 3 H W"], masks: Masks, blocks: Sequence[int]) -> Tokens:
+        """The student on images of the step's size; its tokens are on its own grid."""
+        student, hidden = self.student, self.method.masking.modes[0]
+        read = {"intermediates": blocks, "qkv": self.qkv_block}
+        if masks.scale == 1:
+            return student(images, masks.student, hidden, self.mask_token, **read)
+        with any_size(student.vit) if isinstance(student, TimmBackbone) else nullcontext():
+            return on_grid(student(scaled(images, masks.scale, student.patch_size), **read), student.grid)
 
     def _all_positions(self, tokens: Tokens, masks: Masks, fill: bool = False) -> Float[Tensor, "B N1 D"]:
         """Class token, or the mean of the patches in its place, and the whole map; by ``fill`` with the decoder's."""
@@ -471,6 +482,19 @@ def repeat_for_masks(
     visible = tuple(None if part is None else again(part) for part in masks.teachers)
     noise = None if masks.noise is None else again(masks.noise)
     return again(images), outputs, masks._replace(teachers=visible, noise=noise)
+
+
+def scaled(images: Float[Tensor, "B 3 H W"], scale: float, patch_size: int) -> Float[Tensor, "B 3 h w"]:
+    """Images at a share of their size, in whole patches, one at least."""
+    side = max(1, round(images.shape[-1] * scale / patch_size)) * patch_size
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def on_grid(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+    """Patches of a square grid, and those of ``intermediates``, on another one."""
+    side = math.isqrt(tokens.patches.shape[1])
+    inner = tuple(on_grid(part, grid) for part in tokens.intermediates)
+    return tokens._replace(patches=resample_patches(tokens.patches, (side, side), grid), intermediates=inner)
 
 
 def move_back(tokens: Tokens, masks: Masks, network: int) -> Tokens:

@@ -18,6 +18,7 @@ from comad.models.backbone import Backbone
 from comad.models.mae_decoder import load_decoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime.slots import Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,8 @@ class Method:
             raise ValueError("no objective has a weight, so nothing would be trained; give one a weight.")
         if self.needs("qkv") and hides:
             raise ValueError("attention is compared on whole images; set --masking none.")
-        if self.needs("qkv") and getattr(self.masking, "shift", 0.0):
-            raise ValueError("attention is compared patch by patch; set --masking.shift 0.")
+        if self.needs("qkv") and (getattr(self.masking, "shift", 0.0) or getattr(self.masking, "scales", ())):
+            raise ValueError("attention is compared patch by patch; set --masking.shift 0 and leave out its scales.")
         if self.needs("pixels") and not (hides and self.masking.modes[0] == "drop"):
             raise ValueError(
                 "pixels are reconstructed of hidden patches, from what the student sees alone; set --masking shared "
@@ -73,6 +74,12 @@ class Method:
     def active(self) -> dict[str, Objective]:
         """The objectives that have weight."""
         return {name: objective for name, objective in self.objectives.items() if objective.weight}
+
+    @property
+    def parts(self) -> tuple[Slot, ...]:
+        """What fills the slots, the active objectives one by one."""
+        slots = (self.masking, self.features, self.normalizer, self.aligner, self.fusion)
+        return (*slots, *self.active.values())
 
     def needs(self, what: str) -> bool:
         """Whether an objective reads ``tokens``, ``qkv`` or ``pixels``."""

@@ -130,20 +130,26 @@ def candidates(trained: TrainedStudent) -> list[Candidate]:
         Candidate("init-only", "init_only", trained.untrained, size),
         Candidate("student", "student", trained.distiller.student, size),
     ]
-    if config.student.pretrained:
+    if config.student != config.student.from_scratch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            random = replace(config.student, pretrained=False).build()
+            random = config.student.from_scratch.build()
         rows.insert(0, Candidate("untrained", "untrained", random, size))
     return rows
 
 
 def _with_untrained(config: DistillConfig, scores: Sequence[Score]) -> tuple[Score, ...]:
     """A student from scratch is untrained at its start, and is scored once."""
-    if config.student.pretrained or not scores:
+    if config.student != config.student.from_scratch or not scores:
         return tuple(scores)
     first = scores[0]
     return first._replace(row=replace(first.row, name="untrained", role="untrained")), *scores
+
+
+def _start(config: DistillConfig) -> str:
+    """What the student began with, in words; nothing of one from scratch."""
+    pretrained = f", starting from timm's weights of {config.student.name}" if config.student.pretrained else ""
+    return f", starting from {Path(config.student.start).name}" if config.student.start else pretrained
 
 
 def _card(
@@ -154,7 +160,7 @@ def _card(
     return ModelCard(
         name=f"{config.preset} student of {names}",
         licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
-        about=f"Distilled from the frozen teachers {names} by comad.",
+        about=f"Distilled from the frozen teachers {names} by comad{_start(config)}.",
         architecture=config.student.name,
         token_types=trained.distiller.token_types,
         preset=config.preset,
@@ -162,7 +168,7 @@ def _card(
         images_seen=config.optim.images_seen(len(splits.train)),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(Path(config.run.out), config.optim.images_per_step), 2),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,

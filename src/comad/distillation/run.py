@@ -55,10 +55,11 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
-    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        fabric.print(line)
     summary = setup.splits.summary()
-    fabric.print(summary.text)
+    cards = [teacher.card.summary() for teacher in teachers]
+    recipe = f"{config.preset} by {config.settings}: {config.optim.summary}"
+    lines = (*cards, licence_notice(teachers), recipe, of_passes(config), summary.text)
+    fabric.print("\n".join(filter(None, lines)))
     cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
@@ -93,13 +94,21 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
         ValueError: that folder holds the proxy of another setup.
     """
     out = Path(f"{config.run.out}-proxy")
-    proxy = replace(config.student, width=None, depth=None, heads=None).called(config.through)
+    proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     splits = None if inputs is None else inputs.splits
     student = None if inputs is None else inputs.student
     teacher = f"proxy={out / 'student'}"
     return replace(config, through="", teachers=(teacher,)), Inputs(splits=splits, student=student)
+
+
+def of_passes(config: DistillConfig) -> str:
+    """What a step of several forward passes computes otherwise than one pass would, in words; nothing if nothing."""
+    parts = [part.of_a_pass for part in config.method.parts if part.of_a_pass]
+    if config.optim.passes == 1 or not parts:
+        return ""
+    return f"of {config.optim.pass_size} images, those of a pass, not of the whole step: {', '.join(parts)}"
 
 
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:

@@ -137,7 +137,7 @@ class Setup:
         """All batches of the run."""
         config, images = self.config, self.splits.train
         return TrainingBatches(
-            self.views, len(images), images.path, config.optim.batch_size, config.run.seed, config.loader
+            self.views, len(images), images.path, config.optim.pass_size, config.run.seed, config.loader
         )
 
     def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:

@@ -192,7 +192,7 @@ def random_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor,
     return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
 
 
-def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
+def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
     """Cut images into patches, rows first; pixels of a patch in the order row, column, colour."""
     b, c, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size

@@ -16,6 +16,7 @@ from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.huggingface import TransformersFeatures, pixels_of
 from comad.models.networks import has_token_norm
 from comad.models.objects import IMAGENET, Pixels, from_python_file, own_facts, timm_facts, vision_part
+from comad.models.teachers import load_teacher, start_from
 from comad.models.timm_backbone import TimmBackbone, create_vit, refuse_unknown
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, is_torchvision, torchvision_network
 
@@ -31,6 +32,7 @@ class VitConfig:
         name: of a timm model; torchvision:NAME; or NAME=NET.py:FUNCTION, whose function returns a network.
         image_size: pixels on the side of the training views; scores use the same.
         pretrained: start from timm's, or torchvision's, pretrained weights.
+        start: or from others of the same architecture, named as a teacher is: a file, an exported folder.
         patch_size: pixels on the side of a patch; of a network with a map its stride, where timm can change it.
         width: channels of a token, of a plain Vision Transformer.
         depth: its blocks.
@@ -41,6 +43,7 @@ class VitConfig:
     name: str = "vit_tiny_patch16_224"
     image_size: int = 224
     pretrained: bool = False
+    start: str | None = None
     patch_size: int | None = None
     width: int | None = None
     depth: int | None = None
@@ -48,6 +51,8 @@ class VitConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.pretrained and self.start:
+            raise ValueError("a student has one start; leave out --student.pretrained or --student.start.")
         for name in ("image_size", *SHAPE):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,22 +81,34 @@ class VitConfig:
         return {key: value for key, value in given.items() if value is not None}
 
     @property
+    def from_scratch(self) -> VitConfig:
+        """The same with random weights; equal to it if it begins with them."""
+        return replace(self, pretrained=False, start=None)
+
+    @property
     def start_licences(self) -> tuple[str, ...]:
         """The licence of the weights it starts from, if any."""
+        if self.start:
+            return (load_teacher(self.start, self.image_size).card.licence,)
         if not self.pretrained:
             return ()
         known = timm.get_pretrained_cfg(self.name)
         return (known.license if known and known.license else "unknown",)
 
     def build(self) -> Backbone:
-        """Make the network, randomly initialised from torch's generator unless ``pretrained``.
+        """Make the network, randomly initialised from torch's generator unless it is ``pretrained`` or has a ``start``.
 
         Raises:
             ValueError: nobody knows the name, sizes do not fit each other, weights cannot be had, or the network
                 cannot be trained here.
         """
-        if is_plain(self.name):
-            return self.build_vit()
+        backbone = self.build_vit() if is_plain(self.name) else self._build_other()
+        if self.start:
+            start_from(self.start, backbone)
+        return backbone
+
+    def _build_other(self) -> Backbone:
+        """Any other network than a plain Vision Transformer."""
         if names := [name for name in SHAPE[1:] if getattr(self, name) is not None]:
             options = ", ".join(f"--student.{name}" for name in names)
             raise ValueError(f"{self.name} is no plain Vision Transformer, and has no {options}; leave them out.")

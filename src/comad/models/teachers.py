@@ -268,3 +268,35 @@ def _card(source: Source) -> TeacherCard:
         unwrapped=source.unwrapped,
         **facts,
     )
+
+
+def start_from(spec: str, backbone: Backbone) -> TeacherCard:
+    """Copy the weights of a network of the same architecture into one that is to be trained, and its normalisation.
+
+    Args:
+        spec: named as a teacher is.
+        backbone: changed in place.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another architecture.
+    """
+    teacher = load_teacher(spec, backbone.image_size)
+    if _architecture(teacher.backbone) != _architecture(backbone):
+        raise ValueError(
+            f"{spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
+            f"{teacher.card.depth}, patches of {teacher.card.patch_size}) than what is to start from it; give both the "
+            "same shape, or start from scratch."
+        )
+    backbone.load_state_dict(teacher.backbone.state_dict())
+    for name in ("pixel_mean", "pixel_std"):
+        getattr(backbone, name).copy_(getattr(teacher.backbone, name))
+    return teacher.card
+
+
+def _architecture(backbone: Any) -> Any:
+    """What two networks must share if the weights of one are to mean the same in the other."""
+    shapes = {name: x.shape for name, x in backbone.state_dict().items()}
+    if not hasattr(backbone, "vit"):
+        return shapes
+    block = backbone.vit.blocks[0]
+    return shapes, block.attn.num_heads, str(block.norm1), str(block.mlp.act)

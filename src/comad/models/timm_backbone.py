@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.format import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -192,6 +194,18 @@ def math_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         if device.type == "cpu" and hasattr(part, "fused_attn"):
             cast(Any, part).fused_attn = False
+
+
+@contextmanager
+def any_size(vit: VisionTransformer) -> Iterator[None]:
+    """Let a network take images of other sizes within the context, its positions resampled: timm's dynamic_img_size."""
+    embed = cast(Any, vit.patch_embed)
+    before = embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size
+    embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size = False, False, Format("NHWC"), True
+    try:
+        yield
+    finally:
+        embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size = before
 
 
 def replace_linears(backbone: Backbone, make: Callable[[nn.Linear], nn.Module]) -> bool:

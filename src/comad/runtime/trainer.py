@@ -143,8 +143,8 @@ class TrainState:
         return self.job.rng.use() if self.job.rng else nullcontext()
 
     def backward(self, loss: Tensor, metrics: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Add the gradient of one batch of ``optim.accumulate``; ``metrics`` computes further numbers for the log."""
-        self.fabric.backward(loss / self.optim.accumulate)
+        """Add the gradient of one pass of ``optim.passes``; ``metrics`` computes further numbers for the log."""
+        self.fabric.backward(loss / self.optim.passes)
         self.loss, self.metrics = loss.detach(), metrics
 
     def update(self, lr: float) -> Tensor:
@@ -312,7 +312,7 @@ class StepLogger:
         now, (before, waited, step) = trainer.seconds, self.since
         self.since = (now, trainer.prefetcher.waited, done)
         steps_per_s = (done - step) / max(now - before, 1e-9)
-        metrics["images_per_s"] = steps_per_s * trainer.optim.batch_size * trainer.optim.accumulate
+        metrics["images_per_s"] = steps_per_s * trainer.optim.images_per_step
         metrics["data_wait"] = 100 * (trainer.prefetcher.waited - waited) / max(now - before, 1e-9)
         metrics["memory_gib"] = memory_gib()
         metrics["epoch"] = done / trainer.steps_per_epoch
@@ -361,7 +361,7 @@ class TrainStep:
         self.last = False
 
     def __iter__(self) -> Iterator[Any]:
-        count = self.trainer.optim.accumulate
+        count = self.trainer.optim.passes
         for number in range(count):
             self.last = number == count - 1
             try:
@@ -407,10 +407,10 @@ class Trainer:
         fabric: Fabric,
         now: Callable[[], float] = time.monotonic,
     ):
-        if optim.batch_size % fabric.world_size:
+        if optim.pass_size % fabric.world_size:
+            flag = "microbatch" if optim.microbatch else "batch-size"
             raise ValueError(
-                f"--optim.batch-size {optim.batch_size} cannot be shared by {fabric.world_size} processes; use a "
-                "multiple."
+                f"--optim.{flag} {optim.pass_size} cannot be shared by {fabric.world_size} processes; use a multiple."
             )
         if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
             keep_freed_memory()
@@ -427,7 +427,7 @@ class Trainer:
         return self.now() - sum(self.spent["probe"])
 
     def __enter__(self) -> Trainer:
-        span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
+        span = (self.first * self.optim.passes, self.total * self.optim.passes)
         with ExitStack() as context:
             self.received = context.enter_context(_signals())  # before workers are forked: Python loses Ctrl-C there
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
