@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
 from comad.runtime.command import parse, pop_all, pop_flag
+from comad.runtime.progress import warn
 from comad.runtime.recipe import read_recipe, resumed_recipe
 from comad.runtime.slots import Slot, load_plugins
 
@@ -143,14 +143,20 @@ def with_students(config: DistillConfig, students: Sequence[str]) -> DistillConf
 
 def choices_help() -> str:
     """What ``--help`` says about the options of a distillation that choose others."""
-    slots = "; ".join(f"--{field} {{{','.join(slot.members)}}}" for field, slot in SLOTS.items())
-    return (
-        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
-        f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
-        "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
-        "architecture; several times, for several students that share the teachers' passes, each in a folder of its "
-        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, "
-        "those for own images."
+    slots = [f"--{field} {{{','.join(slot.members)}}}: a slot of the method." for field, slot in SLOTS.items()]
+    return "\n".join(
+        (
+            "",
+            f"--preset {{{','.join(presets.METHODS)}}}: a published method, whose values the options change.",
+            "--recipe FILE.yaml: a recorded run, whose values the options change.",
+            "--student NAME: timm's architecture; several times, for several students that share the teachers' passes,",
+            "    each in a folder of its own. The options of --student.* then hold for all of them.",
+            *slots,
+            f"--objectives.NAME {{{','.join(Objective.members)}}} adds a term, or none removes it.",
+            "--plugin FILE.py adds members of your own.",
+            "",
+            "Defaults are the demo's; after --data FOLDER, those for own images.",
+        )
     )
 
 
@@ -185,7 +191,7 @@ def _renamed_flag(flag: str) -> tuple[str, dict[str, Any]]:
     name = _rename(f"{head}.{last.removeprefix('no_')}")
     head, _, last = name.removeprefix("method.").removesuffix(".name").replace("_", "-").rpartition(".")
     new = f"--{head}{'.' * bool(head)}{negated}{last}"
-    sys.stderr.write(f"comad: {flag} is called {new} now.\n")
+    warn(f"{flag} is called {new} now.")
     return new, {old: value or "none" for old, value in RENAMED_VALUES.get(name, {}).items()}
 
 
@@ -205,7 +211,7 @@ def upgrade(plain: Any) -> Any:
     load_plugins(plain.get("plugin") or [])  # its members may be named below
     if all(name == _rename(name) for name, _ in _leaves(plain, "")):
         return plain
-    sys.stderr.write("comad: this recipe has names of the first version; they are read by those of today.\n")
+    warn("this recipe has names of the first version; they are read by those of today.")
     renamed = {"teacher_image_size": "grid"} | {RENAMED.get(key, key): value for key, value in plain.items()}
     if isinstance(method := plain.get("method"), Mapping):
         renamed["method"] = _upgraded_method(method)

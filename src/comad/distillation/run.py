@@ -29,6 +29,7 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
@@ -48,6 +49,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     asked = config
+    say(announcement(config))
     if config.through:
         config, inputs = distill_proxy(config, inputs)
     fabric = start_fabric(config.run)
@@ -56,10 +58,10 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     runs = open_runs(config.run, config.student_folders, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        fabric.print(line)
+        say(line)
     summary = setup.splits.summary()
-    fabric.print(summary.text)
-    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    say(summary.text)
+    cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
@@ -81,6 +83,18 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     ]
     with eager_mode(config.compile):
         return finish(trained, setup.splits, teachers, fabric)
+
+
+def announcement(config: DistillConfig) -> str:
+    """The first line of a run: what will happen."""
+    names = [str(spec).partition("=")[0] if "=" in str(spec) else str(spec) for spec in config.teachers]
+    students = ", ".join(student.name for student in config.students)
+    after = "" if config.split == "none" else "scores, "
+    return (
+        f"{'going on to distil' if config.run.resume is True else 'distilling'} {', '.join(names) or 'teachers'} into "
+        f"{students} ({config.preset}) on {config.data}, {config.optim.epochs:g} epochs; then {after}a page and the "
+        f"student, in {config.run.out}."
+    )
 
 
 def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[DistillConfig, Inputs | None]:

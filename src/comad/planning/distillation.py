@@ -26,6 +26,7 @@ from comad.models.compiling import eager_mode
 from comad.planning.forecast import Plan
 from comad.planning.measure import Measured, Phases, assemble, engine, measure, share_of, steps_within_budget
 from comad.planning.profile import StepProfile, Training, now, profile_steps, seconds_of, seconds_per_image
+from comad.runtime.progress import say
 
 CALIBRATED = (64, 128)
 """Images of two calibrations that are timed."""
@@ -43,6 +44,7 @@ def plan_distillation(config: DistillConfig) -> Plan:
         raise ValueError("a plan is of one student; name one --student. A second costs its own part of a step alone.")
     start = now()
     alone, fabric = engine(config)
+    say("planning: the run is set up and takes some steps of each kind, about a minute.")
     setup = prepare(alone, fabric)
     loading = now() - start
     unknown, cache_bytes = _missing_from_cache(setup)
