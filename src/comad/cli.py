@@ -245,7 +245,7 @@ def plan_command(arguments: list[str]) -> None:
 
     kind, about, default = TASKS[task].kind, _about(plan_command), tasks[task]
     if default is None:
-        rest, students, recipe = take_defaults(arguments)
+        rest, students, recipe = take_defaults(arguments, fit=True)
         config = parse(kind, kind(recipe=recipe), rest, "comad plan", f"{about} {choices_help()}")
         config = replace(config, recipe=with_students(config.recipe, students))
     else:

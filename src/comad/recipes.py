@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from comad import presets
+from comad.data.load import load_images
+from comad.defaults import fit_to_data, this_machine, told
 from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
-from comad.runtime.command import parse, pop_all, pop_flag
-from comad.runtime.progress import warn
+from comad.runtime.command import get_flag, parse, pop_all, pop_flag
+from comad.runtime.progress import say_next, warn
 from comad.runtime.recipe import read_recipe, resumed_recipe
 from comad.runtime.slots import Slot, load_plugins
 
@@ -83,15 +85,18 @@ def parse_distillation(
     Raises:
         ValueError: an unknown preset, recipe or member of a slot.
     """
-    arguments, students, default = take_defaults(arguments, base)
+    arguments, students, default = take_defaults(arguments, base, fit=True)
     config = parse(DistillConfig, default, arguments, program, f"{description} {choices_help()}".strip())
     return with_students(config, students)
 
 
 def take_defaults(
-    arguments: Sequence[str], base: DistillConfig | None = None
+    arguments: Sequence[str], base: DistillConfig | None = None, fit: bool = False
 ) -> tuple[list[str], list[str], DistillConfig]:
-    """Take away what chooses defaults. Returns the other arguments, names of students, and the defaults."""
+    """Take away what chooses defaults. Returns the other arguments, names of students, and the defaults.
+
+    With ``fit`` those for own images are fitted to the images and to this machine, see `fitted`.
+    """
     rest = rename_flags(list(arguments))
     plugins = pop_all(rest, "--plugin")
     load_plugins(plugins)
@@ -100,6 +105,8 @@ def take_defaults(
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed
+    if fit and not (base or recipe or resumed):
+        default = fitted(default, rest)
     if students:
         plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())
@@ -115,6 +122,25 @@ def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> Di
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
     return presets.recipe(preset or "comad", demo=not own_data)
+
+
+def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:
+    """The recipe for own images, fitted to them and to this machine; not for bundled ones, and not for ``--help``.
+
+    Args:
+        config: of the paper.
+        arguments: options that are given; these count.
+        data: the images; None: those of ``--data``.
+    """
+    data = get_flag(list(arguments), "--data") if data is None else data
+    if data in (None, "stamps") or {"-h", "--help", "--help-all"} & set(arguments):
+        return config
+    given, images, machine = [a.partition("=")[0] for a in arguments], load_images(data).train, this_machine()
+    if not len(images):
+        return config
+    found = fit_to_data(config, images, machine, given)
+    say_next(told(found, config, images, machine, given))
+    return found
 
 
 def choose_members(method: Method, arguments: list[str]) -> Method:

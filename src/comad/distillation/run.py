@@ -49,7 +49,6 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     asked = config
-    say(announcement(config))
     if config.through:
         config, inputs = distill_proxy(config, inputs)
     fabric = start_fabric(config.run)
@@ -57,6 +56,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
+    say(announcement(setup))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
         say(line)
     summary = setup.splits.summary()
@@ -85,14 +85,16 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         return finish(trained, setup.splits, teachers, fabric)
 
 
-def announcement(config: DistillConfig) -> str:
-    """The first line of a run: what will happen."""
-    names = [str(spec).partition("=")[0] if "=" in str(spec) else str(spec) for spec in config.teachers]
-    students = ", ".join(student.name for student in config.students)
-    after = "" if config.split == "none" else "scores, "
+def announcement(setup: Setup) -> str:
+    """The first line of a run: what will happen. The trainer says how long it takes, as soon as that is known."""
+    config = setup.config
+    sizes = [sum(x.numel() for x in student.start.parameters()) / 1e6 for student in setup.students]
+    students = [f"{vit.name} ({size:.1f} M parameters)" for vit, size in zip(config.students, sizes, strict=True)]
+    scores = "" if config.split == "none" else "scores, "
     return (
-        f"{'going on to distil' if config.run.resume is True else 'distilling'} {', '.join(names) or 'teachers'} into "
-        f"{students} ({config.preset}) on {config.data}, {config.optim.epochs:g} epochs; then {after}a page and the "
+        f"{'going on to distil' if config.run.resume else 'distilling'} "
+        f"{', '.join(teacher.name for teacher in setup.teachers)} into {', '.join(students)} by {config.preset}, "
+        f"{config.optim.epochs:g} epochs of {len(setup.splits.train):,} images; then {scores}a page and the "
         f"student, in {config.run.out}."
     )
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -152,24 +152,8 @@ def memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class Tracker(Protocol):
-    """Where numbers and images of a run go beside its folder, under the names of ``log.jsonl``."""
-
-    def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
-        """Numbers of one step."""
-
-    def image(self, step: int, name: str, image: Any) -> None:
-        """One image: uint8 (H, W, 3)."""
-
-    def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """One table."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
 class TensorBoard:
-    """Events in ``tensorboard`` of the run's folder."""
+    """Events in ``tensorboard`` of the run's folder, under the names of ``log.jsonl``."""
 
     def __init__(self, folder: Path):
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -177,26 +161,26 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
-        """See `Tracker`."""
+        """Numbers of one step."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """See `Tracker`."""
+        """One image: uint8 (H, W, 3)."""
         self.writer.add_image(name, image, step, dataformats="HWC")
 
     def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """See `Tracker`; TensorBoard shows Markdown."""
+        """A table, which TensorBoard shows as Markdown."""
         lines = [titles, ["---"] * len(titles), *rows]
         self.writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step)
 
     def close(self) -> None:
-        """See `Tracker`."""
+        """Write what is left."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; its id is kept in ``wandb.txt``, so that one that goes on is the same there."""
+    """A run of Weights & Biases, see `TensorBoard`; its id is kept in ``wandb.txt``, for a run that goes on."""
 
     def __init__(self, folder: Path):
         try:
@@ -212,21 +196,25 @@ class WeightsAndBiases:
         write_text(kept, f"{self.run.id}\n")
 
     def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
-        """See `Tracker`."""
+        """See `TensorBoard`."""
         self.run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """See `Tracker`."""
+        """See `TensorBoard`."""
         self.run.log({name: self.wandb.Image(image)}, step=step)
 
     def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """See `Tracker`."""
+        """See `TensorBoard`."""
         cells = [[str(cell) for cell in row] for row in rows]
         self.run.log({name: self.wandb.Table(columns=list(titles), data=cells)}, step=step)
 
     def close(self) -> None:
-        """See `Tracker`."""
+        """See `TensorBoard`."""
         self.run.finish()
+
+
+Tracker = TensorBoard | WeightsAndBiases
+"""Where numbers, images and tables of a run go beside its folder."""
 
 
 def open_trackers(folder: Path, tensorboard: bool, wandb: bool) -> list[Tracker]:

@@ -32,6 +32,7 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """What launchers call the number of a process; the first that is set counts."""
 
 _told = {"quiet": bool(os.environ.get("COMAD_QUIET"))}
+_waiting: list[str] = []
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def quiet(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _told["quiet"] = before
+        _waiting.clear()
 
 
 def is_quiet() -> bool:
@@ -54,6 +56,13 @@ def say(text: str) -> None:
     """A line on what is being done; a terminal that is gone does not matter."""
     if not is_quiet():
         show(text)
+        while _waiting:
+            show(_waiting.pop(0))
+
+
+def say_next(text: str) -> None:
+    """Say it behind the next line: of what is refused before it begins, the reason is the only line."""
+    _waiting.append(text)
 
 
 def warn(text: str) -> None:

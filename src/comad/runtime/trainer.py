@@ -454,7 +454,7 @@ class Trainer:
         done = f"from step {self.first:,} on, " if self.first else ""
         say(
             f"training: {done}{self.total:,} steps of {batch} images, {self.optim.epochs:g} epochs of "
-            f"{self.data.num_images:,}; how long it takes is said after the first steps."
+            f"{self.data.num_images:,} images; how long it takes is said after the first steps."
         )
         self.begun, self.forecast = (self.seconds, self.first), False
 
