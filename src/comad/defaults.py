@@ -62,10 +62,11 @@ def fit_to_data(config: DistillConfig, images: ImageSet, machine: Machine, given
     """
     count = max(1, len(images))
     student, optim = config.student, config.optim
-    if not set(SIZE_FLAGS) & set(given):
+    if not {*SIZE_FLAGS, "--student.pretrained"} & set(given):
         rows, largest = (14, 224) if machine.gpu else (8, 96)
         patch = max(2, min(largest, median_side(images)) // rows)
-        student = replace(student, image_size=patch * rows, patch_size=patch)
+        if patch * rows != student.image_size:
+            student = replace(student, image_size=patch * rows, patch_size=patch)
     batch = min(count, 256 if machine.gpu else 64, 2 ** int(math.log2(max(8, count / 16))))
     optim = replace(optim, batch_size=batch)
     if not machine.gpu and "--optim.epochs" not in given:

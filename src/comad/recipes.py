@@ -10,7 +10,7 @@ from typing import Any
 
 from comad import presets
 from comad.data.load import load_images
-from comad.defaults import fit_to_data, this_machine, told
+from comad.defaults import SIZE_FLAGS, fit_to_data, this_machine, told
 from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
@@ -106,7 +106,8 @@ def take_defaults(
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed
     if fit and not (base or recipe or resumed):
-        default = fitted(default, rest)
+        fixed = () if all("patch16_224" in name for name in students) else SIZE_FLAGS
+        default = fitted(default, [*rest, *fixed])
     if students:
         plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())

@@ -41,7 +41,7 @@ def options_of(command: Callable[[list[str]], object]) -> Options:
     found: Options = {}
     for option, values in re.findall(r"(--[a-z][\w.-]*)(?: \{([^}]+)\})?", shown.getvalue()):
         if not option.endswith("."):
-            found[option] = found.get(option) or [value for value in values.split(",") if value]
+            found[option] = found.get(option) or [value for value in values.split(",") if value not in ("", "None")]
     return dict(sorted(found.items()))
 
 

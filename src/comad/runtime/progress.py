@@ -89,10 +89,11 @@ class _Screen:
         self.drawn = 0.0
 
     def add(self, what: str, total: int | None) -> Any:
+        self.count += 1
         if self.bars is None:
             self.bars = _rich_bars()
-            self.bars.start()
-        self.count += 1
+            with suppress(OSError):
+                self.bars.start()
         return self.bars.add_task(what, total=total, count="", note="")
 
     def draw(self, bar: Any, now: float, **values: Any) -> None:
@@ -102,9 +103,9 @@ class _Screen:
             self.bars.refresh()
 
     def remove(self, bar: Any) -> None:
+        self.count -= 1
         with suppress(OSError):
             self.bars.remove_task(bar)
-            self.count -= 1
             if not self.count:
                 self.bars.stop()
         if not self.count:
@@ -115,13 +116,18 @@ def _rich_bars() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            """A terminal that is gone ends nothing; rich would end the program."""
+            raise BrokenPipeError
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[count]}"),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=Screen(stderr=True),
         auto_refresh=False,
         transient=True,
         redirect_stdout=False,
