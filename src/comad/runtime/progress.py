@@ -92,8 +92,7 @@ class _Screen:
         self.count += 1
         if self.bars is None:
             self.bars = _rich_bars()
-            with suppress(OSError):
-                self.bars.start()
+            self.bars.start()
         return self.bars.add_task(what, total=total, count="", note="")
 
     def draw(self, bar: Any, now: float, **values: Any) -> None:
@@ -103,6 +102,8 @@ class _Screen:
             self.bars.refresh()
 
     def remove(self, bar: Any) -> None:
+        if self.bars is None:  # the terminal is gone
+            return
         self.count -= 1
         with suppress(OSError):
             self.bars.remove_task(bar)
@@ -192,11 +193,13 @@ class working:  # noqa: N801 it reads as what is being done
             say(f"{self.what}: {self._count(self.done, None)}{', ' if self.unit else ''}{clock(took)}")
 
     def _draw(self, now: float, note: str) -> None:
-        with suppress(OSError):  # the terminal is gone
+        try:
             if self.bar is None:
                 self.bar = _SCREEN.add(self.what, self.total)
             count = self._count(self.done, self.total)
             _SCREEN.draw(self.bar, now, completed=self.done, count=count, note=note)
+        except OSError:  # the terminal is gone
+            _SCREEN.bars, _SCREEN.count, self.bar = None, 0, None
 
     def _tell(self) -> None:
         """A line in a file."""
