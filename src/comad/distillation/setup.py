@@ -34,6 +34,7 @@ from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.runtime.checkpoint import RngState
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say, track
 
 SHORT = 256
 """Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
@@ -146,7 +147,8 @@ class Setup:
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
-        for batch in DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ():
+        loader = DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ()
+        for batch in track(loader, "calibrating", "batches", len(batches)):
             yield self.teacher_views([view.float() / 255 for view in batch.views])
 
     def cache_spec(self) -> CacheSpec:
@@ -186,6 +188,7 @@ class Setup:
 
     def compile(self) -> None:
         """Compile the blocks that a step runs."""
+        say("compiling: the first step takes a minute or more.")
         for backbone in (*(t.backbone for t in self.teachers), *(s.distiller.student for s in self.students)):
             compile_blocks(backbone)
 
