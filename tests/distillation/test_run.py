@@ -205,6 +205,35 @@ def test_mixup_blends_what_student_and_teachers_see_alike(command, tmp_path, mon
     assert (shown[0] >= pairs.amin(dim=0) - 1e-6).all() and (shown[0] <= pairs.amax(dim=0) + 1e-6).all()
 
 
+def test_mixup_of_outputs_shows_teachers_plain_images_and_can_be_cached(command, tmp_path, monkeypatch):
+    see, ask = Distiller.forward, Distiller.forward_teacher
+    shown, taught, blended = [], [], []
+
+    def forward(self, images, outputs, masks):
+        shown.append(images), blended.append(outputs[0].patches)
+        return see(self, images, outputs, masks)
+
+    def teach(self, teacher, m, images, masks):
+        output = ask(self, teacher, m, images, masks)
+        if m == 0:
+            taught.append((images, output.patches))
+        return output
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    monkeypatch.setattr(Distiller, "forward_teacher", teach)
+    mixing = ["--masking.mixup", "--masking.mixup-outputs", "--loader.fixed-views=2"]
+    same = ["--augment.jitter=0", "--optim.epochs=2", "--preset=radio", "--split=none", *mixing]
+    main(command(tmp_path / "live", *same))
+    plain, patches = taught[0]
+    pairs = torch.stack([plain, plain.roll(1, dims=0)])
+    share = ((shown[0] - pairs[1]) / (pairs[0] - pairs[1])).flatten(1).nanmedian(dim=1).values
+    wanted = share[:, None, None] * patches + (1 - share)[:, None, None] * patches.roll(1, dims=0)
+    torch.testing.assert_close(blended[0], wanted, atol=1e-4, rtol=1e-4)
+    main(command(tmp_path / "cached", *same, "--cache-teachers"))
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("live", "cached")]
+    assert weights[0] == weights[1]
+
+
 VARIANTS = {
     "in a step": ["--run.checkpoint-every=3", "--loader.workers=1", "--optim.ema=0.9"],
     "while it writes a checkpoint": ["--run.checkpoint-every=4", *CACHED],

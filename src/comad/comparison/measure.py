@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,11 +30,14 @@ from comad.evaluation.views import device, view_size
 from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256
 from comad.models.teachers import load_on_grid, load_teacher
+from comad.planning.budget import fit_epochs
+from comad.runtime.atomic import write_text
 from comad.runtime.log import hours_of_training
 from comad.runtime.options import identity_of
+from comad.runtime.progress import warn
 from comad.runtime.provenance import code_version
 from comad.runtime.run import RunConfig
-from comad.runtime.seal import is_intact
+from comad.runtime.seal import is_intact, sealed
 
 ROLES: dict[Kind, Role] = {
     "student": "student",
@@ -90,6 +92,32 @@ class RowRun:
         """Of this seed."""
         return self.row_folder / f"seed-{self.seed}"
 
+    @property
+    def fitted(self) -> DistillConfig:
+        """The row's config; with a budget as many epochs as train in that time, measured once for all seeds."""
+        config, path = self.entry.config, self.row_folder / "epochs.json"
+        if not config.budget:
+            return config
+        chosen = self._epochs(path)
+        if chosen is None:
+            out = replace(config.run, out=str(self.row_folder))
+            optim = fit_epochs(replace(config, run=out, cache_folder=""), training_only=True)
+            self.row_folder.mkdir(parents=True, exist_ok=True)
+            chosen = {"epochs": optim.epochs, "warmup_epochs": optim.warmup_epochs}
+            write_text(path, json.dumps(sealed(chosen)) + "\n")
+        return replace(config, budget="", optim=replace(config.optim, **chosen))
+
+    def _epochs(self, path: Path) -> dict[str, float] | None:
+        """What was measured; None if nothing was, or if it is told to be damaged."""
+        if not path.is_file():
+            return None
+        with suppress(ValueError, KeyError):
+            found = read_json(path, "begin again")
+            if is_intact(found):
+                return {"epochs": found["epochs"], "warmup_epochs": found["warmup_epochs"]}
+        warn(f"{path} is damaged; how many epochs fit the budget is measured again.")
+        return None
+
     def run(self, name: str) -> RunConfig:
         """A run in a sub-folder of the unit, resumed if it has begun."""
         return replace(self.config.recipe.run, out=str(self.folder / name), seed=self.seed, resume="auto")
@@ -126,7 +154,8 @@ def check(unit: RowRun, fabric: Fabric) -> None:
     if kind == "pixels":
         return
     if kind == "student":
-        distiller = prepare(unit.entry.config, fabric, Inputs(splits=unit.splits)).students[0].distiller
+        setup = prepare(replace(unit.entry.config, budget=""), fabric, Inputs(splits=unit.splits))
+        distiller = setup.students[0].distiller
         backbone: Any = copy.copy(distiller.student)
         backbone.token_types = distiller.token_types
     else:
@@ -147,14 +176,15 @@ def _score(unit: RowRun, backbone: Backbone | None) -> Score:
 
 def _distilled(unit: RowRun) -> TrainedModel:
     """Distil the student, or go on, or find it done."""
-    student, config = unit.folder / "run" / "student", unit.entry.config
+    student, config = unit.folder / "run" / "student", unit.fitted
     card = _card(student / "config.json")
     if card is None:
         shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
-        run = replace(config, run=unit.run("run"), split="none", cache_folder=shared)
+        own = "" if unit.entry.config.budget else shared  # or the first row would fill it for all, in its own time
+        run = replace(config, run=unit.run("run"), split="none", cache_folder=own)
         distill(run, Inputs(splits=unit.splits))
         card = read_json(student / "config.json", "begin again")["comad"]
-    seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
+    seconds = 3600 * hours_of_training(student.parent, config.optim.images_per_step)
     facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 3), "code": card["code"]}
     return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
 
@@ -167,7 +197,7 @@ def _card(path: Path) -> dict[str, Any] | None:
         content = read_json(path, "begin again")
         if is_intact(content) and content["comad"]["sha256"] == sha256(path.with_name("model.safetensors")):
             return content["comad"]
-    sys.stderr.write(f"comad: {path.parent} is damaged; the student is exported again from its last checkpoint.\n")
+    warn(f"{path.parent} is damaged; the student is exported again from its last checkpoint.")
     return None
 
 
@@ -258,6 +288,8 @@ def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
     """What a result depends on, as nested plain values; teachers apart, by their weights."""
     plain = identity_of(config)
     del plain["run"]["seed"]
+    if config.budget:
+        plain["budget"] = config.budget
     if not config.cache_teachers:
         plain["cache_storage"] = "computed"
     return plain if kind == "student" else {name: plain[name] for name in ("student", "run")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from comad.reporting.page import write_report
 from comad.runtime.checkpoint import differences
 from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say, warn
 from comad.runtime.recipe import read_recipe, write_recipe
 from comad.runtime.run import start_fabric
 from comad.runtime.seal import is_text_intact
@@ -61,10 +61,10 @@ def compare(config: CompareConfig) -> str:
     for number, seed in enumerate(config.seeds):
         for position, entry in enumerate(entries):
             done = number * len(entries) + position + 1
-            _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
+            say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
             start = time.monotonic()
             results[position][seed] = measure(RowRun(entry, seed, config, splits, hashes, pictures))
-            _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
+            say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
     page = write_report([out])
@@ -119,7 +119,7 @@ def _read_record(path: Path) -> CompareConfig | None:
     with suppress(ValueError, OSError):
         if is_text_intact(path.read_text(encoding="utf-8")):
             return read_recipe(CompareConfig, path)
-    _say(f"comad: {path} is damaged; it is written anew, and runs of this comparison are found by their names.")
+    warn(f"{path} is damaged; it is written anew, and runs of this comparison are found by their names.")
     return None
 
 
@@ -127,15 +127,10 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
     plain = identity_of(config.recipe)
     del plain["run"]["seed"]
-    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers)}
+    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers), "budget": config.recipe.budget}
     return {**plain, **own, "ablation": config.ablation or "none"}
 
 
 def _scores(measured: Scores) -> str:
     scores = measured.scores[0].row.scores
     return ", ".join(f"{title_of(name)} {value:.1f}" for name, value in scores.items() if "_coarse" not in name)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 
 from comad.data.identity import Listed, check_manifest
 from comad.data.summary import Summary
+from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import RunConfig, first_for_all, open_runs
 
@@ -43,7 +44,13 @@ class Begun(NamedTuple):
     summary: Summary
 
 
-def begin_run(config: Any, fabric: Fabric, data: Data, parts: Sequence[str] = ("",)) -> Begun:
+def begin_run(
+    config: Any,
+    fabric: Fabric,
+    data: Data,
+    parts: Sequence[str] = ("",),
+    about: Callable[[bool], str] = lambda resumed: "",
+) -> Begun:
     """Take the folder of a run, tell what was found in its data, and write ``config.yaml`` and ``data.npy``.
 
     Args:
@@ -51,6 +58,7 @@ def begin_run(config: Any, fabric: Fabric, data: Data, parts: Sequence[str] = ("
         fabric: the engine.
         data: of a run that goes on, the training images must be those it began with.
         parts: folders of its parts, below its own.
+        about: whether it goes on → what else to tell, before the data.
 
     Raises:
         ValueError: the folder is in use or another's, there is nothing to resume, or the images changed.
@@ -58,7 +66,7 @@ def begin_run(config: Any, fabric: Fabric, data: Data, parts: Sequence[str] = ("
     runs = open_runs(config.run, parts, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     out, resumed, summary = Path(config.run.out), bool(config.run.resume), data.summary()
-    fabric.print(summary.text)
+    say("\n".join(filter(None, (about(resumed), summary.text))))
 
     def record() -> None:
         check_manifest(data.train, out / "data.npy", resumed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from comad.runtime.atomic import replacing
+from comad.runtime.progress import warn
 
 ROW = np.dtype([("name", "<u8"), ("content", "<i8"), ("label", "<i8")])
 
@@ -77,7 +77,7 @@ def check_manifest(images: Listed, path: Path, resumed: bool) -> None:
     now = manifest(images)
     before = _read_manifest(path) if resumed else None
     if resumed and before is None:
-        sys.stderr.write(f"comad: {path} cannot be read; whether the images changed, the checkpoint says.\n")
+        warn(f"{path} cannot be read; whether the images changed, the checkpoint says.")
     if before is not None and (changed := tell_changes(before, now)):
         raise ValueError(
             f"cannot resume {str(path.parent)!r}: its images are not those it was started with: {changed}; restore "

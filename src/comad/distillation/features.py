@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.distillation.masking import Visible
-from comad.models.backbone import Backbone, Hidden, Tokens
+from comad.models.backbone import Backbone, Hidden, Tokens, map_tokens
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime.slots import Slot
 
@@ -77,8 +78,7 @@ class FeatureSpec(Slot, slot="features", default="blocks"):
 
     def has_cls(self, backbone: Backbone) -> bool:
         """Whether there is a token in the place of the class token that carries meaning."""
-        given = getattr(getattr(backbone, "vit", None), "cls_token", None) is not None
-        return self.pooled or "cls" in backbone.token_types or (self.untrained_cls and given)
+        return self.pooled or "cls" in backbone.token_types or (self.untrained_cls and backbone.has_cls)
 
     @abstractmethod
     def read(
@@ -145,7 +145,7 @@ class Blocks(FeatureSpec, name="blocks"):
         needs: frozenset[str],
     ) -> TeacherOutput:
         """See `FeatureSpec.read`."""
-        blocks = num_blocks(backbone)
+        blocks = len(backbone.blocks)
         tokens_at = block_at(self.teacher, blocks) if "tokens" in needs and self.teacher < 1 else 0
         qkv_at = block_at(self.qkv, blocks) if "qkv" in needs else 0
         early = tokens_at > 0 or "tokens" not in needs
@@ -223,6 +223,11 @@ def forward_teacher(
     return features.read(backbone, images, visible, hidden, needs)
 
 
+def map_output(function: Callable[[Tensor], Tensor], output: TeacherOutput) -> TeacherOutput:
+    """Apply a function to every tensor of an output."""
+    return map_tokens(function, output)._replace(qkv=output.qkv and map_tokens(function, output.qkv))
+
+
 def check_depths(*depths: float) -> None:
     """Raise ValueError for what is no share of the blocks."""
     for depth in depths:
@@ -233,8 +238,3 @@ def check_depths(*depths: float) -> None:
 def block_at(depth: float, num_blocks: int) -> int:
     """Number of the block at a depth, from 1."""
     return max(1, round(depth * num_blocks))
-
-
-def num_blocks(backbone: Backbone) -> int:
-    """Blocks of a Vision Transformer; 0 of another network."""
-    return len(getattr(getattr(backbone, "vit", None), "blocks", ()))

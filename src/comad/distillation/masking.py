@@ -28,6 +28,7 @@ class Masks(NamedTuple):
         noise: uniform in [0, 1), for what a fusion leaves to chance about an image and a teacher.
         shifts: patches, down and right, by which each network's images are moved; row 0 is the student's.
         progress: share of the run that is done.
+        scale: size of the student's images in this step, as a share of its own.
     """
 
     student: Visible
@@ -35,6 +36,7 @@ class Masks(NamedTuple):
     noise: Float[Tensor, "B M"] | None = None
     shifts: Int[Tensor, "B M1 2"] | None = None
     progress: float = 0.0
+    scale: float = 1.0
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
@@ -60,16 +62,26 @@ class Masking(Slot, slot="masking", default="superset"):
     mixup: bool = False
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "neighbours that images are mixed with" if self.mixup else ""
+
+    @property
     def repeats(self) -> bool:
         """Whether the teachers see the same again whenever a view comes again, so that their outputs can be cached."""
         return not self.mixup
 
-    def blend(self, images: Float[Tensor, "B 3 H W"], noise: Float[Tensor, "B M1 N"]) -> Float[Tensor, "B 3 H W"]:
-        """With ``mixup`` each image and the one before it, by a share of its noise that is uniform in [0, 1)."""
+    @property
+    def blends_outputs(self) -> bool:
+        """Whether teachers see the images as they are, and their outputs are blended instead."""
+        return False
+
+    def blend(self, part: Tensor, noise: Float[Tensor, "B M1 N"]) -> Tensor:
+        """With ``mixup`` each row and the one before it, by a share of its noise that is uniform in [0, 1)."""
         if not self.mixup:
-            return images
-        share = noise.sum(dim=(1, 2)).remainder(1).to(images.dtype)[:, None, None, None]
-        return share * images + (1 - share) * images.roll(1, dims=0)
+            return part
+        share = noise.sum(dim=(1, 2)).remainder(1).to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
+        return share * part + (1 - share) * part.roll(1, dims=0)
 
     def __call__(self, noise: Float[Tensor, "B M1 N"], progress: float = 0.0) -> Masks:
         """Draw masks from uniform noise: row 0 is the student's, row m + 1 teacher m's.
@@ -103,21 +115,42 @@ class WholeImages(Masking, name="none"):
     Args:
         shift: standard deviation, in patches, of how far each network's images are moved, by whole patches and each
             network on its own; what both networks kept is compared (arXiv:2601.17237, "Shift Equivariance").
+        scales: sizes of the student's images, as shares of its own, of which each step draws one; its tokens are then
+            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). Empty: its own size alone.
+        mixup_outputs: with ``mixup`` teachers see the images as they are, and their outputs are blended as the
+            student's images are; so they can be cached.
     """
 
     shift: float = 0.0
+    scales: tuple[float, ...] = ()
+    mixup_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        if any(not 0 < scale <= 1 for scale in self.scales):
+            raise ValueError(
+                "the student's images are as large as its own at most: each of --masking.scales is in (0, 1]."
+            )
+        if self.mixup_outputs and not self.mixup:
+            raise ValueError("outputs of teachers are blended where the student's images are; set --masking.mixup.")
+
+    @property
+    def blends_outputs(self) -> bool:
+        """See `Masking.blends_outputs`."""
+        return self.mixup_outputs
 
     @property
     def repeats(self) -> bool:
         """See `Masking.repeats`."""
-        return not self.mixup and not self.shift
+        return self.mixup_outputs >= self.mixup and not self.shift
 
     def draw(self, noise: Float[Tensor, "B M1 N"], progress: float) -> Masks:
         """No masks."""
         shifts = None
         if self.shift:  # normal, made of the first two numbers
             shifts = (torch.special.ndtri(noise[:, :, :2].clamp(min=1e-6)) * self.shift).round().long()
-        return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts)
+        chance = float(noise[0].sum() % 1)
+        scale = self.scales[int(chance * len(self.scales))] if self.scales else 1.0
+        return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +343,7 @@ def move(x: Float[Tensor, "B C h w"], shift: Int[Tensor, "B 2"]) -> Float[Tensor
     return x.gather(3, columns[:, None, None, :].expand_as(x))
 
 
-def move_patches(patches: Float[Tensor, "B N E"], shift: Int[Tensor, "B 2"]) -> Float[Tensor, "B N E"]:
+def move_patches(patches: Float[Tensor, "B N E"], shift: Int[Tensor, "B 2"]) -> Tensor:
     """`move` for patches of a square grid."""
     side = math.isqrt(patches.shape[1])
     return move(patches.mT.unflatten(2, (side, side)), shift).flatten(2).mT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller, calibrate
-from comad.distillation.features import TeacherOutput
+from comad.distillation.features import TeacherOutput, map_output
 from comad.distillation.health import CollapseDetector
 from comad.distillation.masking import Masks, drop_unused_masks
 from comad.distillation.results import DistillResult, TrainedStudent, finish
@@ -29,6 +30,7 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, start_fabric
 from comad.runtime.trainer import Job, Trainer
@@ -55,12 +57,18 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     config, teachers = setup.config, setup.teachers
     if config.split != "none":
         rehearse(setup.splits._replace(test=getattr(setup.splits, config.split)))
-    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        fabric.print(line)
+    cards = [teacher.card.summary() for teacher in teachers]
+    settings = f"{config.preset} by {config.settings}: {config.optim.summary}"
+
+    def about(resumed: bool) -> str:
+        going_on = replace(setup, config=replace(config, run=replace(config.run, resume=resumed)))
+        lines = (announcement(going_on), *cards, licence_notice(teachers), settings, of_passes(config))
+        return "\n".join(filter(None, lines))
+
     recipe = replace(config, through=asked.through, teachers=asked.teachers)
-    recipe, runs, summary = begin_run(recipe, fabric, setup.splits, config.student_folders)
+    recipe, runs, summary = begin_run(recipe, fabric, setup.splits, config.student_folders, about)
     config = replace(config, run=recipe.run)
-    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         _record_students(recipe, runs, summary)
@@ -81,6 +89,20 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         return finish(trained, setup.splits, teachers, fabric)
 
 
+def announcement(setup: Setup) -> str:
+    """The first line of a run: what will happen. The trainer says how long it takes, as soon as that is known."""
+    config = setup.config
+    sizes = [sum(x.numel() for x in student.start.parameters()) / 1e6 for student in setup.students]
+    students = [f"{vit.name} ({size:.1f} M parameters)" for vit, size in zip(config.students, sizes, strict=True)]
+    scores = "" if config.split == "none" else "scores, "
+    return (
+        f"{'going on to distil' if config.run.resume else 'distilling'} "
+        f"{', '.join(teacher.name for teacher in setup.teachers)} into {', '.join(students)} by {config.preset}, "
+        f"{config.optim.epochs:g} epochs of {len(setup.splits.train):,} images; then {scores}a page and the "
+        f"student, in {config.run.out}."
+    )
+
+
 def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[DistillConfig, Inputs | None]:
     """The first of two stages: the teachers into a proxy. Returns the second one, whose only teacher is the proxy.
 
@@ -91,7 +113,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
         ValueError: that folder holds the proxy of another setup.
     """
     out = Path(f"{config.run.out}-proxy")
-    proxy = replace(config.student, name=config.through, width=None, depth=None, heads=None)
+    proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     splits = None if inputs is None else inputs.splits
@@ -100,18 +122,30 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
     return replace(config, through="", teachers=(teacher,)), Inputs(splits=splits, student=student)
 
 
+def of_passes(config: DistillConfig) -> str:
+    """What a step of several forward passes computes otherwise than one pass would, in words; nothing if nothing."""
+    parts = [part.of_a_pass for part in config.method.parts if part.of_a_pass]
+    if config.optim.passes == 1 or not parts:
+        return ""
+    return f"of {config.optim.pass_size} images, those of a pass, not of the whole step: {', '.join(parts)}"
+
+
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
     """The training loop: masks, teachers, then student, loss and backward of everyone."""
-    method, teachers, distiller = setup.config.method, setup.teachers, setup.students[0].distiller
+    masking, teachers, distiller = setup.config.method.masking, setup.teachers, setup.students[0].distiller
     for step in trainer:
         for batch in step:
-            views = [method.masking.blend(view.float() / 255, batch.noise) for view in batch.views]
-            masks = drop_unused_masks(method.masking(batch.noise, step.progress), teachers)
+            whole = [view.float() / 255 for view in batch.views]
+            views = [masking.blend(view, batch.noise) for view in whole]
+            masks = drop_unused_masks(masking(batch.noise, step.progress), teachers)
             if cache:
                 outputs = cached_outputs(cache, batch, masks, distiller, setup)
             else:
-                seen = enumerate(zip(teachers, setup.teacher_views(views), strict=True))
-                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in seen]
+                seen = setup.teacher_views(whole if masking.blends_outputs else views)
+                pairs = enumerate(zip(teachers, seen, strict=True))
+                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in pairs]
+            if masking.blends_outputs:
+                outputs = [map_output(partial(masking.blend, noise=batch.noise), output) for output in outputs]
             for state in step.states:
                 with step.microbatch(state):
                     loss, metrics = state.module(views[-1], outputs, masks)

@@ -56,7 +56,7 @@ def dense_job(
         ValueError: too few images for a batch.
     """
     optim, count = config.optim, len(dataset.images)
-    whole = optim.batch_size * optim.accumulate
+    whole = optim.images_per_step
     if count < whole:
         raise ValueError(
             f"{count} training pictures are too few for a batch of {whole}; set --optim.batch-size {count}."
@@ -71,7 +71,7 @@ def dense_job(
         ),
     )
     path, seed = dataset.images.path, config.run.seed
-    return job, TrainingBatches(dataset, count, path, optim.batch_size, seed, config.loader, collate)
+    return job, TrainingBatches(dataset, count, path, optim.pass_size, seed, config.loader, collate)
 
 
 def run_dense(

@@ -38,6 +38,7 @@ class Measured(NamedTuple):
         training: of one device.
         steps: what a step took.
         flops: for one image.
+        view_seconds: in which one core reads an image.
         peak: bytes of memory at the batch of the run.
         largest_batch, estimated: see `comad.planning.forecast.Plan`.
     """
@@ -45,6 +46,7 @@ class Measured(NamedTuple):
     training: Training
     steps: StepProfile
     flops: Flops
+    view_seconds: float
     peak: int
     largest_batch: int | None
     estimated: bool
@@ -73,7 +75,9 @@ def engine(config: Any) -> tuple[Any, Fabric]:
 
 def share_of(config: Any) -> OptimConfig:
     """What one of the run's devices computes."""
-    return replace(config.optim, batch_size=max(1, config.optim.batch_size // config.run.devices))
+    optim = config.optim
+    size = max(1, optim.pass_size // config.run.devices)
+    return replace(optim, batch_size=size, microbatch=None, accumulate=optim.passes)
 
 
 def measure(
@@ -110,6 +114,7 @@ def measure(
         training=training,
         steps=second._replace(starting=max(first.starting, second.starting)),
         flops=flops,
+        view_seconds=seconds_per_view(training.data),
         peak=max(with_probe, round(line[0] + line[1] * batch)),
         largest_batch=fits or None,
         estimated=estimated,
@@ -135,7 +140,7 @@ def assemble(
         task=task,
         machine=hardware(device, run.threads),
         epochs=config.optim.epochs,
-        images_per_step=config.optim.batch_size * config.optim.accumulate,
+        images_per_step=config.optim.images_per_step,
         batch=measured.training.optim.batch_size,
         measured_batch=took.batch,
         stages=stages,
@@ -146,7 +151,7 @@ def assemble(
             "log and checkpoints": logged * took.logging + saved * took.saving,
             "scores": phases.scoring,
         },
-        view_seconds=seconds_per_view(data),
+        view_seconds=measured.view_seconds,
         readers=min(data.config.num_workers, cores) * run.devices,
         peak=max(measured.peak, peak_bytes(device)),
         largest_batch=measured.largest_batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from comad.runtime.atomic import write_text
 from comad.runtime.command import get_flag
+from comad.runtime.progress import warn
 from comad.runtime.seal import is_text_intact, sealed_text
 from comad.runtime.spelling import hint
 
@@ -42,7 +42,7 @@ def read_recipe(kind: type[Config], path: Path, upgrade: Callable[[Any], Any] = 
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not is_text_intact(text):
-        sys.stderr.write(f"comad: {path} was edited or damaged since a run wrote it; it counts as it is now.\n")
+        warn(f"{path} was edited or damaged since a run wrote it; it counts as it is now.")
     given, adapter = upgrade(given), TypeAdapter(kind)
     try:
         config = adapter.validate_python(given)
@@ -77,7 +77,7 @@ def resumed_recipe(
     try:
         return read(path)
     except ValueError as error:
-        sys.stderr.write(f"comad: {' '.join(str(error).split())} The options of the command count.\n")
+        warn(f"{' '.join(str(error).split())} The options of the command count.")
         return None
 
 

@@ -25,6 +25,7 @@ from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.atomic import write_text
 from comad.runtime.lock import holding_runs
+from comad.runtime.progress import track
 
 SURE, LIKELIEST = 0.5, 3
 
@@ -81,7 +82,7 @@ def score_detector(
     results, count = [], min(len(images), limit or len(images))
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
         loaded = in_order(images.load_image, count, config.loader.num_workers)
-        for image, record in zip(loaded, images.records, strict=False):
+        for image, record in zip(track(loaded, "detecting", "images", count), images.records, strict=False):
             results += as_results(detect_in_image(module, image, config.image_size), record.id, images.categories)
     return score_results(images, results, [record.id for record in images.records[:count]]), results
 

@@ -22,6 +22,7 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.lock import holding_runs
+from comad.runtime.progress import track
 
 
 @holding_runs()
@@ -78,7 +79,9 @@ def count_answers(
     """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
     with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
-        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
+        count = min(len(images), limit or len(images))
+        loaded = in_order(images.load, count, config.loader.num_workers)
+        for image, truth in track(loaded, "segmenting", "images", count):
             answer = segment_image(module, image, config.short_side, config.crop, config.stride)
             counts.append(count_pixels(answer, truth, images.num_classes))
     return torch.stack(counts)
