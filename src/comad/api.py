@@ -18,6 +18,8 @@ from comad.comparison.config import CompareConfig
 from comad.comparison.run import compare as run_comparison
 from comad.data.images import Splits
 from comad.data.load import load_images
+from comad.defaults import CACHE_FLAGS, FLAGS, SIZE_FLAGS
+from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.results import DistillResult
 from comad.distillation.run import distill as run_distillation
@@ -37,7 +39,7 @@ from comad.planning.forecast import Plan
 from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
-from comad.recipes import SLOTS
+from comad.recipes import SLOTS, fitted
 from comad.runtime.spelling import hint
 
 
@@ -94,8 +96,10 @@ def distill(
     module = student if isinstance(student, VisionTransformer) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
-    config = override(config, overrides)
     splits = None if isinstance(data, str | Path) else data if isinstance(data, Splits) else load_images(data)
+    if not bundled:
+        config = _fitted(config, splits or data, overrides, student is None or isinstance(student, str))
+    config = override(config, overrides)
     objects = None if len(names) == len(specs) else specs
     inputs = Inputs(splits=splits, teachers=objects, student=module)
     result = run_distillation(within_budget(config, inputs), inputs)
@@ -322,4 +326,14 @@ def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str 
         ValueError: see `distill`.
     """
     config = replace(preset_recipe(preset, demo=str(data) == "stamps"), data=str(data))
-    return plan_distillation(override(replace(config, teachers=tuple(teachers) or config.teachers), overrides))
+    config = replace(config, teachers=tuple(teachers) or config.teachers)
+    if str(data) != "stamps":
+        config = _fitted(config, data, overrides, True)
+    return plan_distillation(override(config, overrides))
+
+
+def _fitted(config: DistillConfig, data: Any, overrides: Mapping[str, Any], sized: bool) -> DistillConfig:
+    """The recipe for own images, but for what is given; whether teachers are cached is left to who calls."""
+    names = {*overrides, *(key for group in overrides.values() if isinstance(group, Mapping) for key in group)}
+    given = [flag for flag in FLAGS if flag.rpartition(".")[2].removeprefix("--").replace("-", "_") in names]
+    return fitted(config, [*given, *CACHE_FLAGS, *(() if sized else SIZE_FLAGS)], data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,6 +26,7 @@ from comad.reporting.page import write_report
 from comad.runtime.checkpoint import differences
 from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say
 from comad.runtime.recipe import read_recipe, write_recipe
 
 RECORD = "comparison.yaml"
@@ -57,10 +57,10 @@ def compare(config: CompareConfig) -> str:
     for number, seed in enumerate(config.seeds):
         for position, entry in enumerate(entries):
             done = number * len(entries) + position + 1
-            _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
+            say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
             start = time.monotonic()
             results[position][seed] = measure(RowRun(entry, seed, config, splits, hashes, pictures))
-            _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
+            say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
     page = write_report([out])
@@ -121,8 +121,3 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
 def _scores(measured: Scores) -> str:
     scores = measured.scores[0].row.scores
     return ", ".join(f"{title_of(name)} {value:.1f}" for name, value in scores.items() if "_coarse" not in name)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

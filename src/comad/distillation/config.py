@@ -112,7 +112,7 @@ class DistillConfig:
     @property
     def student_folders(self) -> tuple[str, ...]:
         """Of each student, below the run's folder: the architecture, numbered if it comes again; one alone has none."""
-        names = [student.name for student in self.students]
+        names = [student.label for student in self.students]
         counts = [names[:place].count(name) for place, name in enumerate(names)]
         several = [name if not count else f"{name}-{count + 1}" for name, count in zip(names, counts, strict=True)]
         return tuple(several) if self.extra_students else ("",)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -400,8 +401,14 @@ class Distiller(nn.Module):
         training = self.training
         self.method.normalizer.calibrate(self.normalizer, chosen)
         self.eval()
-        normal = [self.method.normalizer(self.normalizer, part, m).patches for m, part in enumerate(chosen)]
-        self.method.aligner.calibrate(self.aligner, [part.flatten(0, 1) for part in normal])
+        normal = [self.method.normalizer(self.normalizer, part, m) for m, part in enumerate(chosen)]
+        self.method.aligner.calibrate(self.aligner, [part.patches.flatten(0, 1) for part in normal])
+        target = partial(self.method.aligner.teacher, self.aligner)
+        aligned = [
+            Tokens(None if cls is None else target(cls.unsqueeze(1), m).squeeze(1), target(patches, m))
+            for m, (cls, patches, *_) in enumerate(normal)
+        ]
+        self.method.fusion.calibrate(self.fusion, aligned)
         self.train(training)
         self.calibrated = True
 

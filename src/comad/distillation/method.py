@@ -10,7 +10,7 @@ import torch
 
 from comad.distillation.aligners import Aligner, ProcrustesAligner, StudentProjector
 from comad.distillation.features import Blocks, FeatureSpec, MAEDecoder
-from comad.distillation.fusion import Fusion, Gate
+from comad.distillation.fusion import Consensus, Fusion, Gate
 from comad.distillation.masking import HidingPatches, Masking, Superset, WholeImages
 from comad.distillation.normalizers import NoNormalizer, Normalizer
 from comad.distillation.objectives import FeatureLoss, Objective, TokenObjective
@@ -65,6 +65,8 @@ class Method:
             raise ValueError(
                 "no patch is hidden, so an objective over hidden ones trains nothing; set --masking shared."
             )
+        if isinstance(self.fusion, Consensus) and any(getattr(term, "teachers", "all") != "all" for term in terms):
+            raise ValueError("a consensus is one of all teachers; set --fusion sum where objectives have their own.")
         if self.features.every_position and self.masking.modes[1] != "drop":
             raise ValueError("a decoder fills in what was left out; set --masking.teacher-hidden drop.")
 
@@ -91,7 +93,7 @@ class Method:
     @property
     def num_calibration_images(self) -> int:
         """Images that must be calibrated on before training; 0: none."""
-        return max(self.normalizer.num_calibration_images, self.aligner.num_calibration_images)
+        return max(part.num_calibration_images for part in (self.normalizer, self.aligner, self.fusion))
 
     def for_student(self, student: Backbone) -> Method:
         """The method as a student can follow it: one that cannot leave out patches sees whole images.

@@ -25,8 +25,12 @@ from comad.exporting.package import ModelCard, export_backbone, snippet
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, inherited_licence
 from comad.reporting.page import write_report
-from comad.runtime.log import hours_of_training, read_log
+from comad.reporting.samples import SAMPLES, read_samples
+from comad.reporting.visuals import gate_images
+from comad.runtime.log import hours_of_training, open_trackers, read_log
+from comad.runtime.progress import working
 from comad.runtime.provenance import code_version, hardware
+from comad.runtime.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,26 @@ def _leave(
         model_args=config.student.arguments,
         card=_card(trained, splits, teachers, board, fabric),
     )
-    leave_samples(trained.distiller, teachers, splits, scores, out)
+    with working("images for the page"):
+        leave_samples(trained.distiller, teachers, splits, scores, out)
+        _track(config.run, board)
     fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
     program = snippet(trained.distiller.student, folder, splits.train.eval_crop)
     fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{program}")
     return DistillResult(out, scores, board)
+
+
+def _track(run: RunConfig, board: Scoreboard) -> None:
+    """Hand the scoreboard and the gate's maps to TensorBoard and Weights & Biases, if the run has them."""
+    out = Path(run.out)
+    lines, samples = read_log(out)[0], read_samples(out / SAMPLES)
+    step = lines[-1]["step"] if lines else 0
+    for tracker in open_trackers(out, run.tensorboard, run.wandb):
+        titles, *rows = board.cells()
+        tracker.table(step, "scoreboard", titles, rows)
+        for name, image in gate_images(samples).items():
+            tracker.image(step, f"gate/{name}", image)
+        tracker.close()
 
 
 def candidates(trained: TrainedStudent) -> list[Candidate]:

@@ -29,6 +29,7 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
@@ -58,9 +59,9 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     summary = setup.splits.summary()
     cards = [teacher.card.summary() for teacher in teachers]
     recipe = f"{config.preset} by {config.settings}: {config.optim.summary}"
-    lines = (*cards, licence_notice(teachers), recipe, of_passes(config), summary.text)
-    fabric.print("\n".join(filter(None, lines)))
-    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    lines = (announcement(setup), *cards, licence_notice(teachers), recipe, of_passes(config), summary.text)
+    say("\n".join(filter(None, lines)))
+    cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))
@@ -82,6 +83,20 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     ]
     with eager_mode(config.compile):
         return finish(trained, setup.splits, teachers, fabric)
+
+
+def announcement(setup: Setup) -> str:
+    """The first line of a run: what will happen. The trainer says how long it takes, as soon as that is known."""
+    config = setup.config
+    sizes = [sum(x.numel() for x in student.start.parameters()) / 1e6 for student in setup.students]
+    students = [f"{vit.name} ({size:.1f} M parameters)" for vit, size in zip(config.students, sizes, strict=True)]
+    scores = "" if config.split == "none" else "scores, "
+    return (
+        f"{'going on to distil' if config.run.resume else 'distilling'} "
+        f"{', '.join(teacher.name for teacher in setup.teachers)} into {', '.join(students)} by {config.preset}, "
+        f"{config.optim.epochs:g} epochs of {len(setup.splits.train):,} images; then {scores}a page and the "
+        f"student, in {config.run.out}."
+    )
 
 
 def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[DistillConfig, Inputs | None]:

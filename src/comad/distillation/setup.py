@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -35,6 +34,7 @@ from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.runtime.checkpoint import RngState
 from comad.runtime.options import identity_of
+from comad.runtime.progress import say, track
 
 SHORT = 256
 """Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
@@ -51,12 +51,12 @@ class Inputs:
     Attributes:
         splits: the images.
         teachers: each as a name, or loaded.
-        student: a network of timm to train, in the place of ``config.student``.
+        student: a network to train, in the place of ``config.student``.
     """
 
     splits: Splits | None = None
     teachers: Sequence[Any] | None = None
-    student: VisionTransformer | None = None
+    student: nn.Module | None = None
 
 
 class Student(NamedTuple):
@@ -147,7 +147,8 @@ class Setup:
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
-        for batch in DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ():
+        loader = DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ()
+        for batch in track(loader, "calibrating", "batches", len(batches)):
             yield self.teacher_views([view.float() / 255 for view in batch.views])
 
     def cache_spec(self) -> CacheSpec:
@@ -187,6 +188,7 @@ class Setup:
 
     def compile(self) -> None:
         """Compile the blocks that a step runs."""
+        say("compiling: the first step takes a minute or more.")
         for backbone in (*(t.backbone for t in self.teachers), *(s.distiller.student for s in self.students)):
             compile_blocks(backbone)
 
@@ -237,7 +239,7 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         rng = RngState()
         with rng.use():
             given = inputs.student
-            built.append((vit.build() if given is None else to_be_trained(given, vit.name), rng))
+            built.append((vit.build() if given is None else to_be_trained(given, vit.name, vit.image_size), rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,6 @@ def train_steps(trainer: Trainer) -> None:
 def sampled(count: int) -> list[int]:
     """Which of so many pictures have their answers kept: evenly spread."""
     return np.linspace(0, count - 1, min(NUM_SAMPLES, count)).astype(int).tolist()
-
-
-def tell(message: str) -> None:
-    """Show a line before the run."""
-    sys.stderr.write(f"comad: {message}\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

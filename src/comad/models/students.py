@@ -1,4 +1,4 @@
-"""Networks to be trained: any that timm knows by name."""
+"""Networks to be trained: by timm's or torchvision's name, from a Python file, or at hand."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from comad.models.backbone import Backbone
-from comad.models.feature_map_backbone import FeatureMapBackbone, create_whole
+from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures, create_whole
+from comad.models.huggingface import TransformersFeatures, pixels_of
 from comad.models.networks import has_token_norm
+from comad.models.objects import IMAGENET, Pixels, from_python_file, own_facts, timm_facts, vision_part
 from comad.models.teachers import load_teacher, start_from
-from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
+from comad.models.timm_backbone import TimmBackbone, create_vit, refuse_unknown
+from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, is_torchvision, torchvision_network
 
 SHAPE = ("patch_size", "width", "depth", "heads")
 """Options of a plain Vision Transformer; of other networks the first is the stride of the map."""
@@ -24,12 +26,12 @@ SHAPE = ("patch_size", "width", "depth", "heads")
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    """A network to be trained: of timm by its name. What is None stays as ``name`` has it.
+    """A network to be trained. What is None stays as ``name`` has it.
 
     Args:
-        name: a timm model name.
+        name: of a timm model; torchvision:NAME; or NAME=NET.py:FUNCTION, whose function returns a network.
         image_size: pixels on the side of the training views; scores use the same.
-        pretrained: start from timm's pretrained weights.
+        pretrained: start from timm's, or torchvision's, pretrained weights.
         start: or from others of the same architecture, named as a teacher is: a file, an exported folder.
         patch_size: pixels on the side of a patch; of a network with a map its stride, where timm can change it.
         width: channels of a token, of a plain Vision Transformer.
@@ -55,6 +57,11 @@ class VitConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"a network's {name.replace('_', ' ')} of {value} is too small; use 1 or more.")
+
+    @property
+    def label(self) -> str:
+        """The name as that of a folder, without the path of a file."""
+        return self.name.partition("=")[0].replace(":", "-")
 
     def called(self, name: str) -> VitConfig:
         """The same of another name; what it cannot have as no plain Vision Transformer is as the name has it."""
@@ -88,33 +95,38 @@ class VitConfig:
         known = timm.get_pretrained_cfg(self.name)
         return (known.license if known and known.license else "unknown",)
 
-    def build(self, **extra: Any) -> Backbone:
+    def build(self) -> Backbone:
         """Make the network, randomly initialised from torch's generator unless it is ``pretrained`` or has a ``start``.
 
         Raises:
-            ValueError: see `create_vit`; its sizes do not fit each other, or its weights cannot be had; or its tokens
-                have no norm, no method here trains one of its tokens, or its CNN would see what is hidden.
+            ValueError: nobody knows the name, sizes do not fit each other, weights cannot be had, or the network
+                cannot be trained here.
         """
-        backbone = self.build_vit(**extra) if is_plain(self.name) else self._build_map()
+        backbone = self.build_vit() if is_plain(self.name) else self._build_other()
         if self.start:
             start_from(self.start, backbone)
         return backbone
 
-    def _build_map(self) -> FeatureMapBackbone:
+    def _build_other(self) -> Backbone:
         """Any other network than a plain Vision Transformer."""
         if names := [name for name in SHAPE[1:] if getattr(self, name) is not None]:
             options = ", ".join(f"--student.{name}" for name in names)
             raise ValueError(f"{self.name} is no plain Vision Transformer, and has no {options}; leave them out.")
+        if made := from_python_file(self.name):
+            return to_be_trained(made[1], self.name, self.image_size)
+        if self.name.startswith(PREFIX):
+            return to_be_trained(torchvision_network(self.name, self.pretrained), self.name, self.image_size)
+        if not timm.is_model(self.name):
+            refuse_unknown(self.name)
         arguments = self.arguments | ({"drop_path_rate": self.drop_path} if self.drop_path else {})
         try:
             network = self._create(lambda: create_whole(self.name, self.pretrained, **arguments))
-            return map_to_be_trained(network, self.image_size)
         except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
-            told = str(error).partition("\n")[0][:160]
             raise ValueError(
-                f"{self.name} cannot be built like that ({told}); set another --student.image-size, and leave out "
-                "--student.patch-size and --student.drop-path."
+                f"{self.name} cannot be built like that ({_first_line(error)}); set another --student.image-size, and "
+                "leave out --student.patch-size and --student.drop-path."
             ) from error
+        return to_be_trained(network, self.name, self.image_size)
 
     def build_vit(self, **extra: Any) -> TimmBackbone:
         """`build`, of a plain Vision Transformer; ``extra`` are further arguments of timm's."""
@@ -132,7 +144,7 @@ class VitConfig:
             raise ValueError(
                 f"{self.name}: {self.image_size} pixels are no multiple of its {patch}-pixel patch; use {fit}."
             )
-        return to_be_trained(vit, self.name)
+        return vit_to_be_trained(vit, self.name)
 
     def _create(self, create: Any) -> Any:
         try:
@@ -145,18 +157,12 @@ class VitConfig:
 
 @functools.cache
 def is_plain(name: str) -> bool:
-    """Whether timm's network of that name is a plain Vision Transformer.
-
-    Raises:
-        ValueError: timm knows none of that name.
-    """
+    """Whether it is timm's name of a plain Vision Transformer."""
     try:
         with torch.device("meta"):
             create_vit(name, None)
         return True
-    except NotPlainError:
-        return False
-    except (NotImplementedError, RuntimeError):  # a constructor that computes with numbers
+    except (ValueError, NotImplementedError, RuntimeError):  # some constructors compute with numbers
         return False
 
 
@@ -166,7 +172,44 @@ def takes_size(name: str) -> bool:
     return bool(known and known.fixed_input_size)
 
 
-def to_be_trained(vit: VisionTransformer, name: str) -> TimmBackbone:
+def to_be_trained(module: nn.Module, name: str, image_size: int) -> Backbone:
+    """A network as a student: a plain Vision Transformer of timm can leave out patches, others see whole images.
+
+    Args:
+        module: a model of timm, of torchvision or of transformers, your own, see `comad.models.objects.own_facts`, or a
+            `Backbone`; it is trained in place.
+        name: what messages call it.
+        image_size: pixels on the side of the square images to come.
+
+    Raises:
+        ValueError: it gives no features, not of such images, or cannot be trained here.
+    """
+    if isinstance(module, Backbone):
+        return module
+    if type(module) is VisionTransformer:
+        return vit_to_be_trained(module, name)
+    try:
+        return map_to_be_trained(*_as_features(module, image_size), image_size)
+    except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot compute on {image_size} pixels ({_first_line(error)}); set another --student.image-size, "
+            "or name another network."
+        ) from error
+
+
+def _as_features(module: Any, image_size: int) -> tuple[nn.Module, Pixels]:
+    """A network under the names that `FeatureMapBackbone` reads, and its pixel normalisation."""
+    if hasattr(module, "config") and hasattr(module.config, "model_type"):
+        return TransformersFeatures(vision_part(module)), pixels_of(module) or IMAGENET
+    if is_torchvision(module):
+        return TorchvisionFeatures(module), IMAGENET
+    if hasattr(module, "forward_features") and (facts := timm_facts(module)):
+        return module, (facts["mean"], facts["std"])
+    pixels, prefix, has_cls = own_facts(module)
+    return ModuleFeatures(module, prefix, has_cls, image_size), pixels
+
+
+def vit_to_be_trained(vit: VisionTransformer, name: str) -> TimmBackbone:
     """A plain Vision Transformer of timm as a student, with the pixel normalisation that timm knows of it.
 
     Raises:
@@ -178,16 +221,13 @@ def to_be_trained(vit: VisionTransformer, name: str) -> TimmBackbone:
             f"{name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "
             "after pooling; name a plain one such as vit_tiny_patch16_224."
         )
-    return TimmBackbone(vit, *_pixels_of(vit))
+    facts = timm_facts(vit)
+    return TimmBackbone(vit, *((facts["mean"], facts["std"]) if facts else IMAGENET))
 
 
-def map_to_be_trained(network: nn.Module, image_size: int) -> FeatureMapBackbone:
-    """Any other network as a student, read at its end; parameters that its features do not depend on are frozen.
-
-    Raises:
-        ValueError: it gives no features; and what the network raises for images that it does not take.
-    """
-    backbone = FeatureMapBackbone(network.eval(), *_pixels_of(network), image_size)
+def map_to_be_trained(network: nn.Module, pixels: Pixels, image_size: int) -> FeatureMapBackbone:
+    """A network that is read at its end; parameters that its features do not depend on are frozen."""
+    backbone = FeatureMapBackbone(network.eval(), *pixels, image_size)
     tokens = backbone(torch.zeros(1, 3, image_size, image_size))
     read = tokens.patches.sum() if tokens.cls is None else tokens.patches.sum() + tokens.cls.sum()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -196,7 +236,5 @@ def map_to_be_trained(network: nn.Module, image_size: int) -> FeatureMapBackbone
     return backbone.train()
 
 
-def _pixels_of(network: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels, as timm knows them of a network."""
-    known = getattr(network, "pretrained_cfg", None) or {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return known["mean"], known["std"]
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:160]

@@ -16,6 +16,7 @@ from comad.models.backbone import Backbone
 from comad.models.networks import gives_tokens
 from comad.models.objects import from_object, from_python_file
 from comad.models.sources import Request, Size, Source, checked, find, take_options
+from comad.runtime.progress import track
 
 PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
 """Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
@@ -176,7 +177,7 @@ def load_on_grid(
         ValueError: two have the same name, or one cannot be loaded.
     """
     teachers = []
-    for spec in specs:
+    for spec in track(specs, "loading teachers", "teachers"):
         teacher = load_teacher(spec, image_size, dtype, rows=rows)
         if place:
             place(teacher.backbone)

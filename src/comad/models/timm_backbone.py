@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import timm
 import torch
@@ -226,6 +226,12 @@ class NotPlainError(ValueError):
     """The name is that of another kind of network."""
 
 
+def refuse_unknown(name: str) -> NoReturn:
+    """Raise ValueError for a name that timm does not know, and name near ones."""
+    near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
+    raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+
+
 def create_vit(name: str, image_size: int | None, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
     """Build a timm Vision Transformer by name, without a head, for square images of ``image_size`` pixels.
 
@@ -235,9 +241,8 @@ def create_vit(name: str, image_size: int | None, pretrained: bool = False, **ar
         ValueError: the name is unknown to timm.
         NotPlainError: it names a network that is not a plain Vision Transformer.
     """
-    if name not in timm.list_models():
-        near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
-        raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+    if not timm.is_model(name):
+        refuse_unknown(name)
     not_plain = NotPlainError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
     if image_size is not None:
         arguments["img_size"] = image_size

@@ -28,6 +28,7 @@ from comad.planning.forecast import Plan, budget_seconds, largest_fit
 from comad.planning.measure import Measured, Phases, assemble, engine, measure, share_of, steps_within_budget
 from comad.planning.profile import StepProfile, Training, now, profile_steps, seconds_of, seconds_per_image
 from comad.runtime.optim import OptimConfig
+from comad.runtime.progress import say
 
 CALIBRATED = (64, 128)
 """Images of two calibrations that are timed."""
@@ -64,6 +65,7 @@ def measure_distillation(
         raise ValueError("a plan is of one student; name one --student. A second costs its own part of a step alone.")
     start = now()
     alone, fabric = engine(config)
+    say("planning: the run is set up and takes some steps of each kind, about a minute.")
     setup = prepare(alone, fabric, inputs)
     loading = now() - start
     unknown, cache_bytes = _missing_from_cache(setup)

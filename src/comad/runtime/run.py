@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
 from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
 from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.progress import warn
 
 Metrics = Mapping[str, Any]
 LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
@@ -170,10 +170,10 @@ def _clean(out: Path, newest: Path | None, faults: Sequence[str]) -> None:
     for folder in (out, out / "checkpoints"):
         remove_leftovers(folder)
     for fault in faults:
-        sys.stderr.write(f"comad: {fault}\n")
+        warn(fault)
     if faults:
         start = f"goes on from {newest.name}" if newest else "begins again"
-        sys.stderr.write(f"comad: the run {start}; the damaged files are set aside as .damaged.\n")
+        warn(f"the run {start}; the damaged files are set aside as .damaged.")
         set_aside_after(out / "checkpoints", newest)
     if newest is None and (out / "log.jsonl").exists():
         truncate_log(out, 0)
