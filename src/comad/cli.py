@@ -73,7 +73,9 @@ def _tell(error: Exception, out: str | None) -> int:
         return _fail("whoever read the output is gone; send it to a file, or go on with --run.resume.", 141)
     if isinstance(error, OSError) and error.strerror:
         return _fail(f"{error.filename or 'a file'}: {error.strerror}; {_remedy(error)}.")
-    if words := _out_of_memory(error):
+    from comad.runtime.processes import lost_process
+
+    if words := lost_process(error) or _out_of_memory(error):
         return _fail(words, 3)
     return _unexpected(error, out)
 
@@ -370,9 +372,15 @@ def _print(text: str) -> int:
     return 0
 
 
+def _which_process() -> str:
+    """Which of several processes speaks; torch is not imported for that."""
+    known = sys.modules.get("comad.runtime.processes")
+    return f"{who}: " if known and (who := known.who()) else ""
+
+
 def _fail(message: str, status: int = 1) -> int:
     with suppress(OSError):  # nobody may be left to read it
-        sys.stderr.write(f"comad: {' '.join(message.split())}\n")
+        sys.stderr.write(f"comad: {_which_process()}{' '.join(message.split())}\n")
     return status
 
 

@@ -50,7 +50,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim.batch_size)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)

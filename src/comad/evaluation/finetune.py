@@ -145,7 +145,7 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
         subject: the network.
         splits: the images.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.tuning.optim.batch_size)
     trials = [finetune_once(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
     if not fabric.is_global_zero:
         return None

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from comad.runtime.atomic import remove_leftovers
@@ -19,6 +21,7 @@ from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
 from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
 from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.processes import layout, watch_children
 
 Metrics = Mapping[str, Any]
 LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
@@ -27,6 +30,10 @@ LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
 
 RUN_FILES = ("checkpoints", "config.yaml", "log.jsonl", "data.npy", "facts.json", "teacher-cache", "tensorboard")
 """Of these one at least is in the folder of a run that has begun."""
+
+
+MEETING = timedelta(hours=6)
+"""So long processes wait for one that scores a network; one that is gone is noticed at once."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,7 +60,8 @@ class RunConfig:
         keep: how many checkpoints to keep.
         tensorboard: write the numbers for TensorBoard too.
         wandb: send the numbers to Weights & Biases too.
-        devices: processes, one per GPU or CPU share; more than one under torchrun or by Fabric's own launcher.
+        devices: processes on this host, one per GPU or CPU share; under torchrun or srun those that it started, on all
+            its hosts.
         threads: CPU threads of the training step; 0: torch's choice. With small images fewer are faster where the
             loader's workers need cores, for threads wait for each other.
         stop_on_collapse: end the run when it is found to have collapsed, rather than only warn.
@@ -81,22 +89,33 @@ class RunConfig:
             raise ValueError(f"seed {self.seed} is no number of 32 bits; use one from 0 on.")
 
 
-def start_fabric(run: RunConfig) -> Fabric:
-    """Start the engine: one process, or DDP over several, on NVIDIA's GPUs or the CPU; bf16 by autocast.
+def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
+    """Start the engine: one process, or DDP over several on one host or more, on NVIDIA's GPUs or the CPU.
+
+    Args:
+        run: its options.
+        batch_size: of all processes together, which must be able to share it.
 
     Raises:
-        ValueError: a launcher started several processes, and ``run.devices`` is one.
+        ValueError: see `comad.runtime.processes.layout`; or the batch cannot be shared.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    if run.devices == 1 and (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"this is one of {count} processes, which would each train alone; set --run.devices {count}.")
+    here, hosts, environment = layout(run.devices)
+    if batch_size % (here * hosts):
+        raise ValueError(
+            f"--optim.batch-size {batch_size} cannot be shared by {here * hosts} processes; use a multiple."
+        )
+    os.environ["LOCAL_WORLD_SIZE"] = str(here)  # the loaders share this host's cores
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=run.devices,
-        strategy="ddp" if run.devices > 1 else "auto",
+        devices=here,
+        num_nodes=hosts,
+        strategy=DDPStrategy(timeout=MEETING) if here * hosts > 1 else "auto",
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        plugins=[environment],
     )
     fabric.launch()
+    watch_children(getattr(fabric.strategy.launcher, "procs", ()))
     return fabric
 
 

@@ -42,6 +42,7 @@ from comad.runtime.checkpoint import (
 from comad.runtime.log import RunLog, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
+from comad.runtime.processes import mean_of_all, together
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -299,11 +300,13 @@ class StepLogger:
             TrainingError: the loss or the gradient is not finite, or the run has collapsed and was told to stop.
         """
         state, trainer, run = self.state, self.trainer, self.state.job.run
-        values: dict[str, Any] = {"loss": state.loss, **extra}
-        finite = all(math.isfinite(float(values[name])) for name in ("loss", "grad_norm"))
-        with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
-            values |= state.metrics()
-        metrics = {name: float(value) for name, value in values.items()}
+        with together():
+            values: dict[str, Any] = {"loss": mean_of_all(state.loss), **extra}
+            finite = all(math.isfinite(float(values[name])) for name in ("loss", "grad_norm"))
+            with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
+                values |= state.metrics()
+            numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+            metrics = dict(zip(values, mean_of_all(numbers.to(state.fabric.device)).tolist(), strict=True))
         if not finite:
             raise TrainingError(
                 f"{self.log.title}loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint "
@@ -370,7 +373,8 @@ class TrainStep:
                 if number == 0:  # between two steps, where a run can go on
                     self.trainer.rescue(self.number)
                 raise
-            yield batch
+            with together():
+                yield batch
 
     @contextmanager
     def microbatch(self, state: TrainState) -> Iterator[TrainState]:
@@ -394,7 +398,7 @@ class Trainer:
         spent: what a log line, a probe and a checkpoint took, in seconds, in order of time.
 
     Raises:
-        ValueError: the batch cannot be shared by the processes, or a checkpoint belongs to another setup.
+        ValueError: a checkpoint belongs to another setup.
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run has collapsed and ``run.stop_on_collapse`` is set.
     """
@@ -407,11 +411,6 @@ class Trainer:
         fabric: Fabric,
         now: Callable[[], float] = time.monotonic,
     ):
-        if optim.batch_size % fabric.world_size:
-            raise ValueError(
-                f"--optim.batch-size {optim.batch_size} cannot be shared by {fabric.world_size} processes; use a "
-                "multiple."
-            )
         if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
             keep_freed_memory()
         self.run, self.data, self.optim, self.fabric, self.now = jobs[0].run, data, optim, fabric, now

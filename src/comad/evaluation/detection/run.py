@@ -46,7 +46,7 @@ def detect(config: DetectConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim.batch_size)
     job, data, splits, card = prepare(config, fabric)
     config = replace(config, run=open_run(config.run, fabric))
     job, out = replace(job, run=config.run), Path(config.run.out)

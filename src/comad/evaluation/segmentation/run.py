@@ -42,7 +42,7 @@ def segment(config: SegmentConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim.batch_size)
     job, data, splits, card = prepare(config, fabric)
     config = replace(config, run=open_run(config.run, fabric))
     job, out = replace(job, run=config.run), Path(config.run.out)
