@@ -596,12 +596,6 @@ def test_a_run_that_only_warms_up_is_told(tmp_path, capfd):
     assert "warms up" not in capfd.readouterr().err
 
 
-def test_one_of_several_processes_does_not_train_alone(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"one of 4 processes.*set --run\.devices 4"):
-        start_fabric(RunConfig())
-
-
 @pytest.mark.parametrize("name", ["log_every", "checkpoint_every", "keep", "devices"])
 def test_values_that_are_too_small_are_refused(name):
     with pytest.raises(ValueError, match=f"--run.{name.replace('_', '-')} 0 is too small"):
@@ -700,11 +694,3 @@ def test_the_job_that_fails_is_named(tmp_path):
     with pytest.raises(TrainingError, match="b: stopped at step 3: all tokens are alike"):
         fit_together(tmp_path, [0, 1], fields={1: {"watch": watch}}, stop_on_collapse=True)
     assert [len(log_of(tmp_path / name)) for name in "ab"] == [3, 4]
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
-    fabric = start_fabric(RunConfig(precision="fp32"))
-    monkeypatch.setattr(type(fabric), "world_size", 3)
-    job = Job(module=make_module(), run=RunConfig(out=str(tmp_path)), identity={})
-    with pytest.raises(ValueError, match=r"--optim\.batch-size 4 cannot be shared by 3 processes"):
-        Trainer([job], InOrder(4), OPTIM, fabric)

@@ -109,7 +109,7 @@ def _leave(
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
-        fabric.print(board.table())
+        print(board.table())
     folder = export_backbone(
         trained.distiller.student,
         out / "student",
@@ -117,8 +117,8 @@ def _leave(
         card=_card(trained, splits, teachers, board, fabric),
     )
     leave_samples(trained.distiller, teachers, splits, scores, out)
-    fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
-    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    print(f"the run on a page, with curves, gate and features: {write_report([out])}")
+    print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return DistillResult(out, scores, board)
 
 

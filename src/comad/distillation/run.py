@@ -29,6 +29,7 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
+from comad.runtime.processes import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
@@ -56,10 +57,10 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     runs = open_runs(config.run, config.student_folders, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        fabric.print(line)
+        say(line)
     summary = setup.splits.summary()
-    fabric.print(summary.text)
-    cache = setup.cache_spec().open(fabric.print) if config.cache_teachers else None  # a small disk is told now
+    say(summary.text)
+    cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         check_manifest(setup.splits.train, Path(config.run.out) / "data.npy", bool(config.run.resume))

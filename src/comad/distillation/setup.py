@@ -34,6 +34,7 @@ from comad.models.teachers import Teacher, load_on_grid
 from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu, to_be_trained
 from comad.runtime.checkpoint import RngState
 from comad.runtime.options import identity_of
+from comad.runtime.processes import say
 
 SHORT = 256
 """Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
@@ -273,14 +274,14 @@ def _load_teachers(config: DistillConfig, student: TimmBackbone, fabric: Fabric,
 
 def _quantize_teachers(setup: Setup) -> None:
     """Put teachers into 8 bits, in place, and say of each the mean cosine to its tokens before."""
-    kind, views, fabric = setup.config.quantized, setup.views, setup.fabric
+    kind, views, device = setup.config.quantized, setup.views, setup.fabric.device
     assert kind is not None
     samples = [setup.teacher_views(views[0, index].views) for index in range(min(8, len(views.images)))]
     for m, teacher in enumerate(setup.teachers):
-        images = torch.stack([sample[m] for sample in samples]).to(fabric.device).float() / 255
+        images = torch.stack([sample[m] for sample in samples]).to(device).float() / 255
         before = forward_teacher(Blocks(), teacher.backbone, images).patches
         quantize(teacher.backbone, kind)
         after = forward_teacher(Blocks(), teacher.backbone, images).patches
         cosine = float(F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
         warning = "" if cosine >= NEAR else f"; WARNING: under {NEAR}, --teacher-precision bf16 is nearer"
-        fabric.print(f"{teacher.name}: {kind}, tokens at a cosine of {cosine:.5f} to bf16{warning}")
+        say(f"{teacher.name}: {kind}, tokens at a cosine of {cosine:.5f} to bf16{warning}")

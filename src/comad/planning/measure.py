@@ -23,6 +23,7 @@ from comad.planning.profile import (
 )
 from comad.runtime.memory import available_bytes, peak_bytes
 from comad.runtime.optim import OptimConfig
+from comad.runtime.processes import refuse_several
 from comad.runtime.provenance import hardware
 from comad.runtime.run import start_fabric
 
@@ -67,6 +68,7 @@ class Phases(NamedTuple):
 
 def engine(config: Any) -> tuple[Any, Fabric]:
     """One device for the measurements, and the config for it."""
+    refuse_several(1, "comad plan")
     config = replace(config, run=replace(config.run, devices=1, resume=False))
     return config, start_fabric(config.run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -81,6 +82,16 @@ def layout(devices: int) -> Layout:
     return Layout(here, hosts, TorchElasticEnvironment() if launcher == "torchrun" else SLURMEnvironment())
 
 
+def refuse_several(devices: int, command: str) -> None:
+    """Say that a command is of one process.
+
+    Raises:
+        ValueError: several were started, or are to be.
+    """
+    if (number := math.prod(layout(devices)[:2])) > 1:
+        raise ValueError(f"{command} is one process, not {number}; start it without torchrun, srun and --run.devices.")
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Within the context all processes do the same, each on its share of a batch, and results are of the whole batch.
@@ -156,6 +167,12 @@ def who() -> str:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ""
     return f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
+
+
+def say(text: str) -> None:
+    """Print, once for all processes of all hosts."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text)
 
 
 def lost_process(error: BaseException) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -100,6 +101,7 @@ def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
         ValueError: see `comad.runtime.processes.layout`; or the batch cannot be shared.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of dimensions of one element
     here, hosts, environment = layout(run.devices)
     if batch_size % (here * hosts):
         raise ValueError(
