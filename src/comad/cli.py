@@ -146,7 +146,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
     _load_plugins(arguments)
     config = parse(EvaluateConfig, None, _backbone_first(arguments), "comad evaluate", _about(evaluate_command))
-    _print(score(config))
+    _say(score(config))
 
 
 def finetune_command(arguments: list[str]) -> None:
@@ -157,7 +157,7 @@ def finetune_command(arguments: list[str]) -> None:
     tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
     about = f"{_about(finetune_command)} --preset {{{','.join(RECIPES)}}} chooses the values that the options change."
     default = FinetuneConfig(backbone="", tuning=tuning)
-    _print(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
+    _say(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
 
 
 def segment_command(arguments: list[str]) -> None:
@@ -376,6 +376,12 @@ def _which_process() -> str:
     """Which of several processes speaks; torch is not imported for that."""
     known = sys.modules.get("comad.runtime.processes")
     return f"{who}: " if known and (who := known.who()) else ""
+
+
+def _say(text: str) -> None:
+    """Print, if this is the process that has something to say."""
+    if text:
+        _print(text)
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -51,7 +51,7 @@ def test_choice_is_the_best_setting_on_val():
 def test_many_steps_are_spent_on_the_settings_that_a_short_schedule_likes():
     features, full = splits(noise=1.5), QUICK.num_steps(200)
     trial = QUICK.probe(features, "fine", "good", QUICK.settings, 10)
-    _, found = replace(QUICK, trial_steps=10, kept=2).best(features, "fine", ("bad", "good"))
+    _, found = replace(QUICK, direct_steps=10, trial_steps=10, kept=2).best(features, "fine", ("bad", "good"))
     assert set(found.ranking) == set(trial.ranking[:2]) and full > 10
     assert found.validation == QUICK.probe(features, "fine", "good", trial.ranking[:2], full).validation
     assert replace(QUICK, max_steps=7).num_steps(10**9) == 7

@@ -26,6 +26,7 @@ from comad.models.teachers import Teacher, inherited_licence
 from comad.models.timm_backbone import TimmBackbone
 from comad.reporting.page import write_report
 from comad.runtime.log import hours_of_training, read_log
+from comad.runtime.processes import say, together
 from comad.runtime.provenance import code_version, hardware
 
 
@@ -76,7 +77,7 @@ class TrainedStudent(NamedTuple):
 
 def finish(
     students: Sequence[TrainedStudent], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric
-) -> DistillResult:
+) -> DistillResult | None:
     """Score everything on the wanted part, write scoreboard, export and report of each student, and say how to use it.
 
     Pixels and teachers are scored once and stand on the board of every student.
@@ -89,9 +90,11 @@ def finish(
         rows = [candidates(trained) for trained in students]
         shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
         shared += [Candidate(t.name, "teacher", t.backbone, t.backbone.image_size) for t in teachers]
-        dtype = torch.bfloat16 if config.run.precision == "bf16" else None
-        scores = score_all([*shared, *(row for own in rows for row in own)], scored, dtype)
+        with together():
+            scores = score_all([*shared, *(row for own in rows for row in own)], scored, config.run.autocast)
         others, scores = scores[: len(shared)], scores[len(shared) :]
+    if not fabric.is_global_zero:
+        return None
     results, each = [], len(scores) // len(students)
     for number, trained in enumerate(students):
         own = (*others, *_with_untrained(trained.config, scores[number * each : (number + 1) * each]))
@@ -109,7 +112,7 @@ def _leave(
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
-        print(board.table())
+        say(board.table())
     folder = export_backbone(
         trained.distiller.student,
         out / "student",
@@ -117,8 +120,8 @@ def _leave(
         card=_card(trained, splits, teachers, board, fabric),
     )
     leave_samples(trained.distiller, teachers, splits, scores, out)
-    print(f"the run on a page, with curves, gate and features: {write_report([out])}")
-    print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    say(f"the run on a page, with curves, gate and features: {write_report([out])}")
+    say(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
     return DistillResult(out, scores, board)
 
 

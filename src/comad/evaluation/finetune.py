@@ -227,7 +227,7 @@ def train_steps(trainer: Trainer, tuning: Tuning, labels: Mapping[str, Tensor], 
 
 def answers(classifier: Classifier, images: ImageSet, run: RunConfig) -> dict[str, Tensor]:
     """Label set → bool (n,): is each labelled image named rightly, in the precision of the run."""
-    dtype = torch.bfloat16 if run.precision == "bf16" else None
+    dtype = run.autocast
     return correct_answers(classifier, images, view_size(classifier.backbone), dtype)
 
 

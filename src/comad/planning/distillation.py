@@ -128,7 +128,7 @@ def _scoring_seconds(setup: Setup) -> float:
     if shortage(splits, "fine"):
         return 0.0
     splits = splits._replace(test=getattr(splits, config.split))
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+    dtype = config.run.autocast
     count = sum(len(labelled_indices(images)) for images in splits[:3])
     student = setup.students[0].distiller.student
     own = [student] * (3 if config.student.pretrained else 2)

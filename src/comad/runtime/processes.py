@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,32 @@ def rows_of_all(x: Tensor) -> Tensor:
 
 def own_rows(x: Tensor) -> Tensor:
     """Of rows of the whole batch those of this process."""
-    return x[dist.get_rank() :: count()] if count() > 1 else x
+    return x[rank() :: count()] if count() > 1 else x
+
+
+def collect(x: Tensor, total: int, place: int) -> Tensor:
+    """The rows of all processes, so many in all, at the process of number ``place``; the others get none."""
+    if count() == 1:
+        return x
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else x.device
+    own = torch.zeros(-(-total // count()), *x.shape[1:], dtype=x.dtype, device=device)
+    own[: len(x)] = x
+    parts = [torch.empty_like(own) for _ in range(count())] if dist.get_rank() == place else None
+    dist.gather(own, parts, dst=place)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total].to(x.device) if parts else x[:0]
+
+
+def rank() -> int:
+    """Number of this process among those that share; 0 if it is alone."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def exchange(found: dict[int, Any]) -> list[Any]:
+    """What the processes found, by number from 0, each a part of it: all of it, in order, for every one."""
+    parts: list[Any] = [found] * count()
+    if count() > 1:
+        dist.all_gather_object(parts, found)
+    return [value for _, value in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
 
 
 def share_of(number: int) -> int:
@@ -172,7 +198,13 @@ def who() -> str:
 def say(text: str) -> None:
     """Print, once for all processes of all hosts."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text)
+        sys.stdout.write(f"{text}\n")
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def lost_process(error: BaseException) -> str | None:

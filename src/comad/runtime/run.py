@@ -33,6 +33,8 @@ RUN_FILES = ("checkpoints", "config.yaml", "log.jsonl", "data.npy", "facts.json"
 """Of these one at least is in the folder of a run that has begun."""
 
 
+PRECISIONS: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed", "tf32": "32-true", "fp32": "32-true"}
+"""What the engine calls them."""
 MEETING = timedelta(hours=6)
 """So long processes wait for one that scores a network; one that is gone is noticed at once."""
 
@@ -54,7 +56,8 @@ class RunConfig:
         resume: go on from the last checkpoint in ``out``; its options are those of the run, others may not change the
             result. ``auto`` begins where there is none: one command for a scheduler, whatever happened before.
         seed: of weights, order, views and masks.
-        precision: ``bf16`` computes matrix products in bfloat16 and keeps float32 weights.
+        precision: of matrix products; weights are float32. ``fp16`` scales the loss, for GPUs without bf16; ``tf32``
+            rounds inputs to 10 bits, on GPUs that have it.
         log_every: optimiser steps between two log lines.
         probe_every: optimiser steps between two kNN scores on the validation part; 0: only at the end.
         checkpoint_every: optimiser steps between two checkpoints.
@@ -71,7 +74,7 @@ class RunConfig:
     out: str = field(default="runs/demo", metadata=COMMON | NO_EFFECT)
     resume: bool | Literal["auto"] = field(default=False, metadata=COMMON | NO_EFFECT)
     seed: int = field(default=0, metadata=COMMON)
-    precision: Literal["bf16", "fp32"] = field(default="bf16", metadata=COMMON)
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = field(default="bf16", metadata=COMMON)
     log_every: int = field(default=20, metadata=NO_EFFECT)
     probe_every: int = field(default=0, metadata=COMMON | NO_EFFECT)
     checkpoint_every: int = field(default=200, metadata=NO_EFFECT)
@@ -88,6 +91,11 @@ class RunConfig:
                 raise ValueError(f"--run.{name.replace('_', '-')} {getattr(self, name)} is too small; use 1 or more.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is no number of 32 bits; use one from 0 on.")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type to score in under autocast; None computes as the weights are."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
 
 def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
@@ -107,13 +115,14 @@ def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
         raise ValueError(
             f"--optim.batch-size {batch_size} cannot be shared by {here * hosts} processes; use a multiple."
         )
+    torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
     os.environ["LOCAL_WORLD_SIZE"] = str(here)  # the loaders share this host's cores
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=here,
         num_nodes=hosts,
         strategy=DDPStrategy(timeout=MEETING) if here * hosts > 1 else "auto",
-        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        precision=PRECISIONS[run.precision],
         plugins=[environment],
     )
     fabric.launch()

@@ -171,6 +171,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
             "random": random,
+            "precision": self.fabric.strategy.precision.state_dict(),
             "identity": json.dumps(self.job.identity),
         }
         self.saved = step
@@ -214,6 +215,7 @@ class TrainState:
                 raise ValueError("the optimiser's moments have other shapes than the weights")
         if self.average is not None:
             self.average.load_state_dict(stored["average"])
+        self.fabric.strategy.precision.load_state_dict(stored.get("precision", {}))
         with self.use_rng():
             restore_random_states(stored["random"])
 
@@ -302,7 +304,8 @@ class StepLogger:
         state, trainer, run = self.state, self.trainer, self.state.job.run
         with together():
             values: dict[str, Any] = {"loss": mean_of_all(state.loss), **extra}
-            finite = all(math.isfinite(float(values[name])) for name in ("loss", "grad_norm"))
+            must = ("loss",) if run.precision == "fp16" else ("loss", "grad_norm")  # in fp16 such a step is left out
+            finite = all(math.isfinite(float(values[name])) for name in must)
             with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
                 values |= state.metrics()
             numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)

@@ -90,7 +90,7 @@ def count_answers(
 ) -> Int[Tensor, "n 3 C"]:
     """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
-    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+    with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
         for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
             answer = segment_image(module, image, config.short_side, config.crop, config.stride)
             counts.append(count_pixels(answer, truth, images.num_classes))
