@@ -67,13 +67,66 @@ for count in counts:  # one import of torch for all
 """
 
 
-def learnt(folder, names, counts):
-    """What each number of processes learns, by method."""
+SHARED = """
+import os, sys
+import torch
+from torch import distributed as dist
+from conftest import small_vit
+from comad.data.load import load_images
+from comad.evaluation.knn import KNN
+from comad.evaluation.linear import LinearProbe
+from comad.evaluation.scoreboard import Candidate, score_all
+from comad.models.offload import shard
+from comad.runtime.processes import together
+
+folder, data = sys.argv[1:]
+images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+visible = torch.tensor([[1, 5, 6], [0, 2, 15]])
+
+def work(rank):
+    splits = load_images(data)
+    networks = [small_vit(seed, 16).eval().requires_grad_(False) for seed in range(2)]
+    candidates = [Candidate("pixels", "pixels", None)]
+    candidates += [Candidate(str(number), "teacher", network) for number, network in enumerate(networks)]
+    with together():
+        scores = score_all(candidates, splits, evaluations=(KNN(), LinearProbe(epochs=2)))
+    whole = [networks[0](images), networks[0](images, visible, intermediates=[1])]
+    found = {s.row.name: (s.row.scores, s.correct) for s in scores}
+    if rank is not None:
+        shard(networks[0], torch.device("cpu"))
+        own = sum(p.to_local().numel() for p in networks[0].parameters())
+        for _ in range(2):
+            parts = [networks[0](images), networks[0](images, visible, intermediates=[1])]
+            for ours, theirs in zip(whole, parts):
+                assert torch.equal(ours.patches, theirs.patches) and torch.equal(ours.cls, theirs.cls)
+            assert sum(p.to_local().numel() for p in networks[0].parameters()) == own
+        assert own < 0.6 * sum(p.numel() for p in networks[0].parameters())
+    return found
+
+running = []
+for rank in range(2):
+    running.append(os.fork())
+    if not running[-1]:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+        torch.save(work(rank), f"{folder}/{rank}.pt")
+        os._exit(0)
+for process in running:
+    assert not os.waitpid(process, 0)[1], "a process failed"
+torch.save(work(None), f"{folder}/alone.pt")
+"""
+
+
+def run(script, *arguments):
+    """Run a script that finds the fixtures of the tests."""
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    arguments = [str(folder), json.dumps(list(names)), json.dumps(counts)]
-    done = subprocess.run([sys.executable, "-c", TRAINED, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def learnt(folder, names, counts):
+    """What each number of processes learns, by method."""
+    run(TRAINED, str(folder), json.dumps(list(names)), json.dumps(counts))
     return [torch.load(folder / f"{count}.pt") for count in counts]
 
 
@@ -92,6 +145,15 @@ def check(folder, names, counts):
 
 def test_statistics_moments_queues_and_distances_are_of_the_whole_batch(tmp_path):
     check(tmp_path, ["comad", "unic", "dune", "gram"], [1, 2])
+
+
+def test_two_processes_score_together_and_share_the_weights_of_a_teacher(tmp_path, labelled_folder):
+    run(SHARED, str(tmp_path), str(labelled_folder))
+    ours, theirs, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("0", "1", "alone"))
+    for name, (scores, correct) in alone.items():
+        for found in (ours, theirs):
+            assert found[name][0] == pytest.approx(scores)
+            assert all(torch.equal(found[name][1][key], hits) for key, hits in correct.items())
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from comad.evaluation import linear
 from comad.evaluation.features import Features, FeatureSplits
 from comad.evaluation.linear import LinearProbe, Setting
 
@@ -129,3 +130,18 @@ def test_no_labels_is_an_error_with_a_remedy():
         QUICK(features._replace(train=features.train._replace(labels={})))
     with pytest.raises(ValueError, match="no fine label in test"):
         QUICK(features._replace(test=features.test._replace(labels={"fine": torch.full((100,), -1)})))
+
+
+def test_products_are_in_bf16_only_after_a_choice_among_many(features, monkeypatch):
+    asked = []
+
+    def fit(self, *arguments, real=LinearProbe.fit):
+        asked.append(arguments[-1])
+        return real(self, *arguments[:-1])
+
+    monkeypatch.setattr(LinearProbe, "fit", fit)
+    monkeypatch.setattr(linear, "has_bf16", lambda device: True)
+    QUICK(features)
+    assert not any(asked)
+    replace(QUICK, direct_steps=1, trial_steps=2).best(features, "fine", ("good",))
+    assert asked[-2:] == [True, True]

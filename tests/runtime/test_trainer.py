@@ -609,6 +609,34 @@ def test_bf16_keeps_weights_in_float32(tmp_path):
     assert module.weight.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}
 
 
+def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
+    def overflow(call, loss):
+        return loss * 1e38 if call == 3 else loss
+
+    whole = fit(tmp_path / "whole", on_step=overflow, precision="fp16")
+    norms = [line["grad_norm"] for line in log_of(tmp_path / "whole") if "grad_norm" in line]
+    assert not math.isfinite(norms[2]) and all(map(math.isfinite, norms[:2] + norms[3:]))
+    stored = load_checkpoint(checkpoints(tmp_path / "whole" / "checkpoints")[-1])
+    assert stored["precision"]["scale"] == 2.0**15  # halved once
+
+    def stop(call, loss):
+        if call == 11:
+            raise RuntimeError("pulled the plug")
+        return overflow(call, loss)
+
+    with pytest.raises(RuntimeError):
+        fit(tmp_path / "part", on_step=stop, precision="fp16", checkpoint_every=5)
+    resumed = fit(tmp_path / "part", precision="fp16", resume=True)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_tf32_is_on_for_its_run_alone(tmp_path):
+    fit(tmp_path / "a", precision="tf32")
+    assert torch.get_float32_matmul_precision() == "high"
+    fit(tmp_path / "b")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 TOGETHER = OptimConfig(epochs=3.0, batch_size=2, accumulate=2, base_lr=0.5, warmup_epochs=1.0, clip=0.1, ema=0.5)
 
 

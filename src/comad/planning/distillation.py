@@ -67,8 +67,8 @@ def plan_distillation(config: DistillConfig) -> Plan:
             "live": measured.stage(filling, live),
             "cached": measured.stage(steps - filling, cached, cached=True),
         }
-    scoring = _scoring_seconds(setup) if config.split != "none" else 0.0
-    phases = Phases(loading, calibration, probing[0], scoring)
+    scored = 0 if config.split == "none" or shortage(setup.splits, "fine") else _num_scored(setup)
+    phases = Phases(loading, calibration, probing[0], _scoring_seconds(setup) if scored else 0.0, scored)
     export = sum(part.numel() * 4 for part in setup.students[0].distiller.student.state_dict().values())
     return assemble("comad distill", config, measured, stages, phases, cache=cache_bytes, export=export)
 
@@ -122,14 +122,18 @@ def _probe_seconds(setup: Setup, module: Any) -> float:
         return seconds + (held_out * seconds_per_image(agree, held_out) if held_out else 0.0)
 
 
+def _num_scored(setup: Setup) -> int:
+    """Labelled images that every network is scored on."""
+    test = getattr(setup.splits, setup.config.split)
+    return sum(len(labelled_indices(images)) for images in (setup.splits.train, setup.splits.val, test))
+
+
 def _scoring_seconds(setup: Setup) -> float:
     """Of the scoreboard at the end: features of all labelled images for each row, and the classifiers on them."""
-    config, splits = setup.config, setup.splits
-    if shortage(splits, "fine"):
-        return 0.0
-    splits = splits._replace(test=getattr(splits, config.split))
+    config = setup.config
+    splits = setup.splits._replace(test=getattr(setup.splits, config.split))
     dtype = config.run.autocast
-    count = sum(len(labelled_indices(images)) for images in splits[:3])
+    count = _num_scored(setup)
     student = setup.students[0].distiller.student
     own = [student] * (3 if config.student.pretrained else 2)
     sizes: dict[tuple[int, int], float] = {}
@@ -175,6 +179,10 @@ def _classifier_seconds(splits: Splits, pools: int, width: int) -> float:
     features = FeatureSplits(*parts)
     if any((images.labels[name] < 0).all() for images in parts for name in sets):
         return 0.0
-    probe, whole = LinearProbe(epochs=1), LinearProbe()
-    linear = seconds_of(lambda: probe(features)) * whole.epochs / probe.epochs / shares[0]
-    return linear + seconds_of(lambda: KNN()(features)) / shares[0] / min(shares[1:])
+    whole, few = LinearProbe(), 8
+    steps = whole.num_steps(len(listed[0]))
+    if steps > whole.direct_steps:  # of all pools and settings, then of one pool and some settings
+        steps = whole.trial_steps + steps * whole.kept / len(whole.settings) / pools
+    linear = seconds_of(lambda: LinearProbe(max_steps=few)(features)) * steps / few
+    compared = min(len(listed[1]), KNN().chosen_on) / len(chosen[1]), len(listed[2]) / len(chosen[2])
+    return linear + seconds_of(lambda: KNN()(features)) / shares[0] * max(compared)
