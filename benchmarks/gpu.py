@@ -4,10 +4,10 @@ First a self-check: small whole runs, export included, live and from the cache. 
 second and model FLOPs utilisation, as written and with compiled blocks: matrix-product FLOPs of the step over its time
 and the measured rate of a large matrix product. At the largest batch a trace counts how often the host waits for the
 device, and how long the device waits for work; a second student; activation checkpointing. Whole runs with decoding,
-live and from the cache of teacher outputs, and how much one core decodes. A teacher in fp8: how near its tokens are, and
-how much faster; and by CUDA graphs. The last line printed is one JSON object; what means nothing on a CPU is null there,
-a part that failed says why, and so does one that `--minutes` left no time for. `--tiny` tries the script on small
-networks, and its numbers mean nothing.
+live and from the cache of teacher outputs, and how much one core decodes. A teacher in fp8: how near its tokens are,
+and how much faster; and by CUDA graphs. The last line printed is one JSON object; what means nothing on a CPU is null
+there, a part that failed says why, and so does one that `--minutes` left no time for. `--tiny` tries the script on
+small networks, and its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import rates, settings
-from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.data.loader import ViewDataset
 from comad.data.transforms import Crop
@@ -150,39 +149,30 @@ def by_graphs(batch_size: int, device: torch.device, options: argparse.Namespace
     return {"cosine": float(F.cosine_similarity(*tokens, dim=-1).mean()), "times_blocks": seconds[0] / seconds[1]}
 
 
-def check(folder: Path) -> dict[str, float]:
-    """A whole small run with scores, export and the cache; its losses must be finite and those of the live run."""
-    from comad.distillation.run import distill
-    from comad.presets import recipe
+def runs(batch_size: int, folder: Path, tiny: bool) -> dict[str, float]:
+    """Whole runs on photographs, live and from the cache: images per second with decoding, and what a core decodes.
 
-    config = recipe("comad", demo=True)
-    optim = replace(config.optim, epochs=0.03, warmup_epochs=0.0, batch_size=32)
-    losses = []
-    for cached in (False, True):
-        run = replace(config.run, out=str(folder / f"check-{cached}"), log_every=1, tensorboard=False)
-        result = distill(replace(config, optim=optim, run=run, cache_teachers=cached, split="none"))
-        assert result is not None
-        losses.append([line["loss"] for line in result.history if "loss" in line])
-    live, cached = torch.tensor(losses)
-    if not (torch.isfinite(live).all() and torch.allclose(live, cached, rtol=0.02)):
-        raise ValueError(f"losses are not finite, or not the same from the cache: {losses}")
-    return {"steps": len(live), "loss": float(live[-1]), "from_cache": float(cached[-1])}
-
-
-def with_decoding(batch_size: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Images per second of runs on photographs, live and from the cache, and of one core that decodes."""
-    data = write_pictures(folder / "data" / "train", batch_size * (2 if options.tiny else 4))
+    Raises:
+        ValueError: a loss is not finite, or that of the first epoch is another where the cache is filled.
+    """
+    data = write_pictures(folder / "data" / "train", batch_size * 2)
     write_pictures(data.parent / "val", 1)
     config = replace(settings(data.parent, batch_size), split="none")
-    config = replace(config, loader=replace(config.loader, workers=-1))
-    if options.tiny:
-        config = replace(config, teachers=(TINY,) * 1, student=VitConfig(image_size=32, depth=1))
-    live = rates(config, folder / "live", cached=False, epochs=2)
-    cached = rates(config, folder / "cached", cached=True, epochs=3)
-    splits: Splits = load_images(str(data.parent))
-    views = ViewDataset(splits.train, DistillViews(Crop(size=224), (224,), None, (4, 196)), 0, 448)
+    config = replace(config, loader=replace(config.loader, workers=0 if tiny else -1))
+    if tiny:
+        config = replace(config, teachers=(TINY,), student=VitConfig(image_size=32, depth=1))
+    found = {}
+    for name, cached in (("live", False), ("cached", True)):
+        found[f"{name}_images_per_s"] = rates(config, folder / name, cached=cached, epochs=3)[-1]
+    logs = [(folder / name / "log.jsonl").read_text().splitlines() for name in ("live", "cached")]
+    losses = torch.tensor([[line["loss"] for line in map(json.loads, log) if "loss" in line] for log in logs])
+    if not torch.isfinite(losses).all() or not torch.allclose(losses[0], losses[1], rtol=0.02):
+        raise ValueError(f"losses are not finite, or others from the cache: {losses.tolist()}")
+    views = ViewDataset(
+        load_images(str(data.parent)).train, DistillViews(Crop(size=224), (224,), None, (4, 196)), 0, 448
+    )
     core = repeated(lambda: [views[0, index] for index in range(16)], torch.device("cpu"), 1) / 16
-    return {"live_images_per_s": live[-1], "cached_images_per_s": cached[-1], "views_per_s_of_a_core": 1 / core}
+    return {**found, "views_per_s_of_a_core": 1 / core, "last_loss": float(losses[0, -1])}
 
 
 def main() -> None:
@@ -215,13 +205,13 @@ def main() -> None:
 def parts(folder: Path, device: torch.device, rate: float, options: argparse.Namespace) -> Iterator[tuple[str, Part]]:
     """Names and measurements, the most wanted first."""
     sizes, largest = options.batch_sizes, max(options.batch_sizes)
-    yield "self_check", lambda: check(folder)
+    yield "self_check", lambda: runs(8, folder / "check", tiny=True)
     for size in sizes:
         yield f"eager {size}", lambda size=size: measure(size, rate, options)
     yield "trace", lambda: traced(largest, False, options)
     yield "two students", lambda: measure(largest, rate, options, students=2)
     yield "activation checkpointing", lambda: measure(largest, rate, options, again=True)
-    yield "decode and cache", lambda: with_decoding(min(largest, 256), folder, options)
+    yield "decode and cache", lambda: runs(min(largest, 256), folder / "runs", options.tiny)
     if options.eager_only:
         return
     for size in sizes[-2:]:

@@ -156,6 +156,8 @@ class DistillConfig:
                 f"--teacher-precision {self.quantized} keeps teachers in memory, at half the room; leave out "
                 f"--teachers-in {self.teachers_in}."
             )
+        if self.run.precision == "fp16" and self.extra_students:
+            raise ValueError("--run.precision fp16 scales one loss; name one --student, or pass bf16.")
         if self.teachers_in == "shards" and self.method.needs("qkv"):
             raise ValueError("queries, keys and values are read inside a block; pass --teachers-in offload for shards.")
         if self.cache_teachers and not self.method.masking.repeats:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
@@ -33,8 +34,6 @@ RUN_FILES = ("checkpoints", "config.yaml", "log.jsonl", "data.npy", "facts.json"
 """Of these one at least is in the folder of a run that has begun."""
 
 
-PRECISIONS: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed", "tf32": "32-true", "fp32": "32-true"}
-"""What the engine calls them."""
 MEETING = timedelta(hours=6)
 """So long processes wait for one that scores a network; one that is gone is noticed at once."""
 
@@ -115,19 +114,25 @@ def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
         raise ValueError(
             f"--optim.batch-size {batch_size} cannot be shared by {here * hosts} processes; use a multiple."
         )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
     os.environ["LOCAL_WORLD_SIZE"] = str(here)  # the loaders share this host's cores
     fabric = Fabric(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        accelerator=device,
         devices=here,
         num_nodes=hosts,
         strategy=DDPStrategy(timeout=MEETING) if here * hosts > 1 else "auto",
-        precision=PRECISIONS[run.precision],
-        plugins=[environment],
+        plugins=[environment, *_mixed(run.precision, device)],
     )
     fabric.launch()
     watch_children(getattr(fabric.strategy.launcher, "procs", ()))
     return fabric
+
+
+def _mixed(precision: str, device: str) -> list[MixedPrecision]:
+    """Autocast of the engine, which scales the loss for fp16."""
+    named: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(precision)
+    return [MixedPrecision(named, device)] if named else []
 
 
 def open_run(run: RunConfig, fabric: Fabric) -> RunConfig:
