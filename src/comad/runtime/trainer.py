@@ -124,10 +124,7 @@ class TrainState:
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
             nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
         how = {"fused": False} if job.run.precision == "fp16" else {}  # its scaler clips before the kernel
-        if job.groups is None:
-            optimizer = build_optimizer(job.module, optim, **how)
-        else:
-            optimizer = adamw(job.groups, optim, **how)
+        optimizer = build_optimizer(job.module, optim, **how) if job.groups is None else adamw(job.groups, optim, **how)
         module, optimizer = fabric.setup(job.module, optimizer)
         if average is not None:
             average.to(fabric.device)
