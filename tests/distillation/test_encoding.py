@@ -42,7 +42,7 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(small_distillati
         student = setting.distiller.student
         student.vit.set_grad_checkpointing(again)
         calls = Counter()
-        student.vit.blocks[0].register_forward_hook(lambda *_, calls=calls: calls.update("x"))
+        student.vit.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.update("x"))
         setting.distiller(*setting.batch(4))[0].backward()
         assert calls["x"] == 1 + again
         gradients.append([p.grad for p in student.parameters()])
