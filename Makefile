@@ -1,9 +1,9 @@
-# The two commands: `make demo` and `make test`. Both set up what they need in .venv.
+# The two commands: `make demo` and `make test`; `make docs` builds the site. All set up what they need in .venv.
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/demo
 
-.PHONY: demo test test-slow test-faults teachers benchmarks results clean
+.PHONY: demo test docs test-slow test-faults teachers benchmarks results clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -20,6 +20,11 @@ test: $(VENV)/installed
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=comad,beartype.beartype
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/python docs/notebook.py
+	$(VENV)/bin/zensical build --clean --strict
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow

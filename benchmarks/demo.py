@@ -55,14 +55,14 @@ def main() -> None:
             for seed, run in zip(options.seeds, scores, strict=True)
             for part in run.values()
         ],
-        "gains": {
+        "intervals": {
             f"{method}_over_{name}": _gain(scores, method, name) for method in ("knn", "linear") for name in BASELINES
         },
         "validation_curves": curves,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({key: report[key] for key in ("preset", "seeds", "seconds", "gains")}))
+    print(json.dumps({key: report[key] for key in ("preset", "seeds", "seconds", "intervals")}))
 
 
 def _gain(runs: list[dict[str, Score]], method: str, baseline: str) -> dict[str, float]:

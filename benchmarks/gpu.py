@@ -37,7 +37,7 @@ from comad.distillation.setup import DistillViews
 from comad.models.backbone import random_visible
 from comad.models.compiling import compile_blocks
 from comad.models.quantized import check_quantized, quantize
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.presets import METHODS
 from pictures import write_pictures
 from steps import TimedStep, load, seconds_of
@@ -129,7 +129,7 @@ def in_fp8(batch_size: int, device: torch.device, options: argparse.Namespace) -
     visible = random_visible(torch.rand(batch_size, 196, device=device), 98)
     seconds, tokens = [], []
     for teacher in (plain, quantized):
-        compile_blocks(teacher.backbone.vit)
+        compile_blocks(teacher.backbone)
         seconds.append(repeated(lambda t=teacher: t.backbone(images, visible), device, options.steps))
         tokens.append(teacher.backbone(images, visible).patches.float())
     return {"cosine": float(F.cosine_similarity(*tokens, dim=-1).mean()), "times_bf16": seconds[0] / seconds[1]}

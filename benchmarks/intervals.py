@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,11 @@ def answers(generator: np.random.Generator, groups: np.ndarray, seeds: int, seed
     return (generator.random((seeds, len(groups))) < p for p in (ahead, np.broadcast_to(base, ahead.shape)))
 
 
-def plain_t(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """The usual interval over seed means, which takes the test concepts as given."""
-    means = 100 * (a.mean(axis=1) - b.mean(axis=1))
-    half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
-    return means.mean() - half, means.mean() + half
+def over_seeds(differences: Sequence[float]) -> dict[str, float]:
+    """Mean of paired differences, one a seed, and its 95 % t interval; the test images are taken as they are."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    mean = float(np.mean(differences))
+    return {"difference": mean, "low": mean - float(half), "high": mean + float(half)}
 
 
 def simulate(draws: int, images: int, seeds: int, concepts: int, seed_sd: float, concept_sd: float) -> dict[str, float]:
@@ -51,7 +52,8 @@ def simulate(draws: int, images: int, seeds: int, concepts: int, seed_sd: float,
     for row in found:
         a, b = answers(generator, groups, seeds, seed_sd, concept_sd)
         ours = paired_interval(torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(groups))
-        for column, (low, high) in enumerate(((ours.low, ours.high), plain_t(a, b))):
+        plain = over_seeds(100 * (a.mean(axis=1) - b.mean(axis=1)))
+        for column, (low, high) in enumerate(((ours.low, ours.high), (plain["low"], plain["high"]))):
             row[2 * column], row[2 * column + 1] = low <= TRUTH <= high, low > 0 or high < 0
     names = ("coverage", "power", "plain_t_coverage", "plain_t_power")
     facts = {"seeds": seeds, "concepts": concepts, "seed_points": seed_sd, "concept_points": concept_sd}

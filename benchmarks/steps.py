@@ -23,8 +23,9 @@ from comad.models.backbone import Backbone
 from comad.models.compiling import compile_blocks
 from comad.models.offload import offload
 from comad.models.onednn_linear import use_onednn_linear
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_on_grid
-from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
+from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, build_optimizer
 from comad.runtime.run import RunConfig, start_fabric
@@ -101,7 +102,7 @@ class TimedStep:
         if compiled:
             networks = [*(t.backbone for t in teachers), *(module.module.student for module, _ in self.students)]
             for network in networks:
-                compile_blocks(network.vit)
+                compile_blocks(network)
         self.calls = 0
 
     def __call__(self, *clocks: Clock) -> None:

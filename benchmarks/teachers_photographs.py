@@ -34,8 +34,8 @@ from comad.evaluation.linear import LinearProbe
 from comad.evaluation.views import readable
 from comad.models.backbone import Backbone, Tokens
 from comad.models.networks import gives_tokens
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_teacher
-from comad.models.timm_backbone import VitConfig
 from comad.presets import recipe
 from comad.runtime.run import RunConfig, start_fabric
 

@@ -34,7 +34,7 @@ from cache import settings
 from comad.distillation.method import Method
 from comad.distillation.run import distill
 from comad.models.quantized import quantize
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.presets import METHODS
 from pictures import write_pictures
 from steps import Clock, TimedStep, Timer, gemm_rates, load, seconds_of

@@ -20,8 +20,9 @@ from comad.distillation.masking import Masks
 from comad.distillation.method import Method
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, TeacherCard
-from comad.models.timm_backbone import TimmBackbone, VitConfig
+from comad.models.timm_backbone import TimmBackbone
 
 CARD = TeacherCard("t", "test", "test", "vit", "", 2, 48, 4, 8, 1, 1e-6, (0.5,) * 3, (0.5,) * 3, ("patch",), "none", 0)
 

@@ -77,8 +77,8 @@ PUBLIC = {
     "comad.evaluation.evaluation": ("Evaluation",),
     "comad.exporting.command": ("ExportConfig", "export_model"),
     "comad.models.backbone": ("Backbone", "Tokens"),
+    "comad.models.students": ("VitConfig",),
     "comad.models.teachers": ("Teacher", "TeacherCard", "load_teacher"),
-    "comad.models.timm_backbone": ("VitConfig",),
     "comad.presets": ("METHODS",),
     "comad.reporting.page": ("write_report",),
     "comad.runtime.slots": ("Slot", "load_plugins"),
@@ -152,10 +152,10 @@ if TYPE_CHECKING:
     from comad.exporting.command import export_model as export_model
     from comad.models.backbone import Backbone as Backbone
     from comad.models.backbone import Tokens as Tokens
+    from comad.models.students import VitConfig as VitConfig
     from comad.models.teachers import Teacher as Teacher
     from comad.models.teachers import TeacherCard as TeacherCard
     from comad.models.teachers import load_teacher as load_teacher
-    from comad.models.timm_backbone import VitConfig as VitConfig
     from comad.presets import METHODS as METHODS
     from comad.reporting.page import write_report as write_report
     from comad.runtime.slots import Slot as Slot

@@ -18,6 +18,8 @@ from comad.comparison.config import CompareConfig
 from comad.comparison.run import compare as run_comparison
 from comad.data.images import Splits
 from comad.data.load import load_images
+from comad.defaults import CACHE_FLAGS, FLAGS, SIZE_FLAGS
+from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.results import DistillResult
 from comad.distillation.run import distill as run_distillation
@@ -29,14 +31,15 @@ from comad.evaluation.tuning import recipe as tuning_recipe
 from comad.evaluation.views import load_one
 from comad.models.backbone import Backbone
 from comad.models.files import sha256_of
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
-from comad.models.timm_backbone import TimmBackbone, VitConfig
+from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
 from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
-from comad.recipes import SLOTS
+from comad.recipes import SLOTS, fitted
 from comad.runtime.spelling import hint
 
 
@@ -62,7 +65,8 @@ def distill(
         out: folder of the run.
         method: what fills the slots, in the place of the preset's.
         overrides: any option of `comad distill` by its name: ``epochs=10``, ``batch_size=64``, ``image_size=96``,
-            ``fusion="mean"``, ``split="val"``, ``resume=True``; or a group of them: ``optim={"epochs": 10}``.
+            ``fusion="mean"``, ``split="val"``, ``resume=True``, ``budget="20min"``; or a
+            group of them: ``optim={"epochs": 10}``.
 
     Returns:
         The student and its scores.
@@ -92,10 +96,13 @@ def distill(
     module = student if isinstance(student, VisionTransformer) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
-    config = override(config, overrides)
     splits = None if isinstance(data, str | Path) else data if isinstance(data, Splits) else load_images(data)
+    if not bundled:
+        config = _fitted(config, splits or data, overrides, student is None or isinstance(student, str))
+    config = override(config, overrides)
     objects = None if len(names) == len(specs) else specs
-    result = run_distillation(config, Inputs(splits=splits, teachers=objects, student=module))
+    inputs = Inputs(splits=splits, teachers=objects, student=module)
+    result = run_distillation(within_budget(config, inputs), inputs)
     assert result is not None, "only the first of several processes has a result"
     return result
 
@@ -112,7 +119,7 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
     if isinstance(student, VitConfig):
         return student
     if isinstance(student, str):
-        return replace(default, name=student, width=None, depth=None, heads=None)
+        return replace(default, width=None, depth=None, heads=None).called(student)
     if type(student) is not VisionTransformer:
         raise ValueError(f"{type(student).__name__} is no plain Vision Transformer of timm; give one, or its name.")
     known: Any = getattr(student, "pretrained_cfg", None) or {}
@@ -174,8 +181,8 @@ def _names(config: Any) -> set[str]:
     return found.union(*(_names(group) for group in groups if is_dataclass(group)))
 
 
-def load_student(name: str = "vit_tiny_patch16_224", **options: Any) -> TimmBackbone:
-    """A network to train: a timm Vision Transformer by name.
+def load_student(name: str = "vit_tiny_patch16_224", **options: Any) -> Backbone:
+    """A network to train, of timm by its name.
 
     Args:
         name: timm's.
@@ -319,4 +326,14 @@ def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str 
         ValueError: see `distill`.
     """
     config = replace(preset_recipe(preset, demo=str(data) == "stamps"), data=str(data))
-    return plan_distillation(override(replace(config, teachers=tuple(teachers) or config.teachers), overrides))
+    config = replace(config, teachers=tuple(teachers) or config.teachers)
+    if str(data) != "stamps":
+        config = _fitted(config, data, overrides, True)
+    return plan_distillation(override(config, overrides))
+
+
+def _fitted(config: DistillConfig, data: Any, overrides: Mapping[str, Any], sized: bool) -> DistillConfig:
+    """The recipe for own images, but for what is given; whether teachers are cached is left to who calls."""
+    names = {*overrides, *(key for group in overrides.values() if isinstance(group, Mapping) for key in group)}
+    given = [flag for flag in FLAGS if flag.rpartition(".")[2].removeprefix("--").replace("-", "_") in names]
+    return fitted(config, [*given, *CACHE_FLAGS, *(() if sized else SIZE_FLAGS)], data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import sys
 import traceback
@@ -16,6 +17,17 @@ from comad.runtime.command import get_flag, parse, pop_all, pop_flag
 from comad.runtime.spelling import hint
 
 USAGE = "usage: comad VERB [OPTIONS]; `comad VERB --help` lists a verb's options."
+EXAMPLES = """\
+examples:
+  comad distill                                             the demo: minutes, nothing to download
+  comad distill --data FOLDER --teachers dino=dino.pth vit_small_patch14_dinov2.lvd142m --run.out runs/mine
+  comad plan --data FOLDER --teachers dino=dino.pth         what that would cost
+  comad report runs/mine                                    the page about it
+  comad export runs/mine --to onnx                          the student for another program"""
+HELP = {"-h", "--help", "--help-all"}
+OUTPUT = """\
+--quiet shows warnings, errors and results alone; NO_COLOR=1 takes the colours away. Progress goes to the error stream:
+bars on a terminal, plain lines in a file. `comad completion bash|zsh|fish` prints what the tab key needs."""
 
 STATUS = {
     0: "done",
@@ -33,12 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         return _print_help()
-    verb, *rest = arguments
+    silent = "--quiet" in arguments
+    verb, *rest = [argument for argument in arguments if argument != "--quiet"] or ["--help"]
+    if verb == "--help":
+        return _print_help()
     if verb == "--version":
         from comad import __version__
 
         return _print(__version__)
-    return _run(verb, rest) if verb in VERBS else _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
+    if verb not in VERBS:
+        return _fail(f"no verb {verb!r}; {hint(verb, VERBS)}")
+    from comad.runtime.progress import quiet
+
+    with quiet(silent):
+        return _run(verb, rest)
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -91,7 +111,7 @@ def _out_of_memory(error: Exception) -> str:
     text = str(error)
     if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
         return ""
-    return "out of memory; lower --optim.batch-size (and raise --optim.accumulate), or pass --teachers-in offload."
+    return "out of memory; pass --optim.microbatch, for the same batch in smaller parts, or pass --teachers-in offload."
 
 
 def _unexpected(error: Exception, out: str | None) -> int:
@@ -107,11 +127,21 @@ def _unexpected(error: Exception, out: str | None) -> int:
 
 
 def distill_command(arguments: list[str]) -> None:
-    """Distil teachers into a student: with no arguments the demo on bundled images and teachers."""
+    """Distil teachers into a student; with no arguments the demo on bundled images and teachers.
+
+    $ comad distill --data FOLDER --teachers dino=dino.pth vit_small_patch14_dinov2.lvd142m --run.out runs/mine
+    $ comad distill --data FOLDER --teachers dino=dino.pth --student vit_small_patch16_224 --preset unic
+    $ comad distill --run.resume --run.out runs/mine
+    """
     from comad.distillation.run import distill
     from comad.recipes import parse_distillation
 
-    distill(parse_distillation(arguments, "comad distill", _about(distill_command)))
+    config = parse_distillation(arguments, "comad distill", _about(distill_command))
+    if config.budget:
+        from comad.planning.budget import within_budget
+
+        config = within_budget(config)
+    distill(config)
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -125,7 +155,7 @@ def pretrain_command(arguments: list[str]) -> None:
     if default is None:
         default = resumed_recipe(lambda path: read_recipe(PretrainConfig, path), arguments, recipe("mae").run.out)
         default = default if default and method in (None, default.method.kind) else None
-    if not (method or default or {"-h", "--help", "--help-all"} & set(arguments)):
+    if not (method or default or HELP & set(arguments)):
         raise ValueError(f"name what to train: comad pretrain {'|'.join(METHODS)}.")
     default = default or recipe(method or "mae")
     folder = pretrain(parse(PretrainConfig, default, arguments, "comad pretrain", _about(pretrain_command)))
@@ -222,7 +252,7 @@ def plan_command(arguments: list[str]) -> None:
 
     kind, about, default = TASKS[task].kind, _about(plan_command), tasks[task]
     if default is None:
-        rest, students, recipe = take_defaults(arguments)
+        rest, students, recipe = take_defaults(arguments, fit=True)
         config = parse(kind, kind(recipe=recipe), rest, "comad plan", f"{about} {choices_help()}")
         config = replace(config, recipe=with_students(config.recipe, students))
     else:
@@ -247,6 +277,35 @@ def embed_command(arguments: list[str]) -> None:
     _print(embed(parse(EmbedConfig, None, _backbone_first(arguments), "comad embed", _about(embed_command))))
 
 
+def doctor_command(arguments: list[str]) -> None:
+    """Say what this machine has, and what to install for speed: comad doctor."""
+    if HELP & set(arguments):
+        _print(_about(doctor_command))
+        return
+    if arguments:
+        raise ValueError(f"comad doctor takes no options; leave out {' '.join(arguments)}.")
+    from comad.runtime.doctor import examine
+
+    _print(examine())
+
+
+def completion_command(arguments: list[str]) -> None:
+    """Print what the tab key needs: comad completion bash|zsh|fish.
+
+    $ comad completion bash > ~/.local/share/bash-completion/completions/comad
+    $ comad completion zsh >> ~/.zshrc
+    $ comad completion fish > ~/.config/fish/completions/comad.fish
+    """
+    from comad.runtime.completion import SHELLS, options_of, script
+
+    shell = _first_word(arguments) or ""
+    if shell not in SHELLS and HELP & set(arguments):
+        _print(_about(completion_command))
+        return
+    script(shell, {})  # a wrong name is told at once
+    _print(script(shell, {verb: options_of(command) for verb, (_, command) in VERBS.items()}))
+
+
 def report_command(arguments: list[str]) -> None:
     """Write one HTML page about runs and comparisons: comad report RUN..."""
     from comad.reporting.page import ReportConfig, report
@@ -259,7 +318,7 @@ def data_command(arguments: list[str]) -> None:
     from comad.data.scene_files import ScenesConfig, write_scenes
 
     name, *rest = arguments or [""]
-    if name in ("-h", "--help"):
+    if name in HELP:
         _print(_about(data_command))
         return
     if name != "scenes":
@@ -269,7 +328,7 @@ def data_command(arguments: list[str]) -> None:
 
 def teachers_command(arguments: list[str]) -> None:
     """Look at teachers before a run: comad teachers list [WORD] | inspect TEACHER | compare TEACHER TEACHER ..."""
-    if {"-h", "--help"} & set(arguments[:1]):
+    if HELP & set(arguments[:1]):
         _print(f"{_about(teachers_command)}\n\n`comad teachers inspect --help` lists the options of inspect.")
         return
     from comad.evaluation.teachers import COMMANDS
@@ -287,15 +346,25 @@ def teachers_command(arguments: list[str]) -> None:
 VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "distill": ("distil teachers into a student; without arguments: the demo", distill_command),
     "pretrain": ("train a teacher from scratch: mae, mocov3 or ibot", pretrain_command),
-    "evaluate": ("score any backbone: kNN and linear probe, or finetune, segment, detect", evaluate_command),
     "plan": ("what a run will cost, before it: time, memory, disk, FLOPs, here and on GPUs", plan_command),
-    "data": ("make images with many objects: scenes", data_command),
     "teachers": ("list, inspect and compare teachers before a run", teachers_command),
+    "doctor": ("what this machine has, and what to install for speed", doctor_command),
+    "evaluate": ("score any backbone: kNN and linear probe, or finetune, segment, detect", evaluate_command),
+    "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
+    "report": ("one HTML page about runs and comparisons", report_command),
     "export": ("write a student for other programs: timm, transformers, ONNX, 8 bits, ...", export_command),
     "embed": ("features of a folder of images as a table", embed_command),
-    "report": ("one HTML page about runs and comparisons", report_command),
-    "compare": ("methods, teacher sets and seeds side by side, with intervals", compare_command),
+    "data": ("make images with many objects: scenes", data_command),
+    "completion": ("verbs and options for the tab key of bash, zsh or fish", completion_command),
 }
+GROUPS = {
+    "train": ("distill", "pretrain"),
+    "before a run": ("plan", "teachers", "doctor"),
+    "after it": ("evaluate", "compare", "report"),
+    "use the student": ("export", "embed"),
+    "more": ("data", "completion"),
+}
+"""How `comad --help` lists the verbs."""
 
 
 def _first_word(arguments: list[str]) -> str | None:
@@ -354,17 +423,19 @@ def _finish_dense(config: Any, text: str, draw: Callable[[Path], list[Path]]) ->
 
 def _about(command: Callable[..., Any], recipes: Any = ()) -> str:
     """What ``--help`` says of a verb."""
-    text = (command.__doc__ or "").strip()
+    text = inspect.cleandoc(command.__doc__ or "")
     if not recipes:
         return text
     return f"{text} --preset {{{','.join(recipes)}}} and --recipe FILE.yaml choose the values that the options change."
 
 
 def _print_help() -> int:
-    lines = [f"  {verb:10} {text}" for verb, (text, _) in VERBS.items()]
+    lines = []
+    for group, verbs in GROUPS.items():
+        lines += [f"{group}:", *(f"  {verb:10} {VERBS[verb][0]}" for verb in verbs), ""]
     title = "Distil several frozen vision teachers into one compact student."
     ends = "Exit status: " + ", ".join(f"{status} {text}" for status, text in STATUS.items()) + "."
-    return _print("\n".join([title, "", USAGE, "", *lines, "", ends]))
+    return _print("\n".join([title, "", USAGE, "", *lines, EXAMPLES, "", OUTPUT, "", ends]))
 
 
 def _print(text: str) -> int:

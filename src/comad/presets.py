@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comad.data.loader import LoaderConfig
 from comad.distillation.aligners import AutoencoderAdapter, StudentProjector, TrainedAdapter
 from comad.distillation.config import DistillConfig
 from comad.distillation.features import Blocks, MAEDecoder
-from comad.distillation.fusion import DropEasiest, Gate, LossGate, Mean, Sum
+from comad.distillation.fusion import Consensus, DropEasiest, Gate, LossGate, Mean, Sum
 from comad.distillation.masking import Disjoint, Independent, Shared, WholeImages
 from comad.distillation.method import Method
 from comad.distillation.normalizers import L2, PHIS, LayerNorm, Standardize
@@ -19,13 +19,14 @@ from comad.distillation.objectives import (
     AttentionLoss,
     DistanceLoss,
     FeatureLoss,
+    HOGLoss,
     MapLoss,
     Objective,
     PixelLoss,
     QueueLoss,
     RelationLoss,
 )
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
@@ -81,12 +82,12 @@ DMAE = Method(
     aligner=StudentProjector(unit_length=True),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss(normalize=False)},
+    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss()},
 )
 """DMAE (arXiv:2208.12256): MAE, and tokens of the block at 3/4 (9 of 12, 18 of 24), class token too, at length 1.
 
-Both terms have weight 1, pixels are raw, as in the published code; its decoder has 8 blocks of width 512, here it is 1
-of width 128.
+Both terms have weight 1, and patches' pixels are normalised, as by the published command; its decoder has 8 blocks of
+width 512, here it is 1 of width 128.
 """
 
 G2SD = Method(
@@ -107,19 +108,19 @@ out.
 
 DMJD = Method(
     masking=Disjoint(mask_ratio=0.6, block=2),
-    normalizer=LayerNorm(),
-    aligner=StudentProjector(head="mlp"),
+    aligner=StudentProjector(head="identity"),
     fusion=Sum(),
     single_teacher=True,
     objectives={
-        "visible": FeatureLoss(where="visible", cls=False, distance="smooth-l1", temperature=2.0),
-        "hidden": FeatureLoss(where="hidden", cls=False, distance="mse"),
+        "visible": HOGLoss(where="visible", distance="smooth-l1", temperature=2.0),
+        "hidden": HOGLoss(where="hidden"),
     },
 )
 """Disjoint masking with joint distillation (arXiv:2301.00230): two masks of 2 x 2 patches without a common one.
 
-The published code compares with the image's HOG and has no teacher; here the targets are a teacher's tokens of the
-whole image. Both branches share one MLP; published are three layers for what is visible, one behind the decoder.
+As published, visible and hidden patches predict the image's histograms of gradients; a teacher is read for the scores
+beside the student's alone. A teacher's tokens take their place by ``--objectives.visible feature
+--objectives.visible.where visible --objectives.hidden feature --objectives.hidden.where hidden`` and a projector.
 """
 
 HYBRID = Method(
@@ -216,13 +217,14 @@ Its published norms have a weight per position too, ours one per channel: the sa
 
 C_RADIO = replace(
     PHI_S,
-    masking=WholeImages(shift=0.5),
+    masking=WholeImages(shift=0.5, scales=tuple(round(size / 432, 3) for size in (128, 192, 224, 256, 384, 432))),
     objectives={"cls": AngleLoss(), "patch": FeatureLoss(where="all", cls=False, distance="mse")},
 )
 """C-RADIOv4 (arXiv:2601.17237): angles of summaries balanced over teachers, patches of images moved for each network.
 
 What moves out on one side comes back on the other and does not count; published crops move over the larger image. Its
-random resolutions, DAMP and the loss to its own moving average are left out: a run has one size and one student.
+random resolutions are the published ones up to 432 pixels, as shares of the student's own; those from 512 on, DAMP and
+the loss to its own moving average are left out.
 """
 
 SIGLINO_LIKE = replace(
@@ -258,6 +260,20 @@ cached. The published queue is shorter for small sets, from 16 for 50 images to 
 """
 
 
+CONSENSUS = Method(
+    masking=WholeImages(),
+    normalizer=Standardize(over="calibration"),
+    aligner=StudentProjector(separate_cls=True),
+    fusion=Consensus(),
+    objectives={**_cosine_and_smooth_l1(0.5, 0.5, weight=2.0), "queue": QueueLoss(size=2048)},
+)
+"""What wins on photographs (docs/results.md): whole images, linear heads, standardised targets, relations to a queue.
+
+Of the paper's ideas it keeps the consensus, as a weight of what teachers know about images, and the two losses, for the
+class token and for the map; masks and the student's affinity cost more than they gave.
+"""
+
+
 def _objectives(method: Method, **changes: Mapping[str, Any]) -> Method:
     """Change fields of named objectives."""
     changed = {name: replace(term, **changes.get(name, {})) for name, term in method.objectives.items()}
@@ -267,6 +283,7 @@ def _objectives(method: Method, **changes: Mapping[str, Any]) -> Method:
 METHODS: dict[str, Method] = {
     "comad": COMAD,
     "comad-literal": LITERAL,
+    "consensus": CONSENSUS,
     "mean": replace(COMAD, fusion=Mean()),
     # Table 3 of the paper: the losses
     "comad-token-only": _objectives(COMAD, spatial={"weight": 0.0}),
@@ -316,9 +333,119 @@ IMAGES = DistillConfig(
 )
 """The paper's recipe: ViT-Ti/16 at 224 pixels, 300 epochs, learning rate 1.5e-4 per 256 images; name your teachers.
 
-The paper's batch is 4096 and its student starts from a checkpoint of ImageNet-21k, tuned on 1k: --optim.batch-size 4096
+The paper's batch is 4096 and its student starts from a checkpoint of ImageNet-21k, tuned on 1k: --recipe-of comad
 --student.pretrained. Here the student starts from scratch.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Optimiser settings of a paper or of its code (``--recipe-of``), as its smallest student was trained.
+
+    Attributes:
+        source: where they stand.
+        optim: learning rates per 256 images. Batches above 256 are taken in passes of 256.
+        crop_scale, jitter: of the views.
+        drop_path: of the student.
+    """
+
+    source: str
+    optim: OptimConfig
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    jitter: float = 0.0
+    drop_path: float = 0.0
+
+    def applied(self, config: DistillConfig, name: str) -> DistillConfig:
+        """A recipe with these settings in place of its own."""
+        return replace(
+            config,
+            optim=self.optim,
+            augment=replace(config.augment, crop_scale=self.crop_scale, jitter=self.jitter),
+            student=replace(config.student, drop_path=self.drop_path),
+            recipe_of=name,
+        )
+
+
+_PAPER = Published(
+    source="arXiv:2508.04816, Experiments; betas and clipping are the common ones, crops not said",
+    optim=OptimConfig(epochs=300.0, batch_size=4096, microbatch=256, base_lr=1.5e-4, warmup_epochs=15.0),
+    crop_scale=(0.25, 1.0),
+    jitter=0.4,
+)
+_MAE = OptimConfig(epochs=300.0, batch_size=4096, microbatch=256, base_lr=1.5e-4, warmup_epochs=15.0, clip=0.0)
+_TINYMIM = Published(
+    source="README.md and main_pretrain.py of github.com/OliverRensu/TinyMIM",
+    optim=replace(_MAE, batch_size=2048),
+    jitter=0.4,
+)
+
+PUBLISHED: dict[str, Published] = {
+    **{name: _PAPER for name in METHODS if name == "mean" or name.startswith("comad")},
+    **dict.fromkeys(("tinymim", "m-tinymim", "tinymim-feat"), _TINYMIM),
+    "dmae": Published(
+        source="pretrain.sh and main_distill.py of github.com/UCSC-VLAA/DMAE",
+        optim=replace(_MAE, epochs=100.0, warmup_epochs=40.0),
+    ),
+    "g2sd": Published(
+        source="GD.sh and main_distill.py of github.com/pengzhiliang/G2SD",
+        optim=replace(_MAE, warmup_epochs=10.0, clip=3.0, min_lr=2.5e-6 / 2.4e-3),
+    ),
+    "dmjd": Published(  # its rate counts each image once for every mask: 6e-4 / 0.6
+        source="PRETRAIN.md and main_pretrain.py of github.com/mx-mark/DMJD",
+        optim=replace(_MAE, epochs=400.0, batch_size=512, base_lr=1e-3, warmup_epochs=20.0),
+        crop_scale=(0.5, 1.0),
+    ),
+    "unic": Published(
+        source="main_unic.py and README.md of github.com/naver/unic, on 4 GPUs",
+        optim=replace(
+            _MAE,
+            epochs=200.0,
+            batch_size=512,
+            base_lr=3e-4,
+            warmup_epochs=10.0,
+            weight_decay=0.03,
+            betas=(0.9, 0.99),
+            min_lr=1e-6 / 6e-4,
+        ),
+        crop_scale=(0.08, 1.0),
+        jitter=0.4,
+        drop_path=0.1,
+    ),
+    "theia": Published(
+        source="training/frame_level.yaml of github.com/bdaiinstitute/theia, on 8 GPUs",
+        optim=replace(
+            _MAE,
+            epochs=50.0,
+            batch_size=128,
+            base_lr=1e-3,
+            warmup_epochs=5.0,
+            schedule="constant",
+            weight_decay=0.01,
+            betas=(0.9, 0.999),
+        ),
+        crop_scale=(1.0, 1.0),
+    ),
+    "gram": Published(  # 5e-4 at 1536, there scaled by the root of the batch; its epochs depend on the set
+        source="_methods/distillationv3 of github.com/lightly-ai/lightly-train; epochs and warm-up are the common ones",
+        optim=replace(_MAE, batch_size=1536, base_lr=5e-4 / 6, weight_decay=0.04, betas=(0.9, 0.999), clip=1.0),
+        crop_scale=(0.25, 1.0),
+        jitter=0.4,
+    ),
+}
+"""Preset → what it was published with. `dune`, `radio`, `phi-s`, `eupe`, `c-radio` and `siglino-like` were trained on
+other data by numbers of steps, RADIO's by LAMB; `hybrid` and `dmt-like` do not say enough."""
+
+
+def published(name: str) -> Published:
+    """The optimiser settings of a method.
+
+    Raises:
+        ValueError: none are known that one could follow here.
+    """
+    if name not in PUBLISHED:
+        known = f"; known are those of {', '.join(PUBLISHED)}" if name in METHODS else f"; {hint(name, PUBLISHED)}"
+        raise ValueError(f"no published optimiser settings of {name!r} that could be followed here{known}.")
+    return PUBLISHED[name]
 
 
 def recipe(preset: str, demo: bool) -> DistillConfig:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from comad import presets
+from comad.data.load import load_images
+from comad.defaults import SIZE_FLAGS, fit_to_data, this_machine, told
 from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
-from comad.runtime.command import parse, pop_all, pop_flag
+from comad.runtime.command import get_flag, parse, pop_all, pop_flag
+from comad.runtime.progress import say_next, warn
 from comad.runtime.recipe import read_recipe, resumed_recipe
 from comad.runtime.slots import Slot, load_plugins
 
@@ -83,26 +85,39 @@ def parse_distillation(
     Raises:
         ValueError: an unknown preset, recipe or member of a slot.
     """
-    arguments, students, default = take_defaults(arguments, base)
+    arguments, students, default = take_defaults(arguments, base, fit=True)
     config = parse(DistillConfig, default, arguments, program, f"{description} {choices_help()}".strip())
     return with_students(config, students)
 
 
 def take_defaults(
-    arguments: Sequence[str], base: DistillConfig | None = None
+    arguments: Sequence[str], base: DistillConfig | None = None, fit: bool = False
 ) -> tuple[list[str], list[str], DistillConfig]:
-    """Take away what chooses defaults. Returns the other arguments, names of students, and the defaults."""
+    """Take away what chooses defaults. Returns the other arguments, names of students, and the defaults.
+
+    With ``fit`` those for own images are fitted to the images and to this machine, see `fitted`.
+    """
     rest = rename_flags(list(arguments))
     plugins = pop_all(rest, "--plugin")
     load_plugins(plugins)
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
+    recipe_of = pop_flag(rest, "--recipe-of")
     default = base or _default(preset, recipe, rest)
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed
+    elif recipe_of:
+        default = presets.published(recipe_of).applied(default, recipe_of)
+    if resumed is not None and recipe_of not in (None, resumed.recipe_of):
+        raise ValueError(f"the run was started with {resumed.settings}; leave out --recipe-of, or pass --run.out.")
+    if fit and not (base or recipe or resumed or recipe_of):
+        fixed = () if all("patch16_224" in name for name in students) else SIZE_FLAGS
+        default = fitted(default, [*rest, *fixed])
     if students:
-        plain = replace(default.student, name=students[0], width=None, depth=None, heads=None)
+        plain = replace(default.student, width=None, depth=None, heads=None).called(students[0])
         default = replace(default, student=plain, extra_students=())
+    elif name := pop_flag(list(rest), "--student.name"):
+        default = replace(default, student=default.student.called(name))
     method = choose_members(default.method, rest)
     return rest, students, replace(default, method=method, plugin=(*default.plugin, *plugins))
 
@@ -113,6 +128,25 @@ def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> Di
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
     return presets.recipe(preset or "comad", demo=not own_data)
+
+
+def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:
+    """The recipe for own images, fitted to them and to this machine; not for bundled ones, and not for ``--help``.
+
+    Args:
+        config: of the paper.
+        arguments: options that are given; these count.
+        data: the images; None: those of ``--data``.
+    """
+    data = get_flag(list(arguments), "--data") if data is None else data
+    if data in (None, "stamps") or {"-h", "--help", "--help-all"} & set(arguments):
+        return config
+    given, images, machine = [a.partition("=")[0] for a in arguments], load_images(data).train, this_machine()
+    if not len(images):
+        return config
+    found = fit_to_data(config, images, machine, given)
+    say_next(told(found, config, images, machine, given))
+    return found
 
 
 def choose_members(method: Method, arguments: list[str]) -> Method:
@@ -135,20 +169,27 @@ def choose_members(method: Method, arguments: list[str]) -> Method:
 
 def with_students(config: DistillConfig, students: Sequence[str]) -> DistillConfig:
     """A distillation with all students that were named, alike but for their architecture."""
-    extra = tuple(replace(config.student, name=name) for name in students[1:])
+    extra = tuple(config.student.called(name) for name in students[1:])
     return replace(config, extra_students=extra) if students else config
 
 
 def choices_help() -> str:
     """What ``--help`` says about the options of a distillation that choose others."""
-    slots = "; ".join(f"--{field} {{{','.join(slot.members)}}}" for field, slot in SLOTS.items())
-    return (
-        f"--preset {{{','.join(presets.METHODS)}}} and --recipe FILE.yaml choose the values that the options change. "
-        f"Slots of the method are chosen by name: {slots}; --objectives.NAME {{{','.join(Objective.members)}}} adds "
-        "a term, or none removes it. --plugin FILE.py adds members of your own. --student NAME names timm's "
-        "architecture; several times, for several students that share the teachers' passes, each in a folder of its "
-        "own. The options of --student.* then hold for all of them. Defaults are the demo's; after --data FOLDER, "
-        "those for own images."
+    slots = [f"--{field} {{{','.join(slot.members)}}}: a slot of the method." for field, slot in SLOTS.items()]
+    return "\n".join(
+        (
+            "",
+            f"--preset {{{','.join(presets.METHODS)}}}: a published method, whose values the options change.",
+            f"--recipe-of {{{','.join(presets.PUBLISHED)}}}: the published optimiser settings of that method.",
+            "--recipe FILE.yaml: a recorded run, whose values the options change.",
+            "--student NAME: an architecture; several times, for several students that share the teachers' passes,",
+            "    each in a folder of its own. The options of --student.* then hold for all of them.",
+            *slots,
+            f"--objectives.NAME {{{','.join(Objective.members)}}} adds a term, or none removes it.",
+            "--plugin FILE.py adds members of your own.",
+            "",
+            "Defaults are the demo's; after --data FOLDER, those for own images.",
+        )
     )
 
 
@@ -183,7 +224,7 @@ def _renamed_flag(flag: str) -> tuple[str, dict[str, Any]]:
     name = _rename(f"{head}.{last.removeprefix('no_')}")
     head, _, last = name.removeprefix("method.").removesuffix(".name").replace("_", "-").rpartition(".")
     new = f"--{head}{'.' * bool(head)}{negated}{last}"
-    sys.stderr.write(f"comad: {flag} is called {new} now.\n")
+    warn(f"{flag} is called {new} now.")
     return new, {old: value or "none" for old, value in RENAMED_VALUES.get(name, {}).items()}
 
 
@@ -203,7 +244,7 @@ def upgrade(plain: Any) -> Any:
     load_plugins(plain.get("plugin") or [])  # its members may be named below
     if all(name == _rename(name) for name, _ in _leaves(plain, "")):
         return plain
-    sys.stderr.write("comad: this recipe has names of the first version; they are read by those of today.\n")
+    warn("this recipe has names of the first version; they are read by those of today.")
     renamed = {"teacher_image_size": "grid"} | {RENAMED.get(key, key): value for key, value in plain.items()}
     if isinstance(method := plain.get("method"), Mapping):
         renamed["method"] = _upgraded_method(method)

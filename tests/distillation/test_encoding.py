@@ -13,8 +13,8 @@ from comad.distillation.distiller import repeat_for_masks
 from comad.distillation.features import Blocks, block_at, forward_teacher
 from comad.distillation.masking import Masks, Superset
 from comad.distillation.objectives import PixelLoss
-from comad.models.backbone import patchify
-from comad.models.timm_backbone import VitConfig
+from comad.models.backbone import normalise_patches, patchify
+from comad.models.students import VitConfig
 from comad.presets import METHODS
 
 WHOLE = Masks(None, (None, None, None))
@@ -128,7 +128,7 @@ def test_reconstructed_pixels_are_compared_with_the_image_as_the_student_takes_i
     student = setting.distiller.student
     assert torch.equal(true, patchify((images - student.pixel_mean) / student.pixel_std, 8))
     hidden = ~masks.student_sees(3, 16, images.device)
-    expected = F.mse_loss(ours[hidden], true[hidden])
+    expected = F.mse_loss(ours[hidden], normalise_patches(true)[hidden])
     numbers = setting.distiller(images, outputs, masks)[1]()
     assert float(numbers["loss/pixels"]) == pytest.approx(float(expected.detach()), rel=1e-5)
     (pair,), _ = PixelLoss().pairs(None, [], setting.distiller.encode(images, masks), [], ~hidden)

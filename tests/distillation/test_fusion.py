@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from comad.distillation.fusion import Fusion, Gate, Mean, Pair
+from comad.distillation.fusion import Consensus, Fusion, Gate, Mean, Pair
+from comad.models.backbone import Tokens
 
 SCORES = {"both": (True, True), "affinity": (True, False), "consensus": (False, True), "uniform": (False, False)}
 FUSIONS = [Gate(), Gate(detached=False), Gate(renormalize=True, detached=False), Mean(), Mean(renormalize=True)]
@@ -204,3 +205,61 @@ def test_lengths_do_not_change_the_weights():
     torch.testing.assert_close(
         fuse(Gate(), 5 * student, teachers * scale, valid).weights, fuse(Gate(), student, teachers, valid).weights
     )
+
+
+def knowing(seed: int, images: int = 96, width: int = 24) -> tuple[list[Tensor], list[Tensor]]:
+    """Class tokens and patches of three teachers: two know the same eight facts of an image, the third is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    facts = torch.randn(images, 8, generator=generator)
+    maps = [torch.randn(8, width, generator=generator) for _ in range(2)]
+    noise = [torch.randn(images, width, generator=generator) for _ in range(3)]
+    cls = [facts @ maps[0] + 0.5 * noise[0], facts @ maps[1] + 0.5 * noise[1], noise[2]]
+    return cls, [part.unsqueeze(1) + 0.1 * torch.randn(images, 4, width, generator=generator) for part in cls]
+
+
+def consensus(fusion: Consensus, cls, patches, valid=None) -> Tensor:
+    """Weights of the class token and four patches of every image but the anchors."""
+    state = fusion.build([part.shape[-1] for part in patches])
+    fusion.calibrate(
+        state, [Tokens(c[: fusion.anchors], p[: fusion.anchors]) for c, p in zip(cls, patches, strict=True)]
+    )
+    targets = [torch.cat([c.unsqueeze(1), p], dim=1)[fusion.anchors :] for c, p in zip(cls, patches, strict=True)]
+    valid = torch.ones(len(targets), *targets[0].shape[:2], dtype=torch.bool) if valid is None else valid
+    pairs = [Pair(part, part, seen, seen) for part, seen in zip(targets, valid, strict=True)]
+    weighed, shares = fusion(state, pairs)
+    torch.testing.assert_close(torch.stack([pair.weight for pair in weighed]), shares)
+    return shares
+
+
+def test_noise_among_teachers_has_no_share_in_the_consensus():
+    shares = consensus(Consensus(anchors=32), *knowing(0)).mean(dim=(1, 2))
+    assert shares[2] < 0.05 and abs(shares[0] - 0.5) < 0.05
+    cls, patches = knowing(0)
+    assert torch.allclose(consensus(Consensus(anchors=32), cls[1:], patches[1:]), torch.tensor(0.5))
+
+
+def test_consensus_is_the_correlation_of_rows_of_cosines():
+    cls, patches = knowing(1)
+    shares = consensus(Consensus(anchors=16, power=2.0), cls, patches)
+    for token in range(2):  # the class token, and the first patch
+        anchors = cls if token == 0 else [part.mean(dim=1) for part in patches]
+        shown = cls if token == 0 else [part[:, 0] for part in patches]
+        for image in (0, 7):
+            rows = []
+            for own, tokens in zip(anchors, shown, strict=True):
+                centre = own[:16].mean(dim=0)
+                rows.append([cos((tokens[16 + image] - centre).tolist(), (x - centre).tolist()) for x in own[:16]])
+            mean = [sum(row) / 16 for row in rows]
+            rows = [[x - mid for x in row] for row, mid in zip(rows, mean, strict=True)]
+            scores = [max(0.0, sum(cos(a, b) for b in rows if b is not a) / 2) ** 2 for a in rows]
+            wanted = torch.tensor([score / sum(scores) for score in scores])
+            torch.testing.assert_close(shares[:, image, token], wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_consensus_is_among_the_teachers_that_saw_the_token():
+    cls, patches = knowing(2)
+    valid = torch.rand(3, 64, 5, generator=torch.Generator().manual_seed(0)) < 0.6
+    shares = consensus(Consensus(anchors=32), cls, patches, valid)
+    assert (shares[~valid] == 0).all() and torch.allclose(shares.sum(dim=0), valid.any(dim=0).float())
+    alone = valid.sum(dim=0) == 1
+    assert alone.any() and torch.allclose(shares.amax(dim=0)[alone], torch.ones(()))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch.nn import functional as F
 
 from comad.distillation.masking import Disjoint, Independent, Masking, Shared, Superset, WholeImages, num_visible
+from comad.models.backbone import resample_patches
+from comad.models.students import VitConfig
+from comad.presets import METHODS
 
 CPU = torch.device("cpu")
 RATIOS = st.floats(0.0, 0.95)
@@ -196,3 +203,27 @@ def test_noise_of_the_masks_is_uniform_and_belongs_to_the_sample():
     masks = WholeImages()(noise(4000, 2, 16))
     assert masks.noise.shape == (4000, 2) and masks.noise.min() >= 0 and masks.noise.max() < 1
     assert torch.histc(masks.noise, 4, 0, 1).tolist() == pytest.approx([2000] * 4, rel=0.1)
+
+
+def test_a_step_has_one_of_the_sizes(small_distillation):
+    """Drawn by the first image's noise, each as often; the student's tokens come back to its own grid."""
+    masking = WholeImages(scales=(0.25, 0.5, 1.0))
+    noise = torch.rand(300, 1, 2, 16, generator=torch.Generator().manual_seed(0))
+    drawn = [masking(part).scale for part in noise]
+    assert [round(drawn.count(scale) / 100) for scale in masking.scales] == [1, 1, 1] and masking.repeats
+    setting = small_distillation(replace(METHODS["c-radio"], masking=WholeImages(scales=(0.5,))))
+    images, outputs, masks = setting.batch(4)
+    student = setting.distiller.student
+    encoded = setting.distiller.encode(images, masks).last
+    assert masks.scale == 0.5 and encoded.shape == (4, 17, 32)
+    small = VitConfig(image_size=16, patch_size=8, width=32, depth=2, heads=4).build()
+    weights = student.vit.state_dict()
+    weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], (2, 2), num_prefix_tokens=1)
+    small.vit.load_state_dict(weights)
+    tokens = small(F.interpolate(images, (16, 16), mode="bilinear", antialias=True))
+    torch.testing.assert_close(encoded[:, 0], tokens.cls)
+    torch.testing.assert_close(encoded[:, 1:], resample_patches(tokens.patches, (2, 2), (4, 4)))
+    setting.distiller(images, outputs, masks)[0].backward()
+    assert student.vit.pos_embed.grad.abs().sum() > 0 and student(images).patches.shape == (4, 16, 32)
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        WholeImages(scales=(2.0,))

@@ -18,8 +18,8 @@ from comad.distillation.objectives import FeatureLoss, Objective
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.decoder import MaskedDecoder
 from comad.models.mae_decoder import load_decoder, save_decoder
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_teacher, teacher_from_module
-from comad.models.timm_backbone import VitConfig
 from comad.presets import METHODS
 
 STUDENT = VitConfig(image_size=16, patch_size=4, width=12, depth=2, heads=2)
@@ -65,7 +65,7 @@ def test_a_network_without_blocks_is_refused(name):
         ("dmae", WholeImages(), "--masking shared"),
         ("dmae", Shared(hidden="token"), "--masking.hidden drop"),
         ("g2sd", Independent(teacher_hidden="zero"), "--masking.teacher-hidden drop"),
-        ("dmjd", WholeImages(), "no patch is hidden.*--masking shared"),
+        ("dmjd", WholeImages(), "--masking shared"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(name, masking, words):
@@ -101,9 +101,9 @@ def test_heads_are_those_of_the_teacher_whose_attention_is_compared(name, heads)
     assert METHODS[name].compared_heads([teacher("a"), teacher("b", heads=2)]) == heads
 
 
-def test_identity_heads_are_for_attention_alone():
+def test_identity_heads_are_for_what_compares_no_tokens():
     identity = StudentProjector(head="identity")
-    assert {name for name, method in METHODS.items() if method.aligner == identity} == {"tinymim", "m-tinymim"}
+    assert {name for name, method in METHODS.items() if method.aligner == identity} == {"tinymim", "m-tinymim", "dmjd"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,7 @@ def test_identity_heads_are_for_attention_alone():
         ("comad", [{"tokens"}, {"tokens"}]),
         ("tinymim", [{"qkv"}]),
         ("dmae", [{"tokens"}]),
+        ("dmjd", [set()]),
         ("hybrid", [{"qkv"}, {"tokens"}]),
     ],
 )

@@ -185,11 +185,12 @@ def tinymim_feat(given: Given) -> Tensor:
 
 
 def dmae(given: Given) -> Tensor:
-    """arXiv:2208.12256 and its code: L1 of unit vectors, class token and visible patches; MSE of hidden raw pixels."""
+    """arXiv:2208.12256 and its code: L1 of unit vectors, class token and visible; MSE of hidden normalised pixels."""
     keep = torch.cat([torch.ones_like(given.visible[:, :1]), given.visible], dim=1)
     feature = (unit(head(given))[keep] - unit(rows(given.teachers[0])).flatten(0, 1)).abs().mean()
     reconstructed, pixels = given.student.pixels
-    return feature + (reconstructed - pixels)[~given.visible].square().mean()
+    normal = (pixels - pixels.mean(dim=-1, keepdim=True)) / (pixels.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return feature + (reconstructed - normal)[~given.visible].square().mean()
 
 
 def g2sd(given: Given) -> Tensor:
@@ -198,10 +199,30 @@ def g2sd(given: Given) -> Tensor:
 
 
 def dmjd(given: Given) -> Tensor:
-    """arXiv:2301.00230 and its code: smooth L1, β 2, of visible patches and MSE of hidden ones, weight 1."""
-    prediction, target = head(given)[:, 1:], layer_norm(given.teachers[0].patches)
-    visible = smooth_l1(prediction, target, 2.0)[given.visible].mean()
-    return visible + (prediction - target)[~given.visible].square().mean()
+    """arXiv:2301.00230 and its code: smooth L1, β 2, of visible patches and MSE of hidden ones, to the image's HOG."""
+    reconstructed, pixels = given.student.pixels
+    target = histograms(pixels)
+    mlp, linear = (given.distiller.objectives[name] for name in ("visible", "hidden"))
+    visible = smooth_l1(mlp(given.student.last[:, 1:]), target, 2.0)[given.visible].mean()
+    return visible + (linear(reconstructed) - target)[~given.visible].square().mean()
+
+
+def histograms(patches: Tensor) -> Tensor:
+    """HOG of 4 × 4 patches of 8 × 8 pixels, pixel by pixel: cells of 4 × 4, nine bins of 20 degrees, 0 at the edges."""
+    count = len(patches)
+    image = patches.view(count, 4, 4, 8, 8, 3).transpose(2, 3).reshape(count, 32, 32, 3)
+    found = torch.zeros(count, 8, 8, 9, 3, dtype=torch.float64)
+    for row in range(32):
+        for column in range(32):
+            zero = torch.zeros_like(image[:, 0, 0])
+            down = image[:, row + 1, column] - image[:, row - 1, column] if 0 < row < 31 else zero
+            right = image[:, row, column + 1] - image[:, row, column - 1] if 0 < column < 31 else zero
+            bins = (torch.atan2(down, right) * 180 / math.pi % 180 / 20).floor().long().clamp(max=8)
+            length = (down.square() + right.square()).sqrt()
+            found[:, row // 4, column // 4].scatter_add_(1, bins.unsqueeze(1), length.unsqueeze(1) / 16)
+    mean, variance = found.mean(dim=3, keepdim=True), found.var(dim=3, keepdim=True, correction=0)
+    found = (found - mean) / (variance + 1e-5 / 58**2).sqrt()
+    return found.view(count, 4, 2, 4, 2, 9, 3).transpose(2, 3).reshape(count, 16, 108)
 
 
 def hybrid(given: Given) -> Tensor:
@@ -477,7 +498,7 @@ def without_positions(backbone: Any) -> Any:
 
 @torch.no_grad()
 def test_patches_of_moved_images_come_back_to_where_they_came_from(small_distillation):
-    setting = small_distillation(METHODS["c-radio"])
+    setting = small_distillation(replace(METHODS["c-radio"], masking=WholeImages(shift=0.5)))
     distiller = setting.distiller
     for network in (distiller.student, *(teacher.backbone for teacher in setting.teachers)):
         without_positions(network)

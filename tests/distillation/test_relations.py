@@ -145,7 +145,7 @@ def test_autocast_does_not_round_relations(dtype):
 
 def test_a_queue_holds_the_batch_before_it_compares_and_follows_only_in_training():
     objective = QueueLoss(size=4, temperature=0.5)
-    state = objective.build(Shapes(3, (3,), 1))
+    state = objective.build(Shapes(3, (3,), 1, 8))
     assert not state[0].directions.any()
     state[0].push(draw(4, 3, seed=2).float())
     before = state[0].directions.clone()

@@ -12,7 +12,7 @@ from comad.cli import main
 from comad.distillation import results as results_module
 from comad.distillation import run as run_module
 from comad.distillation.distiller import Distiller
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.recipes import read_distillation
 from comad.runtime import trainer as trainer_module
 from comad.runtime.checkpoint import checkpoints

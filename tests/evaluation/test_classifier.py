@@ -5,8 +5,8 @@ import torch
 from timm.layers.drop import DropPath
 
 from comad.evaluation.classifier import Classifier, cross_entropy, mix, mixed_labels, set_drop_path
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher, teacher_from_module
-from comad.models.timm_backbone import VitConfig
 
 VIT = VitConfig(image_size=16, patch_size=4, width=12, depth=3, heads=2)
 

@@ -27,8 +27,8 @@ from comad.evaluation.views import load_many, load_one, readable, sample, token_
 from comad.models.checkpoints import FORMATS
 from comad.models.files import sha256
 from comad.models.sources import BUNDLED, bundled_teachers
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig
 
 QUIET = "No sign of random or collapsed weights."
 

@@ -5,7 +5,7 @@ import torch
 
 from comad.models.backbone import random_visible
 from comad.models.compiling import compile_blocks, eager_mode, need_compiler
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 
 
 def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
@@ -21,7 +21,7 @@ def test_a_compiler_is_found_by_the_environment(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A small network with compiled blocks but the second, and the blocks' inputs that graphs were made for."""
+    """A small network with compiled blocks, and the blocks' inputs that graphs were made for."""
     graphs = []
 
     def note(graph, inputs):
@@ -31,10 +31,9 @@ def compiled(monkeypatch):
     backbone = VitConfig(image_size=16, patch_size=4, width=12, depth=3, heads=2).build().eval()
     plain = copy.deepcopy(backbone)
     torch._dynamo.reset()
-    compile_blocks(backbone.vit, listened=(2,))
-    for block in backbone.vit.blocks:
-        if block._compiled_call_impl is not None:
-            block.compile(dynamic=False, backend=note)
+    compile_blocks(backbone)
+    for block in backbone.blocks:
+        block.compile(dynamic=False, backend=note)
     yield backbone, plain, graphs
     torch._dynamo.reset()
 
@@ -52,8 +51,8 @@ def test_blocks_are_compiled_once_per_shape_and_say_the_same(compiled):
     assert len(graphs) == 2
 
 
-def test_a_listened_block_and_copies_stay_plain(compiled):
+def test_copies_stay_plain(compiled):
     backbone, plain, _ = compiled
-    assert [block._compiled_call_impl is None for block in backbone.vit.blocks] == [False, True, False]
-    assert all(block._compiled_call_impl is None for block in copy.deepcopy(backbone).vit.blocks)
+    assert all(block._compiled_call_impl is not None for block in backbone.blocks)
+    assert all(block._compiled_call_impl is None for block in copy.deepcopy(backbone).blocks)
     assert list(backbone.state_dict()) == list(plain.state_dict())

@@ -104,15 +104,20 @@ def test_channels_last_maps_are_told_from_channels_first():
         torch.testing.assert_close(backbone(images).patches, expected.flatten(1, 2))
 
 
-def test_visible_patches_are_picked_from_the_whole_map():
+def test_visible_patches_are_picked_from_the_whole_map_or_the_pixels_of_others_hidden():
     backbone = load_teacher("resnet18:random", 64).backbone
     images, visible = torch.rand(2, 3, 64, 64), torch.tensor([[0, 3], [1, 2]])
     with torch.no_grad():
         whole, picked = backbone(images).patches, backbone(images, visible).patches
         zeroed = backbone(images, visible, "zero").patches
+        images[0, :, :32, 32:] = images[0, :, 32:, :32] = backbone.pixel_mean
+        images[1, :, :32, :32] = images[1, :, 32:, 32:] = backbone.pixel_mean
+        filled = backbone(images).patches
+        with pytest.raises(ValueError, match="hide patches by zero"):
+            backbone(images, visible, "token", torch.zeros(512))
     assert torch.equal(picked, torch.stack([whole[0, [0, 3]], whole[1, [1, 2]]]))
-    assert torch.equal(zeroed[0, [0, 3]], whole[0, [0, 3]])
-    assert not zeroed[0, [1, 2]].any()
+    torch.testing.assert_close(zeroed, filled)
+    assert not torch.allclose(zeroed, whole)
 
 
 def test_masks_of_whole_teachers_are_lifted_and_the_others_kept():

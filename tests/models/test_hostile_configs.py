@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from comad.models.files import sha256
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher, markdown
-from comad.models.timm_backbone import VitConfig
 
 transformers.ConvNextModel(
     transformers.ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from comad.models.files import LARGEST_JSON, read_json
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig
 
 SIZE = 16
 Folder = Path

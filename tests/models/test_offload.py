@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comad.models.offload import offload
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear, use_onednn_linear
 from comad.models.quantized import precision_of
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN_LINEAR, reason="this CPU or this torch has no packed bf16 products")
 

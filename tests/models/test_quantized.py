@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.quantized import QuantizedLinear, check_quantized, precision_of, quantize
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig
 
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.06)])

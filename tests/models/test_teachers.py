@@ -14,8 +14,8 @@ from torch import Tensor
 from comad.models import sources
 from comad.models.files import sha256
 from comad.models.sources import BUNDLED, bundled_teachers
+from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, TeacherCard, inherited_licence, licence_notice, load_on_grid, load_teacher
-from comad.models.timm_backbone import VitConfig
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 SIZE = 32

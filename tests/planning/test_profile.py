@@ -3,7 +3,8 @@ from pathlib import Path
 import torch
 
 from comad.data.loader import Batch, LoaderConfig, TrainingBatches
-from comad.models.timm_backbone import VitConfig, math_attention_on_cpu
+from comad.models.students import VitConfig
+from comad.models.timm_backbone import math_attention_on_cpu
 from comad.planning import profile
 from comad.planning.measure import times
 from comad.planning.profile import Training, count_flops, largest_that_fits, profile_steps, seconds_per_view

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from comad.data.loader import Batch
 from comad.models.backbone import patchify, random_visible
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.pretraining.mae import Mae, mae_loss
 
 VIT = VitConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comad.data.loader import Batch
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.pretraining.mocov3 import MoCoV3, info_nce
 
 VIT = VitConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
 from comad.cli import main
+from comad.models.students import VitConfig
 from comad.models.teachers import load_teacher
-from comad.models.timm_backbone import VitConfig
 from comad.pretraining.positions import fix_positions
 
 NETWORK = ["--vit.image-size=16", "--vit.patch-size=4", "--vit.width=24", "--vit.depth=2", "--vit.heads=2"]

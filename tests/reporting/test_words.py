@@ -134,4 +134,4 @@ def test_long_logs_are_thinned_from_first_to_last(run):
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_durations(seconds, text):
-    assert words.duration(seconds) == text
+    assert duration(seconds) == text

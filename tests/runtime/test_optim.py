@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from comad.models.decoder import MaskedDecoder
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig, build_optimizer
 
 
@@ -93,3 +93,16 @@ def test_other_schedules():
     assert [poly.lr(20 + step, 10) for step in (0, 40, 80)] == pytest.approx([1.0, 0.6, 0.2])
     step = OptimConfig(epochs=100.0, warmup_epochs=0.0, base_lr=1.0, schedule="step")
     assert [step.lr(at, 10) for at in (0, 888, 890, 962, 964, 999)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_batch_in_parts_is_the_same_step():
+    whole, parts = OptimConfig(batch_size=4096), OptimConfig(batch_size=4096, microbatch=256)
+    assert (parts.pass_size, parts.passes, whole.passes) == (256, 16, 1)
+    assert parts.peak_lr == whole.peak_lr and parts.images_per_step == 4096
+    assert parts.images_seen(10_000) == OptimConfig(batch_size=256, accumulate=16).images_seen(10_000)
+    assert OptimConfig(batch_size=64, microbatch=256).pass_size == 64
+
+
+def test_parts_must_be_equal():
+    with pytest.raises(ValueError, match=r"no multiple of --optim\.microbatch 300; use 256"):
+        OptimConfig(batch_size=4096, microbatch=300)

@@ -8,6 +8,7 @@ import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from comad.runtime import processes
+from comad.runtime.optim import OptimConfig
 from comad.runtime.processes import layout, lost_process, own_rows, rows_of_all, sum_of_all, together
 from comad.runtime.run import RunConfig, start_fabric
 
@@ -63,7 +64,7 @@ def test_a_process_that_would_train_alone_by_mistake_is_refused(started_by, envi
 
 def test_a_batch_that_processes_cannot_share_is_refused_before_they_start(started_by):
     with pytest.raises(ValueError, match=r"--optim\.batch-size 4 cannot be shared by 3 processes"):
-        start_fabric(RunConfig(devices=3), 4)
+        start_fabric(RunConfig(devices=3), OptimConfig(batch_size=4))
     assert not torch.distributed.is_initialized()
 
 

@@ -12,7 +12,7 @@ from comad.distillation.features import Blocks
 from comad.distillation.fusion import Mean
 from comad.distillation.masking import Superset, WholeImages
 from comad.distillation.objectives import QueueLoss
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.pretraining.config import METHODS, PretrainConfig
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.recipes import read_distillation

@@ -82,7 +82,7 @@ def fit(out, module=None, optim=OPTIM, *, on_step=None, unreadable=(), dataset=N
     fields = {"identity": IDENTITY, "probe": lambda module: {"knn": 50.0}, **(job or {})}
     job = Job(module=module or make_module(), run=run, **fields)
     calls = 0
-    with Trainer([job], InOrder(optim.batch_size, unreadable, dataset, deadline=deadline), optim, fabric) as trainer:
+    with Trainer([job], InOrder(optim.pass_size, unreadable, dataset, deadline=deadline), optim, fabric) as trainer:
         for step in trainer:
             for batch in step:
                 calls += 1
@@ -125,8 +125,9 @@ def test_the_loss_falls_and_the_log_has_every_number(tmp_path):
 def test_accumulation_equals_a_big_batch(tmp_path):
     whole = fit(tmp_path / "a", optim=replace(OPTIM, batch_size=8, clip=1.0))
     parts = fit(tmp_path / "b", optim=replace(OPTIM, batch_size=2, accumulate=4, clip=1.0))
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    micro = fit(tmp_path / "c", optim=replace(OPTIM, batch_size=8, microbatch=2, clip=1.0))
+    for a, b, c in zip(whole.parameters(), parts.parameters(), micro.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and torch.equal(b, c)
     norms = [[line["grad_norm"] for line in log_of(tmp_path / n) if "loss" in line] for n in "ab"]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 9
 

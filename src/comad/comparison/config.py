@@ -15,6 +15,8 @@ from comad.evaluation.tuning import SMALL, Tuning
 class CompareConfig:
     """Compare methods, teacher sets and seeds: equal views, data order and schedule, paired differences.
 
+    Rows see equally many images; with --budget they train for equally long here, each by a schedule of its own length.
+
     Args:
         presets: the methods; each a preset, or in quotes a preset with options of `comad distill`, such as
             "comad --masking.mask-ratio 0.8".

@@ -71,6 +71,7 @@ def _check(config: CompareConfig) -> None:
         raise ValueError("a comparison needs scores; pass --split val to choose by, or --split test to report.")
     if recipe.run.seed:
         raise ValueError("--run.seed is one of many here; pass --seeds.")
+    _check_budget(config)
     if recipe.run.devices > 1:
         raise ValueError("a comparison runs in one process; leave out --run.devices.")
     if recipe.extra_students:
@@ -79,6 +80,13 @@ def _check(config: CompareConfig) -> None:
         raise ValueError(
             'methods come from --presets; change one there, as in --presets "comad --masking.mask-ratio 0.8".'
         )
+
+
+def _check_budget(config: CompareConfig) -> None:
+    if config.recipe.budget and "supervised" in config.baselines:
+        raise ValueError("a supervised row is not held to a --budget; leave it out of --baselines.")
+    if config.recipe.budget and config.recipe.cache_folder:
+        raise ValueError("rows that share a --cache-folder do not take equal time; leave it out, or --budget.")
 
 
 def _ablation(config: CompareConfig) -> list[ComparisonRow]:
@@ -152,7 +160,7 @@ def _teachers(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[
 
 
 def _untrained(config: CompareConfig, students: Sequence[ComparisonRow]) -> list[ComparisonRow]:
-    scratch = replace(config.recipe, student=replace(config.recipe.student, pretrained=False))
+    scratch = replace(config.recipe, student=config.recipe.student.from_scratch)
     return [ComparisonRow(label="untrained", preset="untrained", teachers=(), kind="untrained", config=scratch)]
 
 

@@ -25,6 +25,8 @@ from comad.evaluation.tuning import FinetuneConfig, Tuning
 from comad.evaluation.views import device, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import load_on_grid, load_teacher
+from comad.planning.budget import fit_epochs
+from comad.runtime.atomic import write_text
 from comad.runtime.log import hours_of_training
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version
@@ -83,6 +85,20 @@ class RowRun:
         """Of this seed."""
         return self.row_folder / f"seed-{self.seed}"
 
+    @property
+    def fitted(self) -> DistillConfig:
+        """The row's config; with a budget as many epochs as train in that time, measured once for all seeds."""
+        config, path = self.entry.config, self.row_folder / "epochs.json"
+        if not config.budget:
+            return config
+        if not path.is_file():
+            out = replace(config.run, out=str(self.row_folder))
+            optim = fit_epochs(replace(config, run=out, cache_folder=""), training_only=True)
+            self.row_folder.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"epochs": optim.epochs, "warmup_epochs": optim.warmup_epochs}) + "\n")
+        chosen = json.loads(path.read_text(encoding="utf-8"))
+        return replace(config, budget="", optim=replace(config.optim, **chosen))
+
     def run(self, name: str) -> RunConfig:
         """A run in a sub-folder of the unit, resumed if it has begun."""
         return replace(self.config.recipe.run, out=str(self.folder / name), seed=self.seed, resume="auto")
@@ -121,12 +137,13 @@ def _score(unit: RowRun, backbone: Backbone | None) -> Score:
 
 def _distilled(unit: RowRun) -> TrainedModel:
     """Distil the student, or go on, or find it done."""
-    student, config = unit.folder / "run" / "student", unit.entry.config
+    student, config = unit.folder / "run" / "student", unit.fitted
     if not (student / "config.json").is_file():
         shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
-        distill(replace(config, run=unit.run("run"), split="none", cache_folder=shared))
+        own = "" if unit.entry.config.budget else shared  # or the first row would fill it for all, in its own time
+        distill(replace(config, run=unit.run("run"), split="none", cache_folder=own))
     card = json.loads((student / "config.json").read_text(encoding="utf-8"))["comad"]
-    seconds = 3600 * hours_of_training(student.parent, config.optim.batch_size * config.optim.accumulate)
+    seconds = 3600 * hours_of_training(student.parent, config.optim.images_per_step)
     facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 3), "code": card["code"]}
     return TrainedModel(load_teacher(str(student), config.student.image_size).backbone, facts)
 
@@ -218,6 +235,8 @@ def _plain(config: DistillConfig, kind: Kind) -> dict[str, Any]:
     """What a result depends on, as nested plain values; teachers apart, by their weights."""
     plain = identity_of(config)
     del plain["run"]["seed"]
+    if config.budget:
+        plain["budget"] = config.budget
     if not config.cache_teachers:
         plain["cache_storage"] = "computed"
     return plain if kind == "student" else {name: plain[name] for name in ("student", "run")}

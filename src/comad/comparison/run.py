@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,6 +27,7 @@ from comad.runtime.checkpoint import differences
 from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
 from comad.runtime.processes import refuse_several
+from comad.runtime.progress import say
 from comad.runtime.recipe import read_recipe, write_recipe
 
 RECORD = "comparison.yaml"
@@ -51,7 +51,7 @@ def compare(config: CompareConfig) -> str:
     _check_data(config, splits)
     for entry in entries:
         if entry.kind == "student":
-            entry.config.check(len(splits.train))
+            replace(entry.config, budget="").check(len(splits.train))
     hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
     out = _open(config)
     results: list[dict[int, Scores]] = [{} for _ in entries]
@@ -59,10 +59,10 @@ def compare(config: CompareConfig) -> str:
     for number, seed in enumerate(config.seeds):
         for position, entry in enumerate(entries):
             done = number * len(entries) + position + 1
-            _say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
+            say(f"[{done}/{len(entries) * len(config.seeds)}] {entry.label}, seed {seed}")
             start = time.monotonic()
             results[position][seed] = measure(RowRun(entry, seed, config, splits, hashes, pictures))
-            _say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
+            say(f"  {_scores(results[position][seed])} ({time.monotonic() - start:.0f} s)")
         table = tabulate(config, entries, results, reference)
         write_table(table, out)
     page = write_report([out])
@@ -116,15 +116,10 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
     plain = identity_of(config.recipe)
     del plain["run"]["seed"]
-    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers)}
+    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers), "budget": config.recipe.budget}
     return {**plain, **own, "ablation": config.ablation or "none"}
 
 
 def _scores(measured: Scores) -> str:
     scores = measured.scores[0].row.scores
     return ", ".join(f"{title_of(name)} {value:.1f}" for name, value in scores.items() if "_coarse" not in name)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

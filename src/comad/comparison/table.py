@@ -42,6 +42,7 @@ def tabulate(
         "ablation": config.ablation,
         "data": config.recipe.data if config.recipe.data == "stamps" else Path(config.recipe.data).name,
         "split": config.recipe.split,
+        "budget": config.recipe.budget,
         "scores": {name: title_of(name) for name in names},
         "rows": [_row(entry, own, against, names) for entry, own in zip(entries, results, strict=True) if own],
     }
@@ -98,13 +99,14 @@ def markdown(table: Mapping[str, Any]) -> str:
     """The table for a page, one part for each kind of label."""
     rows = table["rows"]
     seeds, commits = max((row["seeds"] for row in rows), key=len), sorted({row["commit"] for row in rows})
+    budget = f", {table['budget']} by intent: each row's schedule is fitted to it" if table.get("budget") else ""
     lines = [
         f"# Comparison on {table['data']}, {table['split']} images",
         "",
         f"Top-1 percent, mean over seeds {', '.join(map(str, seeds))}. In brackets: difference to "
         f"`{table['reference']}`, paired by seed and image, and its 95 % interval (t, over seeds and concepts; * is "
         "over concepts alone, for one seed says nothing about others).",
-        f"Seconds are those of training. comad {'; '.join(commits)}.",
+        f"Images are those seen in training, seconds those it took{budget}. comad {'; '.join(commits)}.",
     ]
     for level, title in LEVELS.items():
         of_level = [name for name in table["scores"] if name.endswith("_coarse") == bool(level)]

@@ -15,6 +15,7 @@ from typing import NamedTuple, SupportsIndex
 
 from comad.data.decoding import endings
 from comad.data.identity import normalised
+from comad.runtime.progress import working
 
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "#recycle"}
 SYSTEM_FOLDERS |= {"@recycle", "#snapshot", "@recently-snapshot", "_gsdata_", "thumbnails"}
@@ -64,7 +65,8 @@ def index_folder(root: Path) -> FolderIndex:
     if stored is not None:
         return stored
     folders: dict[str, int] = {}
-    index = _walk(root, folders)
+    with working(f"indexing {root}", unit="files") as told:
+        index = _walk(root, folders, told)
     with contextlib.suppress(OSError):  # without a place for the cache the folder is read every time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
@@ -79,7 +81,7 @@ def cache_file(kind: str, path: Path) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"{kind}-{key}.json"
 
 
-def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:
+def _walk(root: Path, folders: dict[str, int], told: working) -> FolderIndex:
     """Read the tree; ``folders`` gets the modification time of each directory."""
     files: list[str] = []
     left_out: Counter[str] = Counter()
@@ -94,6 +96,7 @@ def _walk(root: Path, folders: dict[str, int]) -> FolderIndex:
         except OSError:
             left_out[NOT_READABLE] += 1
             continue
+        told.advance(len(listed))
         for entry in listed:
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                 continue

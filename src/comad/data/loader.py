@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.progress import warn, working
 
 MAX_UNREADABLE_RUN = 100
 """So many unreadable files in a row mean that something else is wrong."""
@@ -251,9 +251,12 @@ def evaluation_views(
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
     workers = max(2, LoaderConfig().num_workers) if len(dataset) > 2048 else 0
     unreadable = 0
-    for views, readable in DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator()):
-        unreadable += int((~readable).sum())
-        yield tuple(view.float().div_(255) for view in views)
+    batches = DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
+    with working(f"features of {images.name}", len(dataset), "images") as told:
+        for views, readable in batches:
+            unreadable += int((~readable).sum())
+            yield tuple(view.float().div_(255) for view in views)
+            told.advance(len(readable))
     if unreadable:
         _tell_unreadable(images.name, unreadable)
 
@@ -261,9 +264,7 @@ def evaluation_views(
 @lru_cache
 def _tell_unreadable(name: str, count: int) -> None:
     """Once, however often the images are looked at."""
-    sys.stderr.write(
-        f"comad: {count} unreadable images of {name} are scored as white images; restore or remove them.\n"
-    )
+    warn(f"{count} unreadable images of {name} are scored as white images; restore or remove them.")
 
 
 @dataclass(frozen=True)

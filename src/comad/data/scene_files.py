@@ -16,6 +16,7 @@ from PIL import Image
 from comad.data.bundled import load_stamps
 from comad.data.images import Splits
 from comad.data.scenes import Composer, Scene, SceneConfig
+from comad.runtime.progress import track
 
 PARTS = {"training": "train", "validation": "val"}
 """Names of the parts in ADE20K and in COCO."""
@@ -71,7 +72,7 @@ def write_scenes(config: ScenesConfig) -> str:
         images = splits.train if part == "training" else getattr(splits, config.concepts)
         composer = Composer(images, images.labels["fine"], config.scene)
         coco = _empty_coco(names, splits)
-        for number in range(1, count + 1):
+        for number in track(range(1, count + 1), f"composing {part} scenes", "scenes"):
             scene = composer(np.random.default_rng((config.seed, place, number)))
             classes = _class_map(scene)
             _write_images(root, part, number, scene, classes)

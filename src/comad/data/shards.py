@@ -19,6 +19,7 @@ from comad.data.decoding import MAX_BYTES, decode_bytes, endings, naming
 from comad.data.folders import PART_NAMES, LabelOptions, split_files
 from comad.data.images import ImageSet, Splits
 from comad.data.index import PathTable, cache_file
+from comad.runtime.progress import track
 
 LABEL_ENDINGS = (".cls", ".json")
 MAX_LABEL_BYTES = 1 << 20
@@ -104,7 +105,7 @@ def load_shards(root: Path, shards: Sequence[Path], labels: Any = None, subset: 
     """
     places: dict[str, tuple[int, int, int]] = {}
     table: dict[str, str] = {}
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(track(shards, f"indexing {root}", "tar files")):
         name = shard.relative_to(root).as_posix()
         part = next((PART_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in PART_NAMES), "")
         for member, (start, length, label) in _read_index(shard).items():

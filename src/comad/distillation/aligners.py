@@ -213,7 +213,7 @@ class StudentProjector(Aligner, name="projector"):
 
     def for_depth(self, depth: int) -> StudentProjector:
         """See `Aligner`."""
-        return replace(self, taps=min(self.taps, depth))
+        return replace(self, taps=max(1, min(self.taps, depth)))
 
     @property
     def apart(self) -> bool:

@@ -22,6 +22,7 @@ from comad.distillation.features import TeacherOutput
 from comad.distillation.masking import Masks
 from comad.models.backbone import Tokens
 from comad.runtime.atomic import naming, write_text
+from comad.runtime.progress import track
 
 FORMAT = 2
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
@@ -244,7 +245,8 @@ class CacheSpec(NamedTuple):
         stores = self.stores()
         self.check_room(stores, say)
         try:
-            return TeacherCache([store.open() for store in stores], self.num_images)
+            opened = [store.open() for store in track(stores, "making room for the teacher cache", "teachers")]
+            return TeacherCache(opened, self.num_images)
         except OSError as error:
             raise ValueError(f"cannot write the teacher cache: {error}; name another --cache-folder.") from error
 

@@ -12,7 +12,7 @@ import tyro
 from comad.data.loader import LoaderConfig
 from comad.distillation.method import Method
 from comad.models.quantized import Quantized
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
 from comad.runtime.run import RunConfig
@@ -46,6 +46,7 @@ class DistillConfig:
         optim: the optimiser and how long it runs.
         run: where the run lives.
         preset: where the method came from, for cards and tables.
+        recipe_of: the published method whose optimiser settings were taken; empty: the common ones.
         split: images of the scores at the end: test, or val while choices are still made; none: no scores.
         cache_teachers: keep the teachers' outputs on disk and use them again; exact, and needs --loader.fixed-views.
         cache_folder: where. A folder that is named stays, and other runs use what they share with this one; empty: in
@@ -58,6 +59,8 @@ class DistillConfig:
         teacher_image_size: pixels on the side of the teachers' views, which show the student's crop: ``own`` is what
             each was made for; ``grid`` as many as give it the student's grid, so that a Vision Transformer can
             leave out masked patches; or a number. ``:size=`` behind a teacher's name goes before it.
+        budget: how long the whole command may take here, as 90s, 20min or 1.5h: the number of epochs is chosen by a
+            measurement at the start, warm-up in proportion, said and recorded; a resumed run keeps it.
         compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
             for long runs on a GPU. On a CPU it gains nothing by itself.
         activation_checkpointing: keep of the student's blocks the inputs alone and compute the rest again in the
@@ -86,16 +89,23 @@ class DistillConfig:
     teachers_in: Literal["memory", "offload", "shards"] = field(default="memory", metadata=NO_EFFECT)
     through: str = field(default="", metadata=COMMON | NO_EFFECT)
     teacher_image_size: Literal["own", "grid"] | int = field(default="own", metadata=COMMON)
+    budget: str = field(default="", metadata=COMMON | NO_EFFECT)
     compile: bool = field(default=False, metadata=COMMON)
     activation_checkpointing: bool = field(default=False, metadata=NO_EFFECT)
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
     preset: tyro.conf.Suppress[str] = field(default="comad", metadata=NO_EFFECT)
+    recipe_of: tyro.conf.Suppress[str] = field(default="", metadata=NO_EFFECT)
     plugin: tyro.conf.Suppress[tuple[str, ...]] = field(default=(), metadata=NO_EFFECT)
 
     def with_method(self, method: Method, preset: str) -> DistillConfig:
         """The same recipe for a method; its teachers are cached only if what they see repeats."""
         cached = self.cache_teachers and method.masking.repeats
         return replace(self, method=method, preset=preset, cache_teachers=cached)
+
+    @property
+    def settings(self) -> str:
+        """Whose optimiser settings these are, in words; single ones may have been changed."""
+        return f"the published settings of {self.recipe_of}" if self.recipe_of else "the common settings"
 
     @property
     def students(self) -> tuple[VitConfig, ...]:
@@ -105,7 +115,7 @@ class DistillConfig:
     @property
     def student_folders(self) -> tuple[str, ...]:
         """Of each student, below the run's folder: the architecture, numbered if it comes again; one alone has none."""
-        names = [student.name for student in self.students]
+        names = [student.label for student in self.students]
         counts = [names[:place].count(name) for place, name in enumerate(names)]
         several = [name if not count else f"{name}-{count + 1}" for name, count in zip(names, counts, strict=True)]
         return tuple(several) if self.extra_students else ("",)
@@ -143,9 +153,11 @@ class DistillConfig:
         Raises:
             ValueError: options that contradict each other, or too few images for a batch.
         """
+        if self.budget:
+            raise ValueError(f"--budget {self.budget} is turned into epochs by comad distill; set --optim.epochs here.")
         if self.cache_teachers and not self.loader.fixed_views:
             raise ValueError("--cache-teachers needs views that repeat; set --loader.fixed-views to 2 or more.")
-        batch = self.optim.batch_size * self.optim.accumulate
+        batch = self.optim.images_per_step
         if num_images < batch:
             raise ValueError(
                 f"{num_images} training images in {self.data!r} are too few for a batch of {batch}; add images or set "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +20,18 @@ from comad.distillation.health import central_patches, health_metrics, mean_shar
 from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks, move, move_patches
 from comad.distillation.method import Method, num_heads
 from comad.distillation.objectives import FeatureLoss, Objective, Shapes, mean_over
-from comad.models.backbone import Tokens, gather_patches, map_tokens, patchify, scatter_patches
+from comad.models.backbone import (
+    Backbone,
+    Tokens,
+    gather_patches,
+    map_tokens,
+    patchify,
+    resample_patches,
+    scatter_patches,
+)
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher
-from comad.models.timm_backbone import TimmBackbone
+from comad.models.timm_backbone import TimmBackbone, any_size
 from comad.runtime.processes import rows_of_all, share_of, sum_of_all
 from comad.runtime.run import TrainingError
 
@@ -34,7 +45,7 @@ class Distiller(nn.Module):
     Args:
         student: the network to train. It takes over the teachers' number of heads where attention is compared
             (arXiv:2301.01296 asks it of the last block; timm's config has one number for all), and blocks that no
-            objective reads are frozen, see `freeze_unread`.
+            objective reads are frozen, see `freeze_unread`. One that cannot leave out patches sees whole images.
         teachers: the frozen networks that it will learn from; they are read for their shapes and not kept.
         method: what fills the slots; see `comad.METHODS`.
 
@@ -53,14 +64,15 @@ class Distiller(nn.Module):
         >>> loss.backward()
     """
 
-    def __init__(self, student: TimmBackbone, teachers: Sequence[Teacher], method: Method):
+    def __init__(self, student: Backbone, teachers: Sequence[Teacher], method: Method):
         super().__init__()
+        method = method.for_student(student)
         method.check(student, teachers)
-        method = replace(method, aligner=method.aligner.for_depth(len(student.vit.blocks)))
+        method = replace(method, aligner=method.aligner.for_depth(len(student.blocks)))
         self.method, self.student, self.calibrated = method, student, not method.num_calibration_images
         self.teacher_names = tuple(teacher.name for teacher in teachers)
         if heads := method.compared_heads(teachers):
-            set_heads(student, heads)
+            cast(TimmBackbone, student).set_heads(heads)
         self._build_student_side()
 
         features, objectives = method.features, method.active
@@ -93,8 +105,8 @@ class Distiller(nn.Module):
                 self.pixel_decoder = MaskedDecoder(student.width, student.grid, 3 * student.patch_size**2, *size)
             if masking.hidden == "token":
                 self.mask_token = nn.Parameter(torch.zeros(student.width))
-        depth, features, taps = len(student.vit.blocks), method.features, method.aligner.num_taps
-        inside = features.student_depth < 1 or not features.student_norm
+        depth, features, taps = len(student.blocks), method.features, method.aligner.num_taps
+        inside = depth > 0 and (features.student_depth < 1 or not features.student_norm)
         self.compared_block = block_at(features.student_depth, depth) if inside else 0
         self.tap_blocks = [block_at(tap / taps, depth) for tap in range(1, taps)]
         self.qkv_block = block_at(features.qkv_depth, depth) if method.needs("qkv") else 0
@@ -104,7 +116,7 @@ class Distiller(nn.Module):
         """Channels of the pairs that an objective gets."""
         chosen = [compared[self.used.index(m)] for m in objective.subset(len(self.teacher_names)) if m in self.used]
         own = tuple(chosen[:1] if self.method.fusion.one_target else chosen)
-        return Shapes(self.student.width, own, num_heads(self.student))
+        return Shapes(self.student.width, own, num_heads(self.student), self.student.patch_size)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], teachers: Sequence[TeacherOutput], masks: Masks
@@ -201,15 +213,7 @@ class Distiller(nn.Module):
         compared = [self.compared_block] if self.compared_block else []
         blocks = sorted({*self.tap_blocks, *compared})
         moved = images if masks.shifts is None else move(images, masks.shifts[:, 0] * self.student.patch_size)
-        tokens = self.student(
-            moved,
-            masks.student,
-            self.method.masking.modes[0],
-            self.mask_token,
-            intermediates=blocks,
-            qkv=self.qkv_block,
-        )
-        tokens = move_back(tokens, masks, 0)
+        tokens = move_back(self._run(moved, masks, blocks), masks, 0)
         at = dict(zip(blocks, tokens.intermediates, strict=True))
         read = self._all_positions(at[self.compared_block] if self.compared_block else tokens, masks, fill=True)
         return StudentOutput(
@@ -219,6 +223,15 @@ class Distiller(nn.Module):
             qkv=tokens.qkv,
             pixels=self._reconstruct(images, tokens, masks),
         )
+
+    def _run(self, images: Float[Tensor, "B 3 H W"], masks: Masks, blocks: Sequence[int]) -> Tokens:
+        """The student on images of the step's size; its tokens are on its own grid."""
+        student, hidden = self.student, self.method.masking.modes[0]
+        read = {"intermediates": blocks, "qkv": self.qkv_block}
+        if masks.scale == 1:
+            return student(images, masks.student, hidden, self.mask_token, **read)
+        with any_size(student.vit) if isinstance(student, TimmBackbone) else nullcontext():
+            return on_grid(student(scaled(images, masks.scale, student.patch_size), **read), student.grid)
 
     def _all_positions(self, tokens: Tokens, masks: Masks, fill: bool = False) -> Float[Tensor, "B N1 D"]:
         """Class token, or the mean of the patches in its place, and the whole map; by ``fill`` with the decoder's."""
@@ -391,8 +404,14 @@ class Distiller(nn.Module):
         training = self.training
         self.method.normalizer.calibrate(self.normalizer, chosen)
         self.eval()
-        normal = [self.method.normalizer(self.normalizer, part, m).patches for m, part in enumerate(chosen)]
-        self.method.aligner.calibrate(self.aligner, [part.flatten(0, 1) for part in normal])
+        normal = [self.method.normalizer(self.normalizer, part, m) for m, part in enumerate(chosen)]
+        self.method.aligner.calibrate(self.aligner, [part.patches.flatten(0, 1) for part in normal])
+        target = partial(self.method.aligner.teacher, self.aligner)
+        aligned = [
+            Tokens(None if cls is None else target(cls.unsqueeze(1), m).squeeze(1), target(patches, m))
+            for m, (cls, patches, *_) in enumerate(normal)
+        ]
+        self.method.fusion.calibrate(self.fusion, aligned)
         self.train(training)
         self.calibrated = True
 
@@ -468,6 +487,19 @@ def repeat_for_masks(
     return again(images), outputs, masks._replace(teachers=visible, noise=noise)
 
 
+def scaled(images: Float[Tensor, "B 3 H W"], scale: float, patch_size: int) -> Float[Tensor, "B 3 h w"]:
+    """Images at a share of their size, in whole patches, one at least."""
+    side = max(1, round(images.shape[-1] * scale / patch_size)) * patch_size
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def on_grid(tokens: Tokens, grid: tuple[int, int]) -> Tokens:
+    """Patches of a square grid, and those of ``intermediates``, on another one."""
+    side = math.isqrt(tokens.patches.shape[1])
+    inner = tuple(on_grid(part, grid) for part in tokens.intermediates)
+    return tokens._replace(patches=resample_patches(tokens.patches, (side, side), grid), intermediates=inner)
+
+
 def move_back(tokens: Tokens, masks: Masks, network: int) -> Tokens:
     """Patches of moved images at the positions where they came from, here and in ``intermediates``."""
     if masks.shifts is None:
@@ -476,31 +508,14 @@ def move_back(tokens: Tokens, masks: Masks, network: int) -> Tokens:
     return tokens._replace(patches=move_patches(tokens.patches, -masks.shifts[:, network]), intermediates=inner)
 
 
-def set_heads(student: TimmBackbone, heads: int) -> None:
-    """Let all blocks attend with so many heads."""
-    for block in cast(Any, student.vit.blocks):
-        attention = block.attn
-        attention.num_heads, attention.head_dim = heads, student.width // heads
-        attention.scale = attention.head_dim**-0.5
-
-
-def freeze_unread(student: TimmBackbone, method: Method, qkv_block: int) -> None:
+def freeze_unread(student: Backbone, method: Method, qkv_block: int) -> None:
     """Freeze the blocks that no objective reads, so that they let pass what comes from below unchanged.
 
     A loss on queries, keys and values alone (TinyMIM) leaves what follows them without gradient: the output projection
-    and MLP of that block, and the final norm. Their last layers are set to 0: the exported student then gives the
-    tokens that its last trained block does, and fine-tuning can train the block from there.
+    and MLP of that block, and the final norm.
     """
-    blocks, depth = cast(Any, student.vit.blocks), method.features.student_depth
+    depth = method.features.student_depth
     if method.needs("pixels") or (method.needs("tokens") and depth == 1 and method.features.student_norm):
         return
-    read = block_at(depth, len(blocks)) if method.needs("tokens") else 0
-    for number, block in enumerate(blocks, start=1):
-        if number > read and number >= qkv_block:
-            rest = [block.attn.proj, block.norm2, block.mlp] if number == qkv_block else [block]
-            for part in rest:
-                part.requires_grad_(False)
-            for layer in (block.attn.proj, block.mlp.fc2):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-    cast(nn.Module, student.vit.norm).requires_grad_(False)
+    if isinstance(student, TimmBackbone):
+        student.freeze_after(block_at(depth, len(student.blocks)) if method.needs("tokens") else 0, qkv_block)

@@ -78,8 +78,7 @@ class FeatureSpec(Slot, slot="features", default="blocks"):
 
     def has_cls(self, backbone: Backbone) -> bool:
         """Whether there is a token in the place of the class token that carries meaning."""
-        given = getattr(getattr(backbone, "vit", None), "cls_token", None) is not None
-        return self.pooled or "cls" in backbone.token_types or (self.untrained_cls and given)
+        return self.pooled or "cls" in backbone.token_types or (self.untrained_cls and backbone.has_cls)
 
     @abstractmethod
     def read(
@@ -146,7 +145,7 @@ class Blocks(FeatureSpec, name="blocks"):
         needs: frozenset[str],
     ) -> TeacherOutput:
         """See `FeatureSpec.read`."""
-        blocks = num_blocks(backbone)
+        blocks = len(backbone.blocks)
         tokens_at = block_at(self.teacher, blocks) if "tokens" in needs and self.teacher < 1 else 0
         qkv_at = block_at(self.qkv, blocks) if "qkv" in needs else 0
         early = tokens_at > 0 or "tokens" not in needs
@@ -239,8 +238,3 @@ def check_depths(*depths: float) -> None:
 def block_at(depth: float, num_blocks: int) -> int:
     """Number of the block at a depth, from 1."""
     return max(1, round(depth * num_blocks))
-
-
-def num_blocks(backbone: Backbone) -> int:
-    """Blocks of a Vision Transformer; 0 of another network."""
-    return len(getattr(getattr(backbone, "vit", None), "blocks", ()))

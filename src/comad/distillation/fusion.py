@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.distillation.relations import cosine_rows
+from comad.models.backbone import Tokens
 from comad.runtime.processes import sum_of_all
 from comad.runtime.slots import Slot
 
@@ -48,9 +49,17 @@ class Fusion(Slot, slot="fusion", default="gate"):
     one_target: ClassVar[bool] = False
     own_positions: ClassVar[bool] = False
 
+    @property
+    def num_calibration_images(self) -> int:
+        """Images whose targets `calibrate` wants; 0: it is not called."""
+        return 0
+
     def build(self, widths: Sequence[int]) -> nn.Module:
         """What it trains; ``widths`` are the channels of what is compared, one entry per teacher."""
         return nn.Module()
+
+    def calibrate(self, state: Any, targets: Sequence[Tokens]) -> None:
+        """Fit on aligned targets of the same images and positions, (n, K) and (n, k, K), one entry per teacher."""
 
     @abstractmethod
     def __call__(self, state: Any, pairs: Sequence[Pair]) -> Fused:
@@ -174,6 +183,80 @@ class LossGate(Fusion, name="loss-gate"):
             scores = scores + agreement([pair.target for pair in pairs], valid)
         scores = (scores / self.temperature).masked_fill(~valid, torch.finfo(scores.dtype).min)
         return weigh(pairs, scores.softmax(dim=0) * valid)
+
+
+class Anchors(nn.Module):
+    """One teacher's class tokens and mean patches of the same images as every other teacher's."""
+
+    cls: Tensor
+    patches: Tensor
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        for name in ("cls", "patches"):
+            self.register_buffer(name, torch.zeros(count, width))
+
+    @torch.no_grad()
+    def fit(self, targets: Tokens) -> None:
+        """Keep the first images, again from the start if there are too few."""
+        chosen = torch.arange(len(self.patches), device=self.patches.device) % len(targets.patches)
+        self.patches.copy_(targets.patches.mean(dim=1)[chosen])
+        if targets.cls is not None:
+            self.cls.copy_(targets.cls[chosen])
+
+    def forward(self, target: Float[Tensor, "B n K"]) -> Float[Tensor, "B n anchors"]:
+        """Each token's row of cosines to the anchors, centred by their mean; the row has mean 0 and length 1."""
+        rows = []
+        for anchors, tokens in ((self.cls, target[:, :1]), (self.patches, target[:, 1:])):
+            centre = anchors.mean(dim=0)
+            rows.append(F.normalize(tokens.float() - centre, dim=-1) @ F.normalize(anchors - centre, dim=-1).T)
+        row = torch.cat(rows, dim=1)
+        return F.normalize(row - row.mean(dim=-1, keepdim=True), dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consensus(Fusion, name="consensus"):
+    """Weights of the losses by what teachers know about images: whether they agree on which images are alike.
+
+    A teacher describes a token by its row of cosines to anchors, its own features of a few images of the run. Rows of
+    different teachers are of the same images, so they can be compared without a common basis: two teachers agree as
+    far as their rows correlate (per row what centred kernel alignment is for a set, arXiv:1905.00414). The score of a
+    teacher is its mean agreement with the others. Features of a random network are easy to match, but agree with
+    nobody. Of two teachers each weighs one half.
+
+    Args:
+        power: a weight is the score to this power, over the sum of all teachers'.
+        anchors: images that tokens are compared with.
+    """
+
+    power: float = 3.0
+    anchors: int = 256
+
+    @property
+    def num_calibration_images(self) -> int:
+        """See `Fusion`."""
+        return self.anchors
+
+    def build(self, widths: Sequence[int]) -> nn.Module:
+        """Anchors of every teacher, which calibration fills."""
+        return nn.ModuleList([Anchors(self.anchors, width) for width in widths])
+
+    def calibrate(self, state: Any, targets: Sequence[Tokens]) -> None:
+        """See `Fusion`."""
+        for own, part in zip(state, targets, strict=True):
+            own.fit(part)
+
+    @torch.no_grad()
+    def __call__(self, state: Any, pairs: Sequence[Pair]) -> Fused:
+        """Weights of the losses, 0 where a teacher did not see the token, else with sum 1 over the teachers."""
+        valid = torch.stack([pair.valid for pair in pairs])
+        with torch.autocast(valid.device.type, enabled=False):
+            rows = torch.stack([own(pair.target) for own, pair in zip(state, pairs, strict=True)])
+            agreements = torch.stack([(row * rows).sum(dim=-1) for row in rows])  # (M, M, B, n)
+        others = valid & ~torch.eye(len(valid), dtype=torch.bool, device=valid.device)[:, :, None, None]
+        scores = (agreements * others).sum(dim=1) / others.sum(dim=1).clamp(min=1)
+        weights = (scores.clamp(min=0) ** self.power + torch.finfo(scores.dtype).tiny) * valid
+        return weigh(pairs, weights / weights.sum(dim=0).clamp(min=torch.finfo(scores.dtype).tiny))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ class Masks(NamedTuple):
         noise: uniform in [0, 1), for what a fusion leaves to chance about an image and a teacher.
         shifts: patches, down and right, by which each network's images are moved; row 0 is the student's.
         progress: share of the run that is done.
+        scale: size of the student's images in this step, as a share of its own.
     """
 
     student: Visible
@@ -36,6 +37,7 @@ class Masks(NamedTuple):
     noise: Float[Tensor, "B M"] | None = None
     shifts: Int[Tensor, "B M1 2"] | None = None
     progress: float = 0.0
+    scale: float = 1.0
 
     def student_sees(self, batch_size: int, num_patches: int, device: torch.device) -> Bool[Tensor, "B N"]:
         """Map of the positions that the student sees."""
@@ -59,6 +61,11 @@ class Masking(Slot, slot="masking", default="superset"):
     """
 
     mixup: bool = False
+
+    @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "neighbours that images are mixed with" if self.mixup else ""
 
     @property
     def repeats(self) -> bool:
@@ -109,14 +116,21 @@ class WholeImages(Masking, name="none"):
     Args:
         shift: standard deviation, in patches, of how far each network's images are moved, by whole patches and each
             network on its own; what both networks kept is compared (arXiv:2601.17237, "Shift Equivariance").
+        scales: sizes of the student's images, as shares of its own, of which each step draws one; its tokens are then
+            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). Empty: its own size alone.
         mixup_outputs: with ``mixup`` teachers see the images as they are, and their outputs are blended as the
             student's images are; so they can be cached.
     """
 
     shift: float = 0.0
+    scales: tuple[float, ...] = ()
     mixup_outputs: bool = False
 
     def __post_init__(self) -> None:
+        if any(not 0 < scale <= 1 for scale in self.scales):
+            raise ValueError(
+                "the student's images are as large as its own at most: each of --masking.scales is in (0, 1]."
+            )
         if self.mixup_outputs and not self.mixup:
             raise ValueError("outputs of teachers are blended where the student's images are; set --masking.mixup.")
 
@@ -135,7 +149,9 @@ class WholeImages(Masking, name="none"):
         shifts = None
         if self.shift:  # normal, made of the first two numbers
             shifts = (torch.special.ndtri(noise[:, :, :2].clamp(min=1e-6)) * self.shift).round().long()
-        return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts)
+        chance = float(noise[0].sum() % 1)
+        scale = self.scales[int(chance * len(self.scales))] if self.scales else 1.0
+        return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)

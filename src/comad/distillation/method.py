@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from comad.distillation.aligners import Aligner, ProcrustesAligner, StudentProjector
-from comad.distillation.features import Blocks, FeatureSpec, MAEDecoder, num_blocks
-from comad.distillation.fusion import Fusion, Gate
-from comad.distillation.masking import HidingPatches, Masking, Superset
+from comad.distillation.features import Blocks, FeatureSpec, MAEDecoder
+from comad.distillation.fusion import Consensus, Fusion, Gate
+from comad.distillation.masking import HidingPatches, Masking, Superset, WholeImages
 from comad.distillation.normalizers import NoNormalizer, Normalizer
 from comad.distillation.objectives import FeatureLoss, Objective, TokenObjective
+from comad.models.backbone import Backbone
 from comad.models.mae_decoder import load_decoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime.slots import Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,8 @@ class Method:
             raise ValueError("no objective has a weight, so nothing would be trained; give one a weight.")
         if self.needs("qkv") and hides:
             raise ValueError("attention is compared on whole images; set --masking none.")
-        if self.needs("qkv") and getattr(self.masking, "shift", 0.0):
-            raise ValueError("attention is compared patch by patch; set --masking.shift 0.")
+        if self.needs("qkv") and (getattr(self.masking, "shift", 0.0) or getattr(self.masking, "scales", ())):
+            raise ValueError("attention is compared patch by patch; set --masking.shift 0 and leave out its scales.")
         if self.needs("pixels") and not (hides and self.masking.modes[0] == "drop"):
             raise ValueError(
                 "pixels are reconstructed of hidden patches, from what the student sees alone; set --masking shared "
@@ -63,6 +65,8 @@ class Method:
             raise ValueError(
                 "no patch is hidden, so an objective over hidden ones trains nothing; set --masking shared."
             )
+        if isinstance(self.fusion, Consensus) and any(getattr(term, "teachers", "all") != "all" for term in terms):
+            raise ValueError("a consensus is one of all teachers; set --fusion sum where objectives have their own.")
         if self.features.every_position and self.masking.modes[1] != "drop":
             raise ValueError("a decoder fills in what was left out; set --masking.teacher-hidden drop.")
 
@@ -70,6 +74,12 @@ class Method:
     def active(self) -> dict[str, Objective]:
         """The objectives that have weight."""
         return {name: objective for name, objective in self.objectives.items() if objective.weight}
+
+    @property
+    def parts(self) -> tuple[Slot, ...]:
+        """What fills the slots, the active objectives one by one."""
+        slots = (self.masking, self.features, self.normalizer, self.aligner, self.fusion)
+        return (*slots, *self.active.values())
 
     def needs(self, what: str) -> bool:
         """Whether an objective reads ``tokens``, ``qkv`` or ``pixels``."""
@@ -83,9 +93,26 @@ class Method:
     @property
     def num_calibration_images(self) -> int:
         """Images that must be calibrated on before training; 0: none."""
-        return max(self.normalizer.num_calibration_images, self.aligner.num_calibration_images)
+        return max(part.num_calibration_images for part in (self.normalizer, self.aligner, self.fusion))
 
-    def check(self, student: TimmBackbone, teachers: Sequence[Teacher]) -> None:
+    def for_student(self, student: Backbone) -> Method:
+        """The method as a student can follow it: one that cannot leave out patches sees whole images.
+
+        Raises:
+            ValueError: an objective is about hidden patches, or a decoder fills them in.
+        """
+        masking = self.masking
+        if student.supports_masking or not isinstance(masking, HidingPatches) or masking.hidden == "zero":
+            return self
+        hidden = any(isinstance(term, TokenObjective) and term.where == "hidden" for term in self.active.values())
+        if hidden or self.needs("pixels") or self.features.every_position or masking.hidden == "token":
+            raise ValueError(
+                "this preset learns from patches that are left out of the student, which this student cannot do; name "
+                "a plain Vision Transformer such as vit_tiny_patch16_224, or another preset such as comad or radio."
+            )
+        return replace(self, masking=WholeImages(mixup=masking.mixup))
+
+    def check(self, student: Backbone, teachers: Sequence[Teacher]) -> None:
         """Make sure that the method fits a student and its teachers.
 
         Raises:
@@ -99,7 +126,7 @@ class Method:
                 f"this preset needs a masked-image teacher and then others, and got {names}; pass two or more "
                 "--teachers."
             )
-        if student.vit.cls_token is None and not self.features.pooled:
+        if not student.has_cls and not self.features.pooled:
             raise ValueError("this student has no class token; name another, or set --features.pooled.")
         widths = sorted({self.features.width(teacher.backbone) for teacher in teachers})
         if isinstance(self.aligner, StudentProjector) and self.fusion.one_target and len(widths) > 1:
@@ -109,13 +136,18 @@ class Method:
             )
         self._check_blocks(student, teachers)
 
-    def _check_blocks(self, student: TimmBackbone, teachers: Sequence[Teacher]) -> None:
+    def _check_blocks(self, student: Backbone, teachers: Sequence[Teacher]) -> None:
         """Reading inside a network needs a plain Vision Transformer; attention is compared head by head."""
         heads = set()
+        if not student.blocks and (self.needs("qkv") or self.features.student_depth < 1):
+            raise ValueError(
+                "this preset reads blocks of the student, which must be a plain Vision Transformer; name one such as "
+                "vit_tiny_patch16_224, or another preset such as comad or radio."
+            )
         for number, teacher in enumerate(teachers):
             needs = self.teacher_needs(number, len(teachers))
             inside = "qkv" in needs or (isinstance(self.features, Blocks) and self.features.teacher < 1)
-            if inside and not num_blocks(teacher.backbone):
+            if inside and not teacher.backbone.blocks:
                 raise ValueError(
                     f"{teacher.name}: this preset reads the blocks of a plain Vision Transformer, and this is none; "
                     "name another teacher or preset."
@@ -142,8 +174,8 @@ class Method:
 
 
 def num_heads(backbone: Any) -> int:
-    """Attention heads of a plain Vision Transformer."""
-    return backbone.vit.blocks[0].attn.num_heads
+    """Attention heads of a plain Vision Transformer; 0 of another network."""
+    return backbone.blocks[0].attn.num_heads if backbone.blocks else 0
 
 
 def load_decoders(method: Method, specs: Sequence[str], teachers: Sequence[Teacher], dtype: torch.dtype) -> None:

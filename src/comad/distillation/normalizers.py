@@ -126,6 +126,11 @@ class Standardize(Normalizer, name="standardize"):
     calibration_images: int = 512
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "" if self.over == "calibration" else "moments of the teachers' tokens"
+
+    @property
     def num_calibration_images(self) -> int:
         """See `Normalizer`."""
         return 0 if self.over == "batch" else self.calibration_images

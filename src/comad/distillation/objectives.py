@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from comad.distillation.features import StudentOutput, TeacherOutput
 from comad.distillation.fusion import Pair
+from comad.distillation.hog import CHANNELS, hog_patches
 from comad.distillation.relations import (
     Dispersion,
     Queue,
@@ -43,11 +45,13 @@ class Shapes(NamedTuple):
         student: channels of the student's tokens.
         compared: channels of what is compared, one entry per pair.
         num_heads: of the student's attention.
+        patch_size: of the student.
     """
 
     student: int
     compared: tuple[int, ...]
     num_heads: int
+    patch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +170,7 @@ class FeatureLoss(TokenObjective, name="feature"):
     projection: bool = False
 
     def __post_init__(self) -> None:
-        if self.distance not in DISTANCES:
-            raise ValueError(f"no distance {self.distance!r}; {hint(self.distance, DISTANCES)}")
+        check_distance(self.distance)
 
     @property
     def distance_key(self) -> Hashable:
@@ -245,6 +248,11 @@ class QueueLoss(Objective, name="queue"):
 
     size: int = 4096
     temperature: float = 0.07
+
+    @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "newest targets in the queue"
 
     @property
     def uses_cls(self) -> bool:
@@ -347,6 +355,64 @@ class PixelLoss(Objective, name="pixels"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HOGLoss(Objective, name="hog"):
+    """Distance to histograms of the image's gradients (DMJD, arXiv:2301.00230); no teacher takes part.
+
+    Args:
+        where: ``hidden``: patches from the pixel decoder, through a linear map; ``visible``: the student's tokens,
+            through an MLP of three layers and a linear map.
+        distance: see `FeatureLoss`.
+        temperature: of ``smooth-l1`` its β.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    where: Literal["hidden", "visible"] = "hidden"
+    distance: str = "mse"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_distance(self.distance)
+
+    def build(self, shapes: Shapes) -> nn.Module:
+        """What predicts the histograms.
+
+        Raises:
+            ValueError: the patches are no whole number of cells.
+        """
+        if shapes.patch_size % 2:
+            raise ValueError(f"a patch has 2 × 2 cells, and {shapes.patch_size} pixels are odd; take even patches.")
+        if self.where == "hidden":
+            return nn.Linear(3 * shapes.patch_size**2, CHANNELS)
+        width = shapes.student
+        layers = [[nn.Linear(width, width), nn.LayerNorm(width), nn.GELU()] for _ in range(2)]
+        last = nn.Linear(width, width), nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, CHANNELS)
+        return nn.Sequential(*layers[0], *layers[1], *last)
+
+    def pairs(
+        self,
+        state: Any,
+        pairs: Sequence[Pair],
+        student: StudentOutput,
+        teachers: Sequence[TeacherOutput],
+        visible: Bool[Tensor, "B N"],
+    ) -> Compared:
+        """Histograms of the patches that count."""
+        assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
+        reconstructed, own = student.pixels
+        size, side = math.isqrt(own.shape[2] // 3), math.isqrt(own.shape[1])
+        images = own.unflatten(2, (size, size, 3)).unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
+        target = hog_patches(images.reshape(len(own), 3, side * size, side * size), size)
+        hidden = self.where == "hidden"
+        counts = ~visible if hidden else visible
+        prediction = state(reconstructed if hidden else student.last[:, 1:])
+        return [Pair(prediction, target, counts, counts)], counts
+
+    def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
+        """See `Objective`."""
+        return DISTANCES[self.distance](pair.prediction.float(), pair.target.float(), self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MapLoss(TokenObjective, name="map"):
     """1 - cosine of the whole maps: all tokens that count, side by side (Theia, arXiv:2407.20179)."""
 
@@ -382,6 +448,11 @@ class AngleLoss(Objective, name="angle"):
 
     Teachers whose class tokens point in much the same direction count no less than others.
     """
+
+    @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "means of the teachers' directions so far"
 
     @property
     def uses_cls(self) -> bool:
@@ -422,6 +493,11 @@ class DistanceLoss(Objective, name="distances"):
     """
 
     @property
+    def of_a_pass(self) -> str:
+        """See `Slot`."""
+        return "images that distances are taken between"
+
+    @property
     def uses_cls(self) -> bool:
         """See `Objective`."""
         return True
@@ -449,6 +525,12 @@ class DistanceLoss(Objective, name="distances"):
         error = torch.where(near, ours - theirs, theirs - ours).clamp(min=0) * others
         distances = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").sum(dim=2)
         return own_rows(distances) / max(1, len(ours) - 1)
+
+
+def check_distance(name: str) -> None:
+    """Raise ValueError if there is no such distance."""
+    if name not in DISTANCES:
+        raise ValueError(f"no distance {name!r}; {hint(name, DISTANCES)}")
 
 
 def cls_pair(pair: Pair) -> Pair:

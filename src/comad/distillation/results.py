@@ -22,12 +22,16 @@ from comad.distillation.samples import leave_samples
 from comad.evaluation.scoreboard import Candidate, Score, Scoreboard, score_all
 from comad.evaluation.scores import write_scores
 from comad.exporting.package import ModelCard, export_backbone, snippet
+from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, inherited_licence
-from comad.models.timm_backbone import TimmBackbone
 from comad.reporting.page import write_report
-from comad.runtime.log import hours_of_training, read_log
-from comad.runtime.processes import say, together
+from comad.reporting.samples import SAMPLES, read_samples
+from comad.reporting.visuals import gate_images
+from comad.runtime.log import hours_of_training, open_trackers, read_log
+from comad.runtime.processes import together
+from comad.runtime.progress import working
 from comad.runtime.provenance import code_version, hardware
+from comad.runtime.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class TrainedStudent(NamedTuple):
     """A student at the end of training: the config that it would have alone, itself before, and what was trained."""
 
     config: DistillConfig
-    untrained: TimmBackbone
+    untrained: Backbone
     distiller: Distiller
 
 
@@ -112,17 +116,33 @@ def _leave(
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
-        say(board.table())
+        fabric.print(board.table())
     folder = export_backbone(
         trained.distiller.student,
         out / "student",
         model_args=config.student.arguments,
         card=_card(trained, splits, teachers, board, fabric),
     )
-    leave_samples(trained.distiller, teachers, splits, scores, out)
-    say(f"the run on a page, with curves, gate and features: {write_report([out])}")
-    say(f"the student is in {folder}; load it anywhere with timm alone:\n\n{snippet(folder)}")
+    with working("images for the page"):
+        leave_samples(trained.distiller, teachers, splits, scores, out)
+        _track(config.run, board)
+    fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
+    program = snippet(trained.distiller.student, folder, splits.train.eval_crop)
+    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{program}")
     return DistillResult(out, scores, board)
+
+
+def _track(run: RunConfig, board: Scoreboard) -> None:
+    """Hand the scoreboard and the gate's maps to TensorBoard and Weights & Biases, if the run has them."""
+    out = Path(run.out)
+    lines, samples = read_log(out)[0], read_samples(out / SAMPLES)
+    step = lines[-1]["step"] if lines else 0
+    for tracker in open_trackers(out, run.tensorboard, run.wandb):
+        titles, *rows = board.cells()
+        tracker.table(step, "scoreboard", titles, rows)
+        for name, image in gate_images(samples).items():
+            tracker.image(step, f"gate/{name}", image)
+        tracker.close()
 
 
 def candidates(trained: TrainedStudent) -> list[Candidate]:
@@ -132,20 +152,26 @@ def candidates(trained: TrainedStudent) -> list[Candidate]:
         Candidate("init-only", "init_only", trained.untrained, size),
         Candidate("student", "student", trained.distiller.student, size),
     ]
-    if config.student.pretrained:
+    if config.student != config.student.from_scratch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            random = replace(config.student, pretrained=False).build()
+            random = config.student.from_scratch.build()
         rows.insert(0, Candidate("untrained", "untrained", random, size))
     return rows
 
 
 def _with_untrained(config: DistillConfig, scores: Sequence[Score]) -> tuple[Score, ...]:
     """A student from scratch is untrained at its start, and is scored once."""
-    if config.student.pretrained or not scores:
+    if config.student != config.student.from_scratch or not scores:
         return tuple(scores)
     first = scores[0]
     return first._replace(row=replace(first.row, name="untrained", role="untrained")), *scores
+
+
+def _start(config: DistillConfig) -> str:
+    """What the student began with, in words; nothing of one from scratch."""
+    pretrained = f", starting from timm's weights of {config.student.name}" if config.student.pretrained else ""
+    return f", starting from {Path(config.student.start).name}" if config.student.start else pretrained
 
 
 def _card(
@@ -156,7 +182,7 @@ def _card(
     return ModelCard(
         name=f"{config.preset} student of {names}",
         licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
-        about=f"Distilled from the frozen teachers {names} by comad.",
+        about=f"Distilled from the frozen teachers {names} by comad{_start(config)}.",
         architecture=config.student.name,
         token_types=trained.distiller.token_types,
         preset=config.preset,
@@ -164,7 +190,7 @@ def _card(
         images_seen=config.optim.images_seen(len(splits.train)),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(Path(config.run.out), config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(Path(config.run.out), config.optim.images_per_step), 2),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,

@@ -29,7 +29,8 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
-from comad.runtime.processes import say, wait_for_all
+from comad.runtime.processes import wait_for_all
+from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, open_runs, start_fabric
 from comad.runtime.trainer import Job, Trainer
@@ -51,15 +52,16 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)
-    fabric = start_fabric(config.run, config.optim.batch_size)
+    fabric = start_fabric(config.run, config.optim)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
     runs = open_runs(config.run, config.student_folders, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
-    for line in filter(None, (*(teacher.card.summary() for teacher in teachers), licence_notice(teachers))):
-        say(line)
     summary = setup.splits.summary()
-    say(summary.text)
+    cards = [teacher.card.summary() for teacher in teachers]
+    recipe = f"{config.preset} by {config.settings}: {config.optim.summary}"
+    lines = (announcement(setup), *cards, licence_notice(teachers), recipe, of_passes(config), summary.text)
+    say("\n".join(filter(None, lines)))
     cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
@@ -82,6 +84,20 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         return finish(trained, setup.splits, setup.teachers_for_one(), fabric)
 
 
+def announcement(setup: Setup) -> str:
+    """The first line of a run: what will happen. The trainer says how long it takes, as soon as that is known."""
+    config = setup.config
+    sizes = [sum(x.numel() for x in student.start.parameters()) / 1e6 for student in setup.students]
+    students = [f"{vit.name} ({size:.1f} M parameters)" for vit, size in zip(config.students, sizes, strict=True)]
+    scores = "" if config.split == "none" else "scores, "
+    return (
+        f"{'going on to distil' if config.run.resume else 'distilling'} "
+        f"{', '.join(teacher.name for teacher in setup.teachers)} into {', '.join(students)} by {config.preset}, "
+        f"{config.optim.epochs:g} epochs of {len(setup.splits.train):,} images; then {scores}a page and the "
+        f"student, in {config.run.out}."
+    )
+
+
 def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[DistillConfig, Inputs | None]:
     """The first of two stages: the teachers into a proxy. Returns the second one, whose only teacher is the proxy.
 
@@ -92,7 +108,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
         ValueError: that folder holds the proxy of another setup.
     """
     out = Path(f"{config.run.out}-proxy")
-    proxy = replace(config.student, name=config.through, width=None, depth=None, heads=None)
+    proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     wait_for_all()  # for the first to have written it
@@ -100,6 +116,14 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
     student = None if inputs is None else inputs.student
     teacher = f"proxy={out / 'student'}"
     return replace(config, through="", teachers=(teacher,)), Inputs(splits=splits, student=student)
+
+
+def of_passes(config: DistillConfig) -> str:
+    """What a step of several forward passes computes otherwise than one pass would, in words; nothing if nothing."""
+    parts = [part.of_a_pass for part in config.method.parts if part.of_a_pass]
+    if config.optim.passes == 1 or not parts:
+        return ""
+    return f"of {config.optim.pass_size} images, those of a pass, not of the whole step: {', '.join(parts)}"
 
 
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -21,7 +20,7 @@ from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distillation.cache import CacheSpec
 from comad.distillation.config import DistillConfig
-from comad.distillation.distiller import Distiller, set_heads
+from comad.distillation.distiller import Distiller
 from comad.distillation.features import Blocks, TeacherOutput, forward_teacher
 from comad.distillation.masking import HidingPatches, drop_unused_masks
 from comad.distillation.method import load_decoders
@@ -30,11 +29,12 @@ from comad.models.compiling import compile_blocks, need_compiler
 from comad.models.offload import offload, shard
 from comad.models.onednn_linear import use_onednn_linear
 from comad.models.quantized import check_quantized, precision_of, quantize
+from comad.models.students import to_be_trained
 from comad.models.teachers import Teacher, load_on_grid
-from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu, to_be_trained
+from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.runtime.checkpoint import RngState
 from comad.runtime.options import identity_of
-from comad.runtime.processes import say
+from comad.runtime.progress import say, track
 
 SHORT = 256
 """Patches up to which a frozen network in bf16 is faster on a CPU without AMX with attention by matrix products."""
@@ -51,12 +51,12 @@ class Inputs:
     Attributes:
         splits: the images.
         teachers: each as a name, or loaded.
-        student: a timm Vision Transformer to train, in the place of ``config.student``.
+        student: a network to train, in the place of ``config.student``.
     """
 
     splits: Splits | None = None
     teachers: Sequence[Any] | None = None
-    student: VisionTransformer | None = None
+    student: nn.Module | None = None
 
 
 class Student(NamedTuple):
@@ -68,7 +68,7 @@ class Student(NamedTuple):
         rng: generators of its own, as it would have alone.
     """
 
-    start: TimmBackbone
+    start: Backbone
     distiller: Distiller
     rng: RngState
 
@@ -138,7 +138,7 @@ class Setup:
         """All batches of the run."""
         config, images = self.config, self.splits.train
         return TrainingBatches(
-            self.views, len(images), images.path, config.optim.batch_size, config.run.seed, config.loader
+            self.views, len(images), images.path, config.optim.pass_size, config.run.seed, config.loader
         )
 
     def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:
@@ -147,7 +147,8 @@ class Setup:
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
-        for batch in DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ():
+        loader = DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ()
+        for batch in track(loader, "calibrating", "batches", len(batches)):
             yield self.teacher_views([view.float() / 255 for view in batch.views])
 
     def cache_spec(self) -> CacheSpec:
@@ -193,11 +194,9 @@ class Setup:
 
     def compile(self) -> None:
         """Compile the blocks that a step runs."""
-        for teacher in self.teachers:
-            if isinstance(teacher.backbone, TimmBackbone):
-                compile_blocks(teacher.backbone.vit)
-        for student in self.students:
-            compile_blocks(student.distiller.student.vit)
+        say("compiling: the first step takes a minute or more.")
+        for backbone in (*(t.backbone for t in self.teachers), *(s.distiller.student for s in self.students)):
+            compile_blocks(backbone)
 
 
 def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None) -> Setup:
@@ -214,12 +213,13 @@ def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None)
     if config.quantized:
         check_quantized(config.quantized, fabric.device, config.compile)
     built = _build_students(config, fabric, inputs)
+    config = _for_students(config, [network for network, _ in built], fabric)
     teachers = load_teachers(config, built[0][0], fabric, inputs.teachers)
     students, vits = [], []
     for vit, (network, rng) in zip(config.students, built, strict=True):
         config.method.check(network, teachers)
         if heads := config.method.compared_heads(teachers):
-            set_heads(network, heads)
+            cast(TimmBackbone, network).set_heads(heads)
             vit = replace(vit, heads=heads)
         start = copy.deepcopy(network)
         with rng.use():
@@ -237,7 +237,7 @@ def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None)
     return setup
 
 
-def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> list[tuple[TimmBackbone, RngState]]:
+def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> list[tuple[Backbone, RngState]]:
     """The students as they are before the run, each with generators that begin with the seed."""
     built = []
     for vit in config.students:
@@ -245,8 +245,11 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         rng = RngState()
         with rng.use():
             given = inputs.student
-            network = vit.build() if given is None else to_be_trained(given, vit.name)
-        network.vit.set_grad_checkpointing(config.activation_checkpointing)
+            network = vit.build() if given is None else to_be_trained(given, vit.name, vit.image_size)
+        if config.activation_checkpointing:
+            if not isinstance(network, TimmBackbone):
+                raise ValueError("--activation-checkpointing is for Vision Transformers as students; leave it out.")
+            network.vit.set_grad_checkpointing()
         built.append((network, rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
@@ -259,8 +262,23 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
     return built
 
 
+def _for_students(config: DistillConfig, networks: Sequence[Backbone], fabric: Fabric) -> DistillConfig:
+    """The config as the students can follow it; what changes is said."""
+    bound = [vit.name for vit, network in zip(config.students, networks, strict=True) if not network.supports_masking]
+    method, size = config.method, config.teacher_image_size
+    for network in networks:
+        method = method.for_student(network)
+    size = "own" if bound and size == "grid" else size  # a map of few cells would leave teachers few pixels
+    changes = ["student and teachers see whole images (--masking none)"] if method != config.method else []
+    changes += ["teachers see images of their own size"] if size != config.teacher_image_size else []
+    if changes:
+        zero = "; --masking.hidden zero hides pixels of patches instead" if method != config.method else ""
+        fabric.print(f"{', '.join(bound)} cannot leave out patches: {', '.join(changes)}{zero}.")
+    return replace(config, method=method, teacher_image_size=size)
+
+
 def load_teachers(
-    config: DistillConfig, student: TimmBackbone, fabric: Fabric, given: Sequence[Any] | None = None
+    config: DistillConfig, student: Backbone, fabric: Fabric, given: Sequence[Any] | None = None
 ) -> list[Teacher]:
     """Teachers on the students' grid, with their decoders where the method learns from them.
 

@@ -20,6 +20,7 @@ from comad.evaluation.similarity import linear_cka
 from comad.evaluation.views import BATCH, device, load_many, readable, sample, token_batches, view_size
 from comad.models.backbone import gather_patches
 from comad.models.teachers import Teacher, licence_notice
+from comad.runtime.progress import track
 
 ADDS_LITTLE = 0.95
 """Two teachers whose pooled and token CKA are both above this say nearly the same."""
@@ -94,7 +95,7 @@ def _pairs(teachers: Sequence[Teacher], images: ImageSet, indices: Int[Tensor, "
     noise = torch.rand(len(indices), num_patches, generator=torch.Generator().manual_seed(0))
     positions = noise.argsort(dim=1)[:, :POSITIONS]
     pooled, tokens = {}, {}
-    for name, backbone, _ in teachers:
+    for name, backbone, _ in track(teachers, "tokens", "teachers"):
         batches = zip(token_batches(backbone.to(device()), images, indices), positions.split(BATCH), strict=True)
         kept = [(patches.mean(dim=1), gather_patches(patches, rows).flatten(0, 1)) for patches, rows in batches]
         pooled[name], tokens[name] = (torch.cat(part) for part in zip(*kept, strict=True))

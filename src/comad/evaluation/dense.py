@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def dense_job(
         ValueError: too few images for a batch.
     """
     optim, count = config.optim, len(dataset.images)
-    whole = optim.batch_size * optim.accumulate
+    whole = optim.images_per_step
     if count < whole:
         raise ValueError(
             f"{count} training pictures are too few for a batch of {whole}; set --optim.batch-size {count}."
@@ -58,7 +57,7 @@ def dense_job(
         ),
     )
     path, seed = dataset.images.path, config.run.seed
-    return job, TrainingBatches(dataset, count, path, optim.batch_size, seed, config.loader, collate)
+    return job, TrainingBatches(dataset, count, path, optim.pass_size, seed, config.loader, collate)
 
 
 def train_dense(job: Job, data: TrainingBatches, optim: OptimConfig, fabric: Fabric) -> Any:
@@ -79,11 +78,6 @@ def train_steps(trainer: Trainer) -> None:
 def sampled(count: int) -> list[int]:
     """Which of so many pictures have their answers kept: evenly spread."""
     return np.linspace(0, count - 1, min(NUM_SAMPLES, count)).astype(int).tolist()
-
-
-def tell(message: str) -> None:
-    """Show a line before the run."""
-    sys.stderr.write(f"comad: {message}\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

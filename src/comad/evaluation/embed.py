@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from comad.evaluation.views import device, load_one, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher
 from comad.runtime.atomic import replacing
+from comad.runtime.progress import working
 from comad.runtime.spelling import hint
 
 ENDINGS = (".parquet", ".npy")
@@ -169,13 +169,13 @@ def embed_images(
         return Embedded(out, facts["rows"], facts["width"], facts["unreadable"], 0.0)
     parts = _open_parts(out, identity)
     rows = _Rows(splits)
-    told = _Progress(len(rows), start)
-    for number, first in enumerate(range(0, len(rows), PART_IMAGES)):
-        path = parts / f"{number:06}.npz"
-        last = min(first + PART_IMAGES, len(rows))
-        if not path.is_file():
-            _write_part(path, _encode_part(backbone, rows, range(first, last), size, pool, config, told))
-        told.skip_to(last)
+    with working("embedding", len(rows), "images") as told:
+        for number, first in enumerate(range(0, len(rows), PART_IMAGES)):
+            path = parts / f"{number:06}.npz"
+            last = min(first + PART_IMAGES, len(rows))
+            if not path.is_file():
+                _write_part(path, _encode_part(backbone, rows, range(first, last), size, pool, config, told))
+            told.advance(last - told.done)
     unreadable = _join(out, parts, rows, backbone.width, {"identity": identity, "pool": pool, "image_size": size})
     shutil.rmtree(parts)
     return Embedded(out, len(rows) - unreadable, backbone.width, unreadable, time.perf_counter() - start)
@@ -262,23 +262,6 @@ class _Rows(ImageSet):
         return int(np.searchsorted(self.starts, index, side="right")) - 1
 
 
-class _Progress:
-    """A line on how far it is, every few seconds."""
-
-    def __init__(self, total: int, start: float):
-        self.total, self.done, self.start, self.told = total, 0, start, start
-
-    def add(self, count: int) -> None:
-        self.skip_to(self.done + count)
-        if (now := time.perf_counter()) - self.told > TELL_EVERY:
-            self.told = now
-            rate = self.done / (now - self.start)
-            sys.stderr.write(f"comad: {self.done:,} of {self.total:,} images, {rate:.0f}/s\n")
-
-    def skip_to(self, done: int) -> None:
-        self.done = max(self.done, done)
-
-
 def _one_image(path: str) -> FolderImages:
     """A set of one image.
 
@@ -321,7 +304,7 @@ def _encode_part(
     size: int,
     pool: str,
     config: EmbedConfig,
-    told: _Progress,
+    told: working,
 ) -> tuple[np.ndarray, np.ndarray]:
     features = np.empty((len(span), backbone.width), dtype=np.float32)
     readable = np.empty(len(span), dtype=bool)
@@ -329,7 +312,7 @@ def _encode_part(
     for values, known in encode(backbone, rows, span, size, pool, config):
         features[start : start + len(values)], readable[start : start + len(values)] = values, known
         start += len(values)
-        told.add(len(values))
+        told.advance(len(values))
     return features[readable], span.start + readable.nonzero()[0]
 
 

@@ -123,15 +123,15 @@ def check(config: FinetuneConfig, splits: Splits) -> None:
     if reason := shortage(splits, "fine"):
         raise ValueError(f"{config.data!r} cannot be learnt: {reason} Put images into one sub-folder per label.")
     optim, count, pairs = config.tuning.optim, len(splits.train), 2 * config.run.devices
-    if count < optim.batch_size * optim.accumulate:
+    if count < optim.images_per_step:
         raise ValueError(
             f"{count} training images in {config.data!r} are too few to fine-tune with a batch of "
-            f"{optim.batch_size * optim.accumulate}; add images or set its --optim.batch-size "
+            f"{optim.images_per_step}; add images or set its --optim.batch-size "
             f"{max(pairs, count // optim.accumulate // pairs * pairs)}."
         )
-    if (config.tuning.mixup or config.tuning.cutmix) and optim.batch_size % pairs:
+    if (config.tuning.mixup or config.tuning.cutmix) and optim.pass_size % pairs:
         raise ValueError(
-            f"images are mixed in pairs, and {optim.batch_size} is no multiple of {pairs}; change --optim.batch-size "
+            f"images are mixed in pairs, and {optim.pass_size} is no multiple of {pairs}; change --optim.batch-size "
             "of the fine-tuning, or set --mixup 0 --cutmix 0."
         )
 
@@ -145,7 +145,7 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
         subject: the network.
         splits: the images.
     """
-    fabric = start_fabric(config.run, config.tuning.optim.batch_size)
+    fabric = start_fabric(config.run, config.tuning.optim)
     trials = [finetune_once(setting, subject, splits, fabric) for setting in _settings(config, fabric)]
     if not fabric.is_global_zero:
         return None
@@ -181,7 +181,7 @@ def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Spli
     size = view_size(backbone)
     colour = ColourChange(strength=tuning.jitter, hue=tuning.jitter / 4) if tuning.jitter else None
     views = ViewDataset(images, ClassifierViews(Crop(size=size, scale=tuning.crop_scale), colour), seed, 2 * size)
-    data = TrainingBatches(views, len(images), images.path, optim.batch_size, seed, config.loader)
+    data = TrainingBatches(views, len(images), images.path, optim.pass_size, seed, config.loader)
 
     def probe(module: Classifier) -> dict[str, float]:
         return _by_score(top1(answers(module, splits.val, config.run)))
@@ -196,7 +196,7 @@ def finetune_once(config: FinetuneConfig, subject: PretrainedModel, splits: Spli
     with Trainer([job], data, optim, fabric) as trainer:
         train_steps(trainer, tuning, {name: images.labels[name] for name in num_classes}, num_classes)
     trained = trainer.states[0].scored
-    seconds = 3600 * hours_of_training(Path(config.run.out), optim.batch_size * optim.accumulate)
+    seconds = 3600 * hours_of_training(Path(config.run.out), optim.images_per_step)
     return Trial(optim, trained, top1(answers(trained, splits.val, config.run)), seconds)
 
 

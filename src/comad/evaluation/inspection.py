@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +20,6 @@ from comad.evaluation.knn import KNN
 from comad.evaluation.probe import MIN_BANK, NEIGHBOURS, KnnProbe
 from comad.evaluation.sanity_checks import TokenStatistics, reinitialised_copy, token_statistics, weight_structure
 from comad.evaluation.views import (
-    BATCH,
     MAX_IMAGES,
     MIN_IMAGES,
     batch_size,
@@ -36,14 +32,13 @@ from comad.evaluation.views import (
 )
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, licence_notice
+from comad.runtime.progress import say
 
 TOKEN_IMAGES = 64
 TWIN_IMAGES = 64
 """Validation images that random weights are scored on at least, or all."""
 CPU_FLOPS = 3e12
 """What two cores compute in half a minute; `inspect` shares it between the tokens and the two networks of the kNN."""
-SILENCE = 4.0
-"""Seconds after which it is said how far the images are."""
 
 
 class Counts(NamedTuple):
@@ -82,22 +77,21 @@ def inspect(config: InspectConfig) -> str:
     """
     if not config.teacher:
         raise ValueError("name a teacher: comad teachers inspect FILE_OR_NAME; `comad teachers list` shows names.")
-    _tell(f"reading {config.data} and loading {config.teacher}")
+    say(f"reading {config.data} and loading {config.teacher}")
     splits = readable(load_images(config.data))
     images, indices = sample(splits, MAX_IMAGES if config.images is None else config.images)
     teacher = load_one(config.teacher, config.data, config.image_size)
     for line in (card := _card(teacher)):
-        _tell(line)
-    _tell("comparing its weights with noise")
+        say(line)
+    say("comparing its weights with noise")
     structure, twin = weight_structure(teacher.backbone), reinitialised_copy(teacher.backbone)
     for network in filter(None, (teacher.backbone, twin)):
         network.to(device())
     counts = _affordable(teacher.backbone, config.images)
     indices = indices[: counts.tokens]
-    _tell(f"patch tokens of {len(indices)} images")
+    say(f"patch tokens of {len(indices)} images")
     with _precision():
-        parts = [token_batches(teacher.backbone, images, part) for part in _watched(indices)]
-        tokens = torch.cat([batch for part in parts for batch in part])
+        tokens = torch.cat(list(token_batches(teacher.backbone, images, indices)))
     found = token_statistics(tokens)
     warnings = sanity_checks.weight_warnings(structure) + sanity_checks.token_warnings(tokens, found)
     lines = [*card, f"patch tokens of {len(tokens)} images of {images.name}", *_statistics(found, tokens)]
@@ -106,23 +100,6 @@ def inspect(config: InspectConfig) -> str:
     verdict = [f"WARNING: {warning}" for warning in warnings + more]
     lines += [*scores, *(verdict or ["No sign of random or collapsed weights."])]
     return "\n".join(filter(None, [*lines, licence_notice([teacher])]))
-
-
-def _tell(line: str) -> None:
-    """Say on the error stream what is being done."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
-
-
-def _watched(indices: Int[Tensor, " n"]) -> Iterator[Int[Tensor, " b"]]:
-    """Batches of indices; now and then it is said how far they are."""
-    told, done = time.monotonic(), 0
-    for part in indices.split(BATCH):
-        if time.monotonic() - told > SILENCE:
-            _tell(f"  {done} of {len(indices)} images")
-            told = time.monotonic()
-        yield part
-        done += len(part)
 
 
 def _precision() -> torch.autocast:
@@ -188,7 +165,7 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, counts:
     if reason := _shortage(probe):
         return [f"kNN left out: {reason}."], []
     looked = Looked(probe.bank[_spread(len(probe.bank), counts.bank)], probe.queries)
-    _tell(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
+    say(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
     of_pixels, own = _features([View(None, PIXELS), View(teacher.backbone, size)], splits, looked)
     pixels, score = (_hits(found, splits, looked) for found in (of_pixels, own))
     title = f"kNN on {len(looked.queries)} images of {splits.val.name}"
@@ -204,7 +181,7 @@ def _neighbours(teacher: Teacher, twin: Backbone | None, splits: Splits, counts:
         score = _hits([{pool: x[place] for pool, x in part.items()} for part, place in parts], splits, looked)
         lines += [f"kNN on {len(looked.queries)} of them, with {len(looked.bank)}"]
         lines += _rows({teacher.name: _percent(score)})
-    _tell(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by random weights")
+    say(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by random weights")
     (theirs,) = _features([View(twin, size)], splits, looked)
     untrained = _hits(theirs, splits, looked)
     gain = paired_interval(score, untrained, splits.val.groups[looked.queries])
@@ -226,10 +203,7 @@ def _features(views: list[View], splits: Splits, looked: Looked) -> list[list[Po
     both, size = [], min(batch_size(view.backbone) for view in views if view.backbone is not None)
     for images, indices in zip((splits.train, splits.val), looked, strict=True):
         with _precision():
-            parts = [extract_many(views, images, batch_size=size, indices=part) for part in _watched(indices)]
-        both.append(
-            [{pool: torch.cat([x[pool] for x in rows]) for pool in rows[0]} for rows in zip(*parts, strict=True)]
-        )
+            both.append(extract_many(views, images, batch_size=size, indices=indices))
     return [list(pair) for pair in zip(*both, strict=True)]
 
 

@@ -24,6 +24,7 @@ from comad.evaluation.linear import LinearProbe
 from comad.models.backbone import Backbone
 from comad.runtime.atomic import write_text
 from comad.runtime.processes import count, exchange, rank
+from comad.runtime.progress import track
 
 OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
 """The evaluations of the package; those of plugins follow them on a board."""
@@ -129,20 +130,29 @@ class Scoreboard:
         """Write JSON. A reader never sees half a file: it is renamed into place."""
         write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
 
-    def table(self) -> str:
-        """Lay the board out for a terminal; below stand what scores rest on, and the reasons for missing ones."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row.scores))
+    @property
+    def score_names(self) -> list[str]:
+        """Scores that any row has."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Titles, then a line for each row."""
+        names = self.score_names
         columns = {name: f"{title_of(name)} %" for name in names or ["knn"]}
         if any(row.knn_share is not None for row in self.shared_rows):
             place = list(columns).index("knn") + 1
             columns = dict([*list(columns.items())[:place], ("share", "share %"), *list(columns.items())[place:]])
-        cells = [("name", "role", "params", "GFLOPs", "ms", *columns.values())]
-        cells += [_cells(row, columns) for row in self.shared_rows]
+        titles = ("name", "role", "params", "GFLOPs", "ms", *columns.values())
+        return [titles, *(_cells(row, columns) for row in self.shared_rows)]
+
+    def table(self) -> str:
+        """Lay the board out for a terminal; below stand what scores rest on, and the reasons for missing ones."""
+        cells = self.cells()
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         lines = ["  ".join(_pad(line, widths)).rstrip() for line in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
         reasons = dict.fromkeys(row.reason for row in self.rows if row.reason)
-        return "\n".join([*lines, *self._counts(names), *(f"no scores: {reason}" for reason in reasons)])
+        return "\n".join([*lines, *self._counts(self.score_names), *(f"no scores: {reason}" for reason in reasons)])
 
     def _counts(self, names: Sequence[str]) -> list[str]:
         """What the scores rest on, those of equal numbers together."""
@@ -197,14 +207,15 @@ def score_all(
         ValueError: no evaluation has that name.
     """
     chosen = choose(evaluations)
-    costs = [cost(*c.view) for c in candidates] if rank() == 0 else []  # alone, for the time of a pass
+    timed = track(candidates if rank() == 0 else (), "timing networks", "networks")
+    costs = [cost(*c.view) for c in timed]  # the first process alone, for the time of a pass
     costs = exchange({0: costs} if rank() == 0 else {})[0]
     scores = [Score(replace(row, name=c.name, role=c.role), {}, {}) for row, c in zip(costs, candidates, strict=True)]
     if reason := shortage(splits, next(iter(LABEL_SETS))):
         return tuple(score._replace(row=replace(score.row, reason=reason)) for score in scores)
     known = [name for name in LABEL_SETS if shortage(splits, name) is None]
     every = split_features([candidate.view for candidate in candidates], splits, dtype)
-    for number, candidate in enumerate(candidates):
+    for number, candidate in enumerate(track(candidates, "kNN and probes", "networks")):
         features = _only(every.pop(0), known)
         if number % count() != rank():
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from comad.evaluation.scoreboard import Row, Score
 from comad.runtime.atomic import write_text
+from comad.runtime.progress import warn
 
 
 class Scores(NamedTuple):
@@ -58,7 +58,7 @@ def read_scores(path: Path) -> Scores | None:
             raise ValueError("the checksum is wrong")
         return Scores(tuple(_score(part) for part in content["scores"]), content["facts"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sys.stderr.write(f"comad: {path} is damaged or of another version; its scores are computed again.\n")
+        warn(f"{path} is damaged or of another version; its scores are computed again.")
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +33,12 @@ from comad.exporting.fidelity import (
 )
 from comad.exporting.formats import FORMATS, OPSET, Format, Graph, Run, by_torch
 from comad.exporting.package import both_programs, check_place, timm_facts, write_timm
-from comad.exporting.source import Source, data_of, load_source, plain_card, run_folder, takes_size
+from comad.exporting.source import Source, data_of, load_source, plain_card, run_folder
 from comad.models.backbone import Backbone
 from comad.models.files import read_json, sha256_of
+from comad.models.students import takes_size
 from comad.runtime.atomic import replacing
+from comad.runtime.progress import say, track
 from comad.runtime.spelling import hint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -244,7 +245,8 @@ def write_exports(source: Source, out: Path, config: ExportConfig) -> Exported:
             shutil.copytree(out, partial)
         partial.mkdir(parents=True, exist_ok=True)
         card = session.write_base(partial)
-        written = [(name, *session.write(name, partial)) for name in names]
+        formats = track(names, "exporting", "formats")
+        written = [(name, *session.write(name, partial)) for name in formats]
         rows = tuple(row for _, row, _ in written if row is not None)
         refused = [text for *_, text in written if text]
         if not rows:
@@ -340,7 +342,7 @@ class _Session:
 
     def write(self, name: str, folder: Path) -> tuple[ExportRow | None, str]:
         """Write one format, open it, compare it. Gives its row; or none, and why, if it did not come through."""
-        sys.stderr.write(f"comad: {name} is written and compared\n")
+        say(f"{name} is written and compared")
         form, graph = FORMATS[name], self.graph(name)
         file = folder / form.path(graph.half)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -103,8 +103,8 @@ def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
         RuntimeError: they differ by more than `TOLERANCE`, or in 16 bits by more than `HALF_TOLERANCE`.
     """
     network = copy.deepcopy(backbone).cpu().float().eval()
-    height, width = (side * backbone.patch_size for side in backbone.grid)
-    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    side = backbone.image_size
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         tokens, is_map = network(image), not gives_tokens(next(backbone.children()))
         prefix = [] if tokens.cls is None or is_map else [tokens.cls.unsqueeze(1)]
@@ -117,19 +117,9 @@ def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
 
 
-def snippet(folder: Path) -> str:
-    """Give the Python code that loads an exported Vision Transformer by timm and encodes ``photo.jpg``."""
-    return f"""import timm
-import torch
-from PIL import Image
-
-model = timm.create_model({f"local-dir:{folder}"!r}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
-with torch.inference_mode():
-    feature = model(image)  # (1, width)
-    patches = model.forward_features(image)[:, model.num_prefix_tokens :]  # (1, patches, width)
-"""
+def snippet(backbone: Backbone, folder: Path, crop: float) -> str:
+    """Give the Python code that loads timm's folder of a backbone by timm and encodes ``photo.jpg``."""
+    return programs.timm(timm_facts(backbone, preprocessing_of(backbone, crop)), str(folder), "model.safetensors")
 
 
 def both_programs(graph: Graph, folder: str) -> Sequence[tuple[str, str]]:
@@ -209,11 +199,10 @@ def _save(
 
 def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:
     """Describe our weights, and none of the origin, licence and labels that timm keeps for its own weights."""
-    height, width = (side * backbone.patch_size for side in backbone.grid)
     known, pixels = cast(Any, network).pretrained_cfg or {}, preprocessing_of(backbone, card.eval_crop)
     fixed = not network.dynamic_img_size if isinstance(network, VisionTransformer) else known.get("fixed_input_size")
     return {
-        "input_size": [3, height, width],
+        "input_size": [3, backbone.image_size, backbone.image_size],
         "fixed_input_size": bool(fixed),
         "interpolation": pixels.interpolation,
         "crop_pct": card.eval_crop,

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -18,6 +17,7 @@ from comad.exporting.encoder import Pool
 from comad.models.backbone import Backbone
 from comad.models.files import read_json
 from comad.models.sources import BUNDLED, bundled_teachers
+from comad.models.students import takes_size
 from comad.models.teachers import Teacher
 
 LARGEST_RECIPE = 2**20
@@ -150,9 +150,3 @@ def plain_card(name: str, architecture: str, backbone: Backbone, licence: str, s
         data_licence="unknown",
         eval_crop=splits.train.eval_crop,
     )
-
-
-def takes_size(name: str) -> bool:
-    """Whether timm's network of that name is built for one image size."""
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    return bool(known and known.fixed_input_size)

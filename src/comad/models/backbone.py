@@ -44,6 +44,7 @@ class Backbone(nn.Module, ABC):
         grid: rows and columns of the patches that it gives.
         token_types: which tokens carry meaning: ``("patch",)`` or ``("cls", "patch")``.
         pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
+        has_cls: it gives a token for the whole image: its class token, or the mean of its map in the place of one.
         supports_masking: hidden patches can be left out; if not, it computes on whole images in any case.
     """
 
@@ -54,8 +55,14 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     grid: tuple[int, int]
     token_types: tuple[str, ...]
+    has_cls: bool
     pixel_mean: Tensor
     pixel_std: Tensor
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """Equal blocks that can be read, compiled and frozen one by one; none of a network that is read at its end."""
+        return nn.Sequential()
 
     @property
     def num_patches(self) -> int:
@@ -185,7 +192,7 @@ def random_visible(noise: Float[Tensor, "B N"], num_visible: int) -> Int[Tensor,
     return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
 
 
-def patchify(images: Float[Tensor, "B 3 H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
+def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N pixels"]:
     """Cut images into patches, rows first; pixels of a patch in the order row, column, colour."""
     b, c, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
 
 import torch
-from torch import nn
+
+from comad.models.backbone import Backbone
 
 SHAPES = 64
 """Shapes of input that blocks may be compiled for: M teachers, the student, and masks that move over the run."""
@@ -29,18 +28,13 @@ def need_compiler() -> None:
         )
 
 
-def compile_blocks(network: nn.Module, listened: Collection[int] = ()) -> None:
-    """Compile the blocks of a Vision Transformer, once per shape of their input. Results differ by rounding.
+def compile_blocks(backbone: Backbone) -> None:
+    """Compile the blocks of a network, once per shape of their input. Results differ by rounding.
 
-    Copies of the network and its state dict are those of a plain one.
-
-    Args:
-        network: without ``blocks`` it is left as it is.
-        listened: numbers of blocks, from 1, that stay as they are: a compiled block does not see hooks come and go.
+    Copies of the network and its state dict are those of a plain one. One without blocks is left as it is.
     """
-    for number, block in enumerate(cast(Any, getattr(network, "blocks", ())), start=1):
-        if number not in listened:
-            block.compile(dynamic=False, recompile_limit=SHAPES)
+    for block in backbone.blocks:
+        block.compile(dynamic=False, recompile_limit=SHAPES)
 
 
 def eager_mode(compiled: bool) -> AbstractContextManager[object]:

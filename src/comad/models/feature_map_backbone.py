@@ -1,4 +1,4 @@
-"""Any network that computes on whole images as a `Backbone`: convolutional teachers, DINOv3, BEiT, your own module."""
+"""Any network that computes on whole images as a `Backbone`: CNNs, hybrids, DINOv3, BEiT, your own module."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible
+from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible, visible_map
 from comad.models.networks import OWN_SIZE, gives_tokens
 
 
 class FeatureMapBackbone(Backbone):
     """A network whose ``forward_features`` is a map of channels, or a sequence of prefix tokens and patches.
 
-    If it is neither, the last of timm's ``forward_intermediates`` after the final norm. It cannot leave patches out, so
-    it sees all. Its patches are resampled to the wanted grid; the mean over a map stands for a class token. A sequence
-    has one only if the network has a ``cls_token``; it is the first of its ``num_prefix_tokens``, and the others are
-    dropped.
+    If it is neither, the last of timm's ``forward_intermediates`` after the final norm. It cannot leave patches out: it
+    sees all, or the pixels of hidden ones as the mean colour. Its patches are resampled to the wanted grid; the mean
+    over a map stands for a class token. A sequence has one only if the network has a ``cls_token``; it is the first of
+    its ``num_prefix_tokens``, and the others are dropped.
 
     Args:
-        network: frozen; its classifier is ignored.
+        network: in eval mode; its classifier is ignored.
         mean, std: pixel normalisation, in units of [0, 1] pixels.
         image_size: pixels on the side of the images to come.
         rows: rows and columns of the grid of tokens; None keeps the network's own.
@@ -54,7 +55,8 @@ class FeatureMapBackbone(Backbone):
         self.gives_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        if hasattr(network, "set_input_size"):  # windows and positions follow the image
+        own_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+        if hasattr(network, "set_input_size") and own_size != (image_size, image_size):  # windows and positions follow
             cast(Any, network).set_input_size(img_size=(image_size, image_size))
         self._image_size = image_size
         self.by_intermediates, self.has_norm = False, True
@@ -73,7 +75,8 @@ class FeatureMapBackbone(Backbone):
             self.resample_to(rows)
         stride = image_size // self.grid[0]
         self.patch_size = max(1, stride_and_size(network)[0] if gives_tokens(network) else stride)
-        self.token_types = token_types if cls is not None else ("patch",)
+        self.has_cls = cls is not None
+        self.token_types = token_types if self.has_cls else ("patch",)
 
     @property
     def image_size(self) -> int:
@@ -83,6 +86,16 @@ class FeatureMapBackbone(Backbone):
     def _normalised(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         pixels = (images - self.pixel_mean) / self.pixel_std
         return pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=torch.channels_last)
+
+    def _without(
+        self, images: Float[Tensor, "B 3 H W"], visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"], hidden: Hidden
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images in which the pixels of hidden patches have the mean colour, which is 0 once it is normalised."""
+        if hidden == "token":
+            raise ValueError(f"{type(self.network).__name__} has no place for mask tokens; hide patches by zero.")
+        cells = visible_map(visible, len(images), self.num_patches, images.device).unflatten(1, self.grid)
+        shown = F.interpolate(cells.unsqueeze(1).to(images.dtype), images.shape[2:])
+        return torch.lerp(self.pixel_mean.to(images.dtype), images, shown)
 
     def _is_known(self, features: Any) -> bool:
         has_prefix = getattr(self.network, "num_prefix_tokens", None) is not None
@@ -128,8 +141,13 @@ class FeatureMapBackbone(Backbone):
         qkv: int = 0,
         stop_early: bool = False,
     ) -> Tokens:
-        """Encode the whole image; of the patches of the map give the visible ones (the others as 0 if not dropped)."""
+        """Encode the whole image and give the visible patches; or, if the others are to be 0, all of an image without.
+
+        Hidden pixels are those of the cells of the map, as far as its stride divides the image.
+        """
         name = type(self.network).__name__
+        if visible is not None and hidden != "drop":
+            images, visible = self._without(images, visible, hidden), None
         if qkv:
             raise ValueError(f"{name} has no attention that can be read; name a plain Vision Transformer as teacher.")
         if not intermediates:

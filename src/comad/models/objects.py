@@ -1,4 +1,4 @@
-"""Teachers that are objects: your own modules, models of timm and of transformers."""
+"""Networks that are objects: your own modules, models of timm, torchvision and transformers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -21,6 +22,7 @@ from comad.models.formats import POSITION_RULES
 from comad.models.networks import OWN_SIZE
 from comad.models.sources import OWN_FORWARD, Request, Source, cut_blocks, make_backbone
 from comad.models.timm_backbone import TimmBackbone
+from comad.models.torchvision_features import TorchvisionFeatures, is_torchvision
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -64,14 +66,12 @@ def from_object(
     """Make a teacher of a module, which is copied.
 
     Args:
-        module: a model of timm or of transformers, a `Backbone`, or any whose forward takes normalised pixels (B, 3, H,
-            W), and gives a map (B, E, h, w), or tokens (B, num_prefix_tokens + N, E) whose N patches form a square.
+        module: a model of timm, of torchvision or of transformers, a `Backbone`, or your own, see `own_facts`.
         request: its name, and the images and the grid that it is wanted for. A module of your own keeps its image size
             on every grid.
         mean, std: pixel normalisation, in units of [0, 1] pixels. None: what timm or transformers know about the model,
-            ImageNet's for your own module.
-        num_prefix_tokens: of your own module, tokens before the patches; they are dropped, but for a class token.
-        has_cls: the first of them is a class token that was trained. The mean over a map stands for one in any case.
+            what your own module says, else ImageNet's.
+        num_prefix_tokens, has_cls: in the place of what your own module says.
         licence: of the weights.
 
     Raises:
@@ -98,14 +98,30 @@ def from_object(
         backbone = _of_timm(module, request, pixels)
         rule = POSITION_RULES["antialias"] if isinstance(module, VisionTransformer) else OWN_FORWARD
     else:
-        pixels = _known_pixels(given or IMAGENET, name)
-        backbone = _of_module(module, request, pixels, num_prefix_tokens, has_cls)
+        pixels, prefix, own_cls = own_facts(module)
+        pixels = _known_pixels(given or pixels, name)
+        backbone = _of_module(module, request, pixels, num_prefix_tokens or prefix, has_cls or own_cls)
     if request.depth:
         cut_blocks(backbone, request.depth, name)
     if request.rows:
         backbone.resample_to(request.rows)
     source = Source(name, backbone, "module", "module", architecture, digest, *pixels, licence)
     return source._replace(positions=rule)
+
+
+def own_facts(module: nn.Module) -> tuple[Pixels, int, bool]:
+    """What a module of your own says about itself: pixel normalisation, tokens before the patches, a class token.
+
+    Its forward takes normalised pixels (B, 3, H, W), and gives a map (B, E, h, w), or tokens (B, P + N, E) whose N
+    patches form a square. Its attributes, all optional: ``pixel_mean`` and ``pixel_std`` (three numbers each, in units
+    of [0, 1] pixels; ImageNet's), ``num_prefix_tokens`` (P; 0), and ``has_cls``: the first of those tokens is a class
+    token (False; the others are dropped, and the mean over a map stands for one).
+    """
+    mean, std = (
+        getattr(module, name, default) for name, default in zip(("pixel_mean", "pixel_std"), IMAGENET, strict=True)
+    )
+    numbers = [tuple(torch.as_tensor(values).flatten().tolist()) for values in (mean, std)]
+    return (numbers[0], numbers[1]), getattr(module, "num_prefix_tokens", 0), getattr(module, "has_cls", False)
 
 
 def _known_pixels(pixels: Any, name: str) -> Pixels:
@@ -150,9 +166,13 @@ def _of_transformers(module: Any, request: Request, pixels: Pixels) -> tuple[Bac
             config = read_json(Path(folder) / "config.json", "update transformers")
             loaded = huggingface.load_folder(Path(folder), config, request.side)
         return make_backbone(loaded.network, mean, std, loaded.token_types, request), loaded.positions
-    module = getattr(module, "vision_model", getattr(module, "vision_tower", module))
-    features = huggingface.TransformersFeatures(module)
+    features = huggingface.TransformersFeatures(vision_part(module))
     return make_backbone(features, mean, std, ("cls", "patch"), request), OWN_FORWARD
+
+
+def vision_part(module: nn.Module) -> nn.Module:
+    """Of a model of transformers the part that sees."""
+    return getattr(module, "vision_model", getattr(module, "vision_tower", module))
 
 
 def _of_module(
@@ -162,7 +182,8 @@ def _of_module(
     if has_cls and not num_prefix_tokens:
         raise ValueError(f"{request.name}: has_cls needs num_prefix_tokens of at least 1; count the class token.")
     side = request.size if isinstance(request.size, int) else OWN_SIZE
-    features = ModuleFeatures(module, num_prefix_tokens, has_cls, side)
+    known = is_torchvision(module)
+    features = TorchvisionFeatures(module) if known else ModuleFeatures(module, num_prefix_tokens, has_cls, side)
     try:
         return FeatureMapBackbone(features, *pixels, side, request.rows)
     except (RuntimeError, AssertionError, IndexError, TypeError) as error:

@@ -16,6 +16,7 @@ from comad.models.backbone import Backbone
 from comad.models.networks import gives_tokens
 from comad.models.objects import from_object, from_python_file
 from comad.models.sources import Request, Size, Source, checked, find, take_options
+from comad.runtime.progress import track
 
 PERMISSIVE = re.compile(r"(apache-2\.0|mit|bsd(-\w+)*|cc0(-1\.0)?|none( \(.*\))?)$", re.IGNORECASE)
 """Licences of weights that ask nothing of a network that learnt from them; seeded weights have none."""
@@ -176,7 +177,7 @@ def load_on_grid(
         ValueError: two have the same name, or one cannot be loaded.
     """
     teachers = []
-    for spec in specs:
+    for spec in track(specs, "loading teachers", "teachers"):
         teacher = load_teacher(spec, image_size, dtype, rows=rows)
         if place:
             place(teacher.backbone)
@@ -268,3 +269,35 @@ def _card(source: Source) -> TeacherCard:
         unwrapped=source.unwrapped,
         **facts,
     )
+
+
+def start_from(spec: str, backbone: Backbone) -> TeacherCard:
+    """Copy the weights of a network of the same architecture into one that is to be trained, and its normalisation.
+
+    Args:
+        spec: named as a teacher is.
+        backbone: changed in place.
+
+    Raises:
+        ValueError: it cannot be loaded, or is another architecture.
+    """
+    teacher = load_teacher(spec, backbone.image_size)
+    if _architecture(teacher.backbone) != _architecture(backbone):
+        raise ValueError(
+            f"{spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
+            f"{teacher.card.depth}, patches of {teacher.card.patch_size}) than what is to start from it; give both the "
+            "same shape, or start from scratch."
+        )
+    backbone.load_state_dict(teacher.backbone.state_dict())
+    for name in ("pixel_mean", "pixel_std"):
+        getattr(backbone, name).copy_(getattr(teacher.backbone, name))
+    return teacher.card
+
+
+def _architecture(backbone: Any) -> Any:
+    """What two networks must share if the weights of one are to mean the same in the other."""
+    shapes = {name: x.shape for name, x in backbone.state_dict().items()}
+    if not hasattr(backbone, "vit"):
+        return shapes
+    block = backbone.vit.blocks[0]
+    return shapes, block.attn.num_heads, str(block.norm1), str(block.mlp.act)

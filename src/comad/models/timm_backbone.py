@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import timm
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.format import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, gather_patches, take_visible, visible_map
 from comad.models.decoder import MaskedDecoder
 from comad.models.embedding import PatchProjection, project_patches
-from comad.models.networks import has_token_norm
 
 if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
 
@@ -60,8 +60,37 @@ class TimmBackbone(Backbone):
         hybrid = hasattr(vit.patch_embed, "backbone")  # then patches are of its CNN's map
         self.patch_size = vit.patch_embed.img_size[0] // self.grid[0] if hybrid else vit.patch_embed.patch_size[0]
         self.token_types = token_types
+        self.has_cls = vit.cls_token is not None
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """See `Backbone`."""
+        return cast(nn.Sequential, self.vit.blocks)
+
+    def set_heads(self, heads: int) -> None:
+        """Let all blocks attend with so many heads."""
+        for block in cast(Any, self.blocks):
+            attention = block.attn
+            attention.num_heads, attention.head_dim = heads, self.width // heads
+            attention.scale = attention.head_dim**-0.5
+
+    def freeze_after(self, read: int, qkv: int) -> None:
+        """Freeze what follows block ``read``, and the queries, keys and values of block ``qkv``.
+
+        The last layers of frozen blocks are set to 0: the tokens at the end are those of the last trained block, and
+        fine-tuning can train the blocks from there.
+        """
+        for number, block in enumerate(cast(Any, self.blocks), start=1):
+            if number > read and number >= qkv:
+                rest = [block.attn.proj, block.norm2, block.mlp] if number == qkv else [block]
+                for part in rest:
+                    part.requires_grad_(False)
+                for layer in (block.attn.proj, block.mlp.fc2):
+                    nn.init.zeros_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        cast(nn.Module, self.vit.norm).requires_grad_(False)
 
     def take_pixels_of(self, other: Backbone) -> None:
         """Normalise pixels as another network does."""
@@ -169,24 +198,40 @@ def math_attention_on_cpu(module: nn.Module, device: torch.device) -> None:
             cast(Any, part).fused_attn = False
 
 
+@contextmanager
+def any_size(vit: VisionTransformer) -> Iterator[None]:
+    """Let a network take images of other sizes within the context, its positions resampled: timm's dynamic_img_size."""
+    embed = cast(Any, vit.patch_embed)
+    before = embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size
+    embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size = False, False, Format("NHWC"), True
+    try:
+        yield
+    finally:
+        embed.strict_img_size, embed.flatten, embed.output_fmt, vit.dynamic_img_size = before
+
+
 def replace_linears(backbone: Backbone, make: Callable[[nn.Linear], nn.Module]) -> bool:
     """Put what ``make`` returns in the place of each linear layer of a Vision Transformer's blocks.
 
     Returns:
         Whether the network has such blocks.
     """
-    blocks = getattr(getattr(backbone, "vit", None), "blocks", None)
-    if blocks is None:
-        return False
-    parents = [(module, name) for module in cast(nn.Module, blocks).modules() for name, _ in module.named_children()]
+    blocks = backbone.blocks
+    parents = [(module, name) for module in blocks.modules() for name, _ in module.named_children()]
     for module, name in parents:
         if isinstance(linear := getattr(module, name), nn.Linear):
             setattr(module, name, make(linear))
-    return True
+    return len(blocks) > 0
 
 
 class NotPlainError(ValueError):
     """The name is that of another kind of network."""
+
+
+def refuse_unknown(name: str) -> NoReturn:
+    """Raise ValueError for a name that timm does not know, and name near ones."""
+    near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
+    raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
 
 
 def create_vit(name: str, image_size: int | None, pretrained: bool = False, **arguments: Any) -> VisionTransformer:
@@ -198,9 +243,8 @@ def create_vit(name: str, image_size: int | None, pretrained: bool = False, **ar
         ValueError: the name is unknown to timm.
         NotPlainError: it names a network that is not a plain Vision Transformer.
     """
-    if name not in timm.list_models():
-        near = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
-        raise ValueError(f"timm knows no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "."))
+    if not timm.is_model(name):
+        refuse_unknown(name)
     not_plain = NotPlainError(f"{name!r} is not a plain Vision Transformer; name one such as vit_tiny_patch16_224.")
     if image_size is not None:
         arguments["img_size"] = image_size
@@ -211,96 +255,3 @@ def create_vit(name: str, image_size: int | None, pretrained: bool = False, **ar
     if not isinstance(vit, VisionTransformer):
         raise not_plain
     return vit
-
-
-@dataclass(frozen=True, kw_only=True)
-class VitConfig:
-    """A Vision Transformer to be trained. What is None stays as ``name`` has it.
-
-    Args:
-        name: a timm model name.
-        image_size: pixels on the side of the training views; scores use the same.
-        pretrained: start from timm's pretrained weights.
-        patch_size: pixels on the side of a patch.
-        width: channels of a token.
-        depth: blocks.
-        heads: attention heads of a block.
-        drop_path: stochastic depth rate.
-    """
-
-    name: str = "vit_tiny_patch16_224"
-    image_size: int = 224
-    pretrained: bool = False
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    drop_path: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"a network's {name.replace('_', ' ')} of {value} is too small; use 1 or more.")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """timm's constructor arguments that differ from the named architecture, ``img_size`` included."""
-        given = {
-            "img_size": self.image_size,
-            "patch_size": self.patch_size,
-            "embed_dim": self.width,
-            "depth": self.depth,
-            "num_heads": self.heads,
-        }
-        return {key: value for key, value in given.items() if value is not None}
-
-    @property
-    def start_licences(self) -> tuple[str, ...]:
-        """The licence of the weights it starts from, if any."""
-        if not self.pretrained:
-            return ()
-        known = timm.get_pretrained_cfg(self.name)
-        return (known.license if known and known.license else "unknown",)
-
-    def build(self, **extra: Any) -> TimmBackbone:
-        """Make the network, randomly initialised from torch's generator unless ``pretrained``.
-
-        Raises:
-            ValueError: see `create_vit`; its sizes do not fit each other, or its weights cannot be had; or its tokens
-                have no norm, no method here trains one of its tokens, or its CNN would see what is hidden.
-        """
-        arguments = {key: value for key, value in self.arguments.items() if key != "img_size"}
-        try:
-            vit = create_vit(
-                self.name, self.image_size, self.pretrained, drop_path_rate=self.drop_path, **arguments, **extra
-            )
-        except AssertionError as error:
-            raise ValueError(f"{self.name}: its width is no multiple of its heads; change one of them.") from error
-        except Exception as error:  # every version of the hub client has its own error for a missing network
-            if isinstance(error, ValueError) or not self.pretrained:
-                raise
-            raise ValueError(f"{self.name}: timm cannot get its weights; train it without pretrained ones.") from error
-        patch = vit.patch_embed.patch_size[0]
-        if self.image_size % patch:
-            fit = max(1, round(self.image_size / patch)) * patch
-            raise ValueError(
-                f"{self.name}: {self.image_size} pixels are no multiple of its {patch}-pixel patch; use {fit}."
-            )
-        return to_be_trained(vit, self.name)
-
-
-def to_be_trained(vit: VisionTransformer, name: str) -> TimmBackbone:
-    """A network of timm as a student, with the pixel normalisation that timm knows of it.
-
-    Raises:
-        ValueError: no method here trains one of its tokens, its tokens have no norm, or its CNN would see what is
-            hidden.
-    """
-    if not has_token_norm(vit) or hasattr(vit, "dist_token") or hasattr(vit.patch_embed, "backbone"):
-        raise ValueError(
-            f"{name} cannot be trained here: it has a CNN before its blocks, a distillation token, or a norm "
-            "after pooling; name a plain one such as vit_tiny_patch16_224."
-        )
-    pixels = getattr(vit, "pretrained_cfg", None) or {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return TimmBackbone(vit, pixels["mean"], pixels["std"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from comad.distillation.agreement import HELD_OUT_IMAGES, held_out_agreement
 from comad.distillation.cache import TeacherCache
 from comad.distillation.config import DistillConfig
 from comad.distillation.run import calibrate_students, make_jobs, train_students
-from comad.distillation.setup import Setup, prepare
+from comad.distillation.setup import Inputs, Setup, prepare
 from comad.evaluation.features import Features, FeatureSplits, extract_features, labelled_indices, pixel_features
 from comad.evaluation.knn import KNN
 from comad.evaluation.linear import LinearProbe
@@ -23,9 +24,11 @@ from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import LABEL_SETS, shortage
 from comad.models.backbone import Backbone
 from comad.models.compiling import eager_mode
-from comad.planning.forecast import Plan
+from comad.planning.forecast import Plan, budget_seconds, largest_fit
 from comad.planning.measure import Measured, Phases, assemble, engine, measure, share_of, steps_within_budget
 from comad.planning.profile import StepProfile, Training, now, profile_steps, seconds_of, seconds_per_image
+from comad.runtime.optim import OptimConfig
+from comad.runtime.progress import say
 
 CALIBRATED = (64, 128)
 """Images of two calibrations that are timed."""
@@ -34,7 +37,26 @@ SCORED = (8192, 256)
 
 
 def plan_distillation(config: DistillConfig) -> Plan:
-    """Set a run up as `distill` does, take a few steps of each kind, and add up what is to come. Nothing is left.
+    """What a run will cost, of as many epochs as its recipe or its budget says. Raises ValueError as
+    `measure_distillation` does, or for a budget that is too short.
+    """
+    seconds = budget_seconds(config.budget) if config.budget else 0.0
+    forecast = measure_distillation(replace(config, budget=""))
+    return forecast(largest_fit(config.optim, forecast, seconds) if seconds else config.optim)
+
+
+def measure_distillation(
+    config: DistillConfig, inputs: Inputs | None = None, training_only: bool = False
+) -> Callable[[OptimConfig], Plan]:
+    """Set a run up as `distill` does and take a few steps of each kind. Nothing is left.
+
+    Args:
+        config: of the run.
+        inputs: see `distill`.
+        training_only: leave out what is around the training: loading, calibration, probes, scores.
+
+    Returns:
+        A function that adds up what is to come, for other numbers of epochs too.
 
     Raises:
         ValueError: several students, bad data, teachers or recipe, or a disk too small for the teacher cache.
@@ -43,7 +65,8 @@ def plan_distillation(config: DistillConfig) -> Plan:
         raise ValueError("a plan is of one student; name one --student. A second costs its own part of a step alone.")
     start = now()
     alone, fabric = engine(config)
-    setup = prepare(alone, fabric)
+    say("planning: the run is set up and takes some steps of each kind, about a minute.")
+    setup = prepare(alone, fabric, inputs)
     loading = now() - start
     unknown, cache_bytes = _missing_from_cache(setup)
     calibration = _calibration_seconds(setup)
@@ -54,23 +77,31 @@ def plan_distillation(config: DistillConfig) -> Plan:
     measured = measure(
         Training(job, setup.data, share_of(config), fabric, loop),
         [teacher.backbone for teacher in setup.teachers],
-        lambda module: probing.append(_probe_seconds(setup, module)),
+        None if training_only else lambda module: probing.append(_probe_seconds(setup, module)),
         brief=config.cache_teachers,
     )
-    steps_per_epoch = config.optim.steps_per_epoch(len(setup.splits.train))
-    steps = config.optim.total_steps(steps_per_epoch)
-    stages = {"live": measured.stage(steps)}
-    if config.cache_teachers:
-        live, cached = _with_cache(setup, measured)
-        filling = unknown * min(steps, config.loader.fixed_views * steps_per_epoch)
-        stages = {
-            "live": measured.stage(filling, live),
-            "cached": measured.stage(steps - filling, cached, cached=True),
-        }
-    scored = 0 if config.split == "none" or shortage(setup.splits, "fine") else _num_scored(setup)
-    phases = Phases(loading, calibration, probing[0], _scoring_seconds(setup) if scored else 0.0, scored)
+    live, cached = _with_cache(setup, measured) if config.cache_teachers else (measured.steps, None)
+    ends = not training_only and config.split != "none" and not shortage(setup.splits, "fine")
+    scored = _num_scored(setup) if ends else 0
+    phases = Phases(loading, calibration, probing[0], _scoring_seconds(setup) if ends else 0.0, scored)
+    if training_only:
+        phases = Phases(0.0, 0.0, 0.0, 0.0, 0)
     export = sum(part.numel() * 4 for part in setup.students[0].distiller.student.state_dict().values())
-    return assemble("comad distill", config, measured, stages, phases, cache=cache_bytes, export=export)
+
+    def forecast(optim: OptimConfig) -> Plan:
+        steps_per_epoch = optim.steps_per_epoch(len(setup.splits.train))
+        steps = optim.total_steps(steps_per_epoch)
+        stages = {"live": measured.stage(steps)}
+        if cached is not None:
+            filling = unknown * min(steps, config.loader.fixed_views * steps_per_epoch)
+            stages = {
+                "live": measured.stage(filling, live),
+                "cached": measured.stage(steps - filling, cached, cached=True),
+            }
+        planned = replace(config, optim=optim)
+        return assemble("comad distill", planned, measured, stages, phases, cache=cache_bytes, export=export)
+
+    return forecast
 
 
 def _missing_from_cache(setup: Setup) -> tuple[float, int]:
@@ -135,7 +166,7 @@ def _scoring_seconds(setup: Setup) -> float:
     dtype = config.run.autocast
     count = _num_scored(setup)
     student = setup.students[0].distiller.student
-    own = [student] * (3 if config.student.pretrained else 2)
+    own = [student] * (2 if config.student == config.student.from_scratch else 3)
     sizes: dict[tuple[int, int], float] = {}
     total = 0.0
     for backbone in (None, *(teacher.backbone for teacher in setup.teachers), *own):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from comad.planning.profile import Flops
+from comad.runtime.optim import OptimConfig
 
 FORMULA = "hours = (max(teachers + student, decode, launches, network) + scoring) / 3600"
 """Of another machine, see `Plan.seconds_on`: what goes on at the same time takes as long as the longest."""
@@ -258,6 +260,45 @@ class Plan:
             ("  by the model", FORMULA),
             ("  here", ", ".join(f"{part} {clock(seconds)}" for part, seconds in parts.items())),
         ]
+
+
+def budget_seconds(text: str) -> float:
+    """``90s``, ``20min``, ``1.5h`` or ``1h30min`` in seconds.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|s)", text)
+    seconds = sum(float(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number, unit in parts)
+    if "".join(map("".join, parts)) != text or not seconds:
+        raise ValueError(f"--budget {text!r} is no time; write it as 90s, 20min or 1.5h.")
+    return seconds
+
+
+def largest_fit(optim: OptimConfig, forecast: Callable[[OptimConfig], Plan], seconds: int | float) -> OptimConfig:
+    """The most epochs, of three digits, whose plan takes no longer than that; warm-up keeps its share of them.
+
+    Raises:
+        ValueError: a hundredth of an epoch takes longer.
+    """
+    share = min(1.0, optim.warmup_epochs / optim.epochs)
+
+    def of(epochs: float) -> OptimConfig:
+        epochs = float(f"{epochs:.3g}")
+        return replace(optim, epochs=epochs, warmup_epochs=float(f"{share * epochs:.3g}"))
+
+    low, high = 0.01, 0.02
+    if (least := forecast(of(low)).seconds) > seconds:
+        raise ValueError(
+            f"--budget is too short: {clock(max(0.0, seconds))} are left for work that takes {clock(least)} without "
+            "the training; give it more, or pass --split none."
+        )
+    while forecast(of(high)).seconds <= seconds:
+        low, high = high, 2 * high
+    while high - low > 1e-3 * low:
+        middle = (low + high) / 2
+        low, high = (middle, high) if forecast(of(middle)).seconds <= seconds else (low, middle)
+    return of(low)
 
 
 def clock(seconds: int | float) -> str:

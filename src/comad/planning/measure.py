@@ -40,6 +40,7 @@ class Measured(NamedTuple):
         steps: what a step took.
         flops: for one image.
         operations: of a step.
+        view_seconds: in which one core reads an image.
         peak: bytes of memory at the batch of the run.
         largest_batch, estimated: see `comad.planning.forecast.Plan`.
     """
@@ -48,6 +49,7 @@ class Measured(NamedTuple):
     steps: StepProfile
     flops: Flops
     operations: int
+    view_seconds: float
     peak: int
     largest_batch: int | None
     estimated: bool
@@ -78,7 +80,9 @@ def engine(config: Any) -> tuple[Any, Fabric]:
 
 def share_of(config: Any) -> OptimConfig:
     """What one of the run's devices computes."""
-    return replace(config.optim, batch_size=max(1, config.optim.batch_size // config.run.devices))
+    optim = config.optim
+    size = max(1, optim.pass_size // config.run.devices)
+    return replace(optim, batch_size=size, microbatch=None, accumulate=optim.passes)
 
 
 def measure(
@@ -116,6 +120,7 @@ def measure(
         steps=second._replace(starting=max(first.starting, second.starting)),
         flops=flops,
         operations=operations,
+        view_seconds=seconds_per_view(training.data),
         peak=max(with_probe, round(line[0] + line[1] * batch)),
         largest_batch=fits or None,
         estimated=estimated,
@@ -141,7 +146,7 @@ def assemble(
         task=task,
         machine=hardware(device, run.threads),
         epochs=config.optim.epochs,
-        images_per_step=config.optim.batch_size * config.optim.accumulate,
+        images_per_step=config.optim.images_per_step,
         batch=measured.training.optim.batch_size,
         measured_batch=took.batch,
         stages=stages,
@@ -152,7 +157,7 @@ def assemble(
             "log and checkpoints": logged * took.logging + saved * took.saving,
             "scores": phases.scoring,
         },
-        view_seconds=seconds_per_view(data),
+        view_seconds=measured.view_seconds,
         readers=min(data.config.workers_of(run.devices) * run.devices, cores),
         operations=measured.operations,
         gradient_bytes=sum(4 * p.numel() for p in measured.training.job.module.parameters() if p.requires_grad),

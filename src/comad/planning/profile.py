@@ -112,7 +112,7 @@ class ProfiledTrainer(Trainer):
         self.waited_at_first = 0.0
         data = replace(training.data, batch_size=batch_size)
         epochs = num_steps / (data.num_images // batch_size)
-        optim = replace(training.optim, batch_size=batch_size, accumulate=1, epochs=epochs)
+        optim = replace(training.optim, batch_size=batch_size, microbatch=None, accumulate=1, epochs=epochs)
         quiet = {"resume": False, "probe_every": 0, "wandb": False, "stop_on_collapse": False}
         run = replace(training.job.run, out=folder, checkpoint_every=num_steps, **quiet)
         job = replace(training.job, run=run, probe=self._at_the_end, watch=lambda step, metrics: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from comad.data.loader import LoaderConfig
-from comad.models.timm_backbone import VitConfig
+from comad.models.students import VitConfig
 from comad.pretraining.ibot import Ibot
 from comad.pretraining.mae import Mae
 from comad.pretraining.mocov3 import MoCoV3

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -18,7 +17,7 @@ from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import Scoreboard, score
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.mae_decoder import save_decoder
-from comad.models.teachers import TeacherCard, inherited_licence, load_teacher
+from comad.models.teachers import TeacherCard, inherited_licence, start_from
 from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.pretraining.config import PretrainConfig, recipe
 from comad.pretraining.mae import MaeModel
@@ -42,7 +41,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         ValueError: bad data, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run, config.optim.batch_size)
+    fabric = start_fabric(config.run, config.optim)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)
@@ -50,8 +49,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
     out = Path(config.run.out)
     if fabric.is_global_zero:
         check_manifest(splits.train, out / "data.npy", bool(config.run.resume))
-    backbone = config.vit.build(**config.method.vit_arguments)
-    start = _start_from(config.init, backbone) if config.init else None
+    backbone = config.vit.build_vit(**config.method.vit_arguments)
+    start = start_from(config.init, backbone) if config.init else None
     if start is None and config.method.fixed_positions:
         fix_positions(backbone.vit)
     model = config.method.build(backbone)
@@ -60,7 +59,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         write_recipe(config, out / "config.yaml")
     seed, size, images = config.run.seed, config.vit.image_size, splits.train
     views = ViewDataset(images, config.method.views(size, backbone.num_patches), seed, 2 * size)
-    data = TrainingBatches(views, len(images), images.path, config.optim.batch_size, seed, config.loader)
+    data = TrainingBatches(views, len(images), images.path, config.optim.pass_size, seed, config.loader)
     knn = KnnProbe(splits, size)
     job = Job(
         module=model,
@@ -91,30 +90,8 @@ def train_steps(trainer: Trainer) -> None:
                 state.backward(*state.module(batch, step.progress))
 
 
-def _start_from(spec: str, backbone: TimmBackbone) -> TeacherCard:
-    """Copy the weights of a teacher of the same architecture, and its pixel normalisation."""
-    teacher = load_teacher(spec, backbone.image_size)
-    if _architecture(teacher.backbone) != _architecture(backbone):
-        raise ValueError(
-            f"--init {spec!r} is another architecture ({teacher.card.heads} heads, width {teacher.card.width}, depth "
-            f"{teacher.card.depth}); make --vit.* the same, or start from scratch."
-        )
-    backbone.load_state_dict(teacher.backbone.state_dict())
-    backbone.take_pixels_of(teacher.backbone)
-    return teacher.card
-
-
-def _architecture(backbone: Any) -> Any:
-    """What two networks must share if the weights of one are to mean the same in the other."""
-    shapes = {name: x.shape for name, x in backbone.state_dict().items()}
-    if not isinstance(backbone, TimmBackbone):
-        return shapes
-    block = cast(Any, backbone.vit.blocks[0])
-    return shapes, block.attn.num_heads, str(block.norm1), str(block.mlp.act)
-
-
 def _check(config: PretrainConfig, splits: Splits) -> None:
-    count, batch = len(splits.train), config.optim.batch_size * config.optim.accumulate
+    count, batch = len(splits.train), config.optim.images_per_step
     if count < batch:
         raise ValueError(
             f"{count} training images in {config.data!r} are too few for a batch of {batch}; add images or set "
@@ -135,9 +112,9 @@ def export_teacher(
     """Score the backbone beside its untrained self on the test part and export it in 16 bits to ``teacher``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        untrained = config.vit.build()
+        untrained = config.vit.build_vit()
     method, size = config.method.kind, config.vit.image_size
-    plain = config.vit.build()
+    plain = config.vit.build_vit()
     plain.load_state_dict(backbone.state_dict())
     for network in (untrained, plain):
         network.take_pixels_of(backbone)
@@ -161,7 +138,7 @@ def export_teacher(
         command=f"comad pretrain {method} {flags(config, recipe(method))}".rstrip(),
         code=code_version(),
         hardware=hardware(fabric.device, config.run.threads),
-        hours=round(hours_of_training(out, config.optim.batch_size * config.optim.accumulate), 2),
+        hours=round(hours_of_training(out, config.optim.images_per_step), 2),
         curve=tuple(_curve(out)),
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,

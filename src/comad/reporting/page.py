@@ -30,6 +30,7 @@ from comad.reporting.folder import (
     read_run,
 )
 from comad.reporting.samples import leaves
+from comad.runtime.progress import duration, track
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE = "report.html"
@@ -87,7 +88,7 @@ def write_report(run_folders: Sequence[Path], out: Path | None = None) -> Path:
             comparisons.append(read_comparison(folder))
         elif not found:
             raise ValueError(f"{str(folder)!r} holds no run; name the folder given to --run.out.")
-        runs += [read_run(path) for path in found]
+        runs += [read_run(path) for path in track(found, f"reading {folder}", "runs")]
     text = render(comparisons, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -209,7 +210,7 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
             )
         )
     if run.card.hours is not None:
-        tiles.append((words.duration(3600 * run.card.hours), "of training", run.card.hardware))
+        tiles.append((duration(3600 * run.card.hours), "of training", run.card.hardware))
     return tiles
 
 
@@ -277,7 +278,7 @@ def _cost(run: RunFolder) -> dict[str, str]:
     speeds = [line["images_per_s"] for line in run.log if "images_per_s" in line]
     memory = [line["memory_gib"] for line in run.log if "memory_gib" in line]
     found = {
-        "training": words.duration(3600 * run.card.hours) if run.card.hours is not None else "",
+        "training": duration(3600 * run.card.hours) if run.card.hours is not None else "",
         "hardware": run.card.hardware,
         "throughput": f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s (median)" if speeds else "",
         "memory": f"{max(memory):.1f} GiB at most" if memory else "",
@@ -341,7 +342,7 @@ def _comparison_view(table: Comparison) -> dict[str, Any]:
                 ", ".join(row.teachers),
                 words.params(row.params),
                 _number(row.images_seen, 1, 0),
-                words.duration(row.seconds or 0),
+                duration(row.seconds or 0),
             )
             for row in table.rows
         ],

@@ -60,6 +60,20 @@ def gates(samples: Samples) -> list[Strip]:
     return [_gate(name, weights) for name, weights in samples.gate.items()]
 
 
+def gate_images(samples: Samples) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+    """Teacher → one image for who tracks a run: above the images, below its weight at each patch of them."""
+    found = {}
+    for name, weights in samples.gate.items():
+        maps = [np.asarray(Image.fromarray(_shown_weights(part)).resize((SHOWN_SIDE,) * 2, 0)) for part in weights]
+        above = [np.asarray(Image.fromarray(image).resize((SHOWN_SIDE,) * 2)) for image in samples.images]
+        found[name] = np.vstack([np.hstack(above), np.hstack(maps)])
+    return found
+
+
+def _shown_weights(weights: Float[np.ndarray, "... h w"]) -> UInt8[np.ndarray, "... h w 3"]:
+    return (255 * colormaps["viridis"](weights)[..., :3]).astype(np.uint8)
+
+
 def colours(samples: Samples) -> list[Strip]:
     """Features as colours: teachers, target, student."""
     return [
@@ -123,7 +137,7 @@ def _last(name: str) -> int:
 
 
 def _gate(name: str, weights: Float[np.ndarray, "n h w"]) -> Strip:
-    maps = (255 * colormaps["viridis"](weights)[..., :3]).astype(np.uint8)
+    maps = _shown_weights(weights)
     figures = [
         Figure(pixels(shown), f"image {i + 1}, {name}: {percent(part.mean())}")
         for i, (shown, part) in enumerate(zip(maps, weights, strict=True))

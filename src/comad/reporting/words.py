@@ -280,13 +280,6 @@ def params(count: int | float | None) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
 
 
-def duration(seconds: int | float) -> str:
-    """``1.5 h``, ``12 min`` or ``40 s``."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return names[0] if len(names) == 1 else " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

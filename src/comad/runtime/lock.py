@@ -6,11 +6,12 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+from comad.runtime.progress import warn
 
 LOCK = ".lock"
 _HELD: dict[Path, int] = {}
@@ -46,7 +47,7 @@ def lock_folder(folder: Path) -> None:
             holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip() or "another process"
             os.close(file)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                sys.stderr.write(f"comad: {path}: {error.strerror}; see to it that no other process uses the folder.\n")
+                warn(f"{path}: {error.strerror}; see to it that no other process uses the folder.")
                 return
             raise ValueError(
                 f"{str(folder)!r} is in use by {holder}; wait for it, end it, or pass --run.out for another folder."

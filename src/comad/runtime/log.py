@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 import torch
 
 from comad.runtime.atomic import naming, write_text
+from comad.runtime.progress import clock, on_terminal, say, show, warn, working
+
+LINES = 10.0
+"""Seconds between two lines of a run that is watched in a file."""
 
 
 def read_log(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -62,9 +66,9 @@ def truncate_log(folder: Path, step: int) -> None:
     lines, damaged = read_log(folder)
     kept = [line for line in lines if line["step"] <= step]
     if damaged:
-        sys.stderr.write(f"comad: {path}: {damaged} damaged lines are dropped; the run goes on without them.\n")
+        warn(f"{path}: {damaged} damaged lines are dropped; the run goes on without them.")
     if step and not kept:
-        sys.stderr.write(f"comad: {path} has none of the {step} steps that are done; it goes on with the next.\n")
+        warn(f"{path} has none of the {step} steps that are done; it goes on with the next.")
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -72,46 +76,35 @@ class RunLog:
     """Writes metrics of a run to its folder and shows its progress.
 
     Args:
-        folder: the run's folder; None writes nothing: for all processes but the first.
+        folder: the run's folder; None writes and shows nothing: for all processes but the first.
         total_steps: optimiser steps of the whole run, for the ETA.
         tensorboard, wandb: also write there.
-        stream: where the progress line goes; None is silent.
-        name: of the run, if several run beside each other; then each has lines of its own on a terminal, too.
+        name: of the run, if several run beside each other.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        total_steps: int,
-        tensorboard: bool = True,
-        wandb: bool = False,
-        stream: Any = sys.stderr,
-        name: str = "",
+        self, folder: Path | None, total_steps: int, tensorboard: bool = True, wandb: bool = False, name: str = ""
     ):
         self.total_steps = total_steps
-        self.stream = stream
         self.title = f"{name}: " if name else ""
-        self.in_place = stream is not None and stream.isatty() and not name
+        self.shown = folder is not None
         self.path = folder / "log.jsonl" if folder else None
         self.file = self.path.open("a", encoding="utf-8") if self.path else None
-        self.writer = _tensorboard_writer(folder) if folder and tensorboard else None
-        self.wandb = _wandb_run(folder) if folder and wandb else None
-        self.start = time.monotonic()
+        self.trackers = open_trackers(folder, tensorboard, wandb) if folder else []
+        self.bar = working(f"{self.title}training", total_steps, "steps", lines=False)
         self.last_knn: float | None = None
+        self.told = 0.0
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.in_place:
-            self._print("")
+        self.bar.__exit__(kind, error, trace)
         if self.file and self.path:
             with naming(self.path):
                 self.file.close()
-        if self.writer:
-            self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+        for tracker in self.trackers:
+            tracker.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics of one step."""
@@ -125,36 +118,30 @@ class RunLog:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+        for tracker in self.trackers:
+            tracker.numbers(step, numbers)
         self.last_knn = metrics.get("knn", self.last_knn)
 
     def progress(self, step: int, steps_per_s: float, metrics: Mapping[str, Any]) -> None:
-        """Show one line for the whole run; without a terminal a line every tenth of it."""
-        if not self.stream:
+        """Show how far the run is: a bar on a terminal, else a line for the first and last step and now and then."""
+        if not self.shown:
             return
-        left = (self.total_steps - step) / max(steps_per_s, 1e-9)
         knn = f"  knn {self.last_knn:.1f}" if self.last_knn is not None else ""
-        line = (
-            f"{self.title}step {step}/{self.total_steps}  ETA {_clock(left)}  {metrics['images_per_s']:.0f} img/s  "
-            f"{metrics['memory_gib']:.1f} GiB  loss {metrics['loss']:.4f}  data_wait {metrics['data_wait']:.1f} %{knn}"
+        numbers = (
+            f"{metrics['images_per_s']:.0f} img/s  {metrics['memory_gib']:.1f} GiB  loss {metrics['loss']:.4f}  "
+            f"data_wait {metrics['data_wait']:.1f} %{knn}"
         )
-        self._print(f"\r\033[K{line}" if self.in_place else line, end="" if self.in_place else "\n")
+        if on_terminal():
+            self.bar.advance(step - self.bar.done, numbers)
+        elif not self.told or step == self.total_steps or time.monotonic() - self.told >= LINES:
+            self.told = time.monotonic()
+            left = (self.total_steps - step) / max(steps_per_s, 1e-9)
+            say(f"{self.title}step {step}/{self.total_steps}  ETA {clock(left)}  {numbers}")
 
     def say(self, message: str) -> None:
-        """Show a message on a line of its own."""
-        self._print(("\r\033[K" if self.in_place else "") + message)
-
-    def _print(self, text: str, end: str = "\n") -> None:
-        """Show it; a terminal that is gone does not end the run, whose numbers are in the log."""
-        try:
-            if self.stream:
-                print(text, end=end, file=self.stream, flush=True)
-        except OSError:
-            self.stream, self.in_place = None, False
+        """Show a message on a line of its own, even if all is to be quiet."""
+        if self.shown:
+            show(message)
 
 
 def memory_gib() -> float:
@@ -165,23 +152,75 @@ def memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+class TensorBoard:
+    """Events in ``tensorboard`` of the run's folder, under the names of ``log.jsonl``."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
+        """Numbers of one step."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """One image: uint8 (H, W, 3)."""
+        self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table, which TensorBoard shows as Markdown."""
+        lines = [titles, ["---"] * len(titles), *rows]
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()
 
 
-def _tensorboard_writer(folder: Path) -> Any:
-    from torch.utils.tensorboard.writer import SummaryWriter
+class WeightsAndBiases:
+    """A run of Weights & Biases, see `TensorBoard`; its id is kept in ``wandb.txt``, for a run that goes on."""
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path):
+        try:
+            self.wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --run.wandb."
+            ) from error
+        kept = folder / "wandb.txt"
+        given: dict[str, Any] = {"id": kept.read_text().strip()} if kept.is_file() else {}
+        options = {"resume": "allow", "reinit": "create_new", **given}
+        self.run = self.wandb.init(project="comad", name=folder.name, dir=str(folder), **options)
+        write_text(kept, f"{self.run.id}\n")
+
+    def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
+        """See `TensorBoard`."""
+        self.run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """See `TensorBoard`."""
+        self.run.log({name: self.wandb.Image(image)}, step=step)
+
+    def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """See `TensorBoard`."""
+        cells = [[str(cell) for cell in row] for row in rows]
+        self.run.log({name: self.wandb.Table(columns=list(titles), data=cells)}, step=step)
+
+    def close(self) -> None:
+        """See `TensorBoard`."""
+        self.run.finish()
 
 
-def _wandb_run(folder: Path) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "Weights & Biases is not installed; pip install 'comad[wandb]' or leave out --run.wandb."
-        ) from error
-    return wandb.init(project="comad", name=folder.name, dir=str(folder), reinit="create_new")
+Tracker = TensorBoard | WeightsAndBiases
+"""Where numbers, images and tables of a run go beside its folder."""
+
+
+def open_trackers(folder: Path, tensorboard: bool, wandb: bool) -> list[Tracker]:
+    """Those that a run asks for; a run that is over is opened again.
+
+    Raises:
+        ValueError: Weights & Biases is not installed.
+    """
+    return [kind(folder) for kind, wanted in ((TensorBoard, tensorboard), (WeightsAndBiases, wandb)) if wanted]

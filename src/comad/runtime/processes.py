@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,12 +192,6 @@ def who() -> str:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return ""
     return f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
-
-
-def say(text: str) -> None:
-    """Print, once for all processes of all hosts."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        sys.stdout.write(f"{text}\n")
 
 
 def wait_for_all() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from comad.runtime.atomic import write_text
 from comad.runtime.command import get_flag
+from comad.runtime.progress import warn
 from comad.runtime.spelling import hint
 
 Config = TypeVar("Config")
@@ -70,7 +70,7 @@ def resumed_recipe(read: Callable[[Path], Config], arguments: list[str], out: st
     try:
         return read(path)
     except ValueError as error:
-        sys.stderr.write(f"comad: {' '.join(str(error).split())} The options of the command count.\n")
+        warn(f"{' '.join(str(error).split())} The options of the command count.")
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,10 @@ from comad.runtime.atomic import remove_leftovers
 from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
 from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
+from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
 from comad.runtime.processes import layout, watch_children
+from comad.runtime.progress import warn
 
 Metrics = Mapping[str, Any]
 LossAndMetrics = tuple[Tensor, Callable[[], Metrics]]
@@ -97,12 +98,12 @@ class RunConfig:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
 
-def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
+def start_fabric(run: RunConfig, optim: OptimConfig | None = None) -> Fabric:
     """Start the engine: one process, or DDP over several on one host or more, on NVIDIA's GPUs or the CPU.
 
     Args:
         run: its options.
-        batch_size: of all processes together, which must be able to share it.
+        optim: its batch is that of all processes together, which must be able to share it.
 
     Raises:
         ValueError: see `comad.runtime.processes.layout`; or the batch cannot be shared.
@@ -110,9 +111,10 @@ def start_fabric(run: RunConfig, batch_size: int = 0) -> Fabric:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of dimensions of one element
     here, hosts, environment = layout(run.devices)
-    if batch_size % (here * hosts):
+    if optim and optim.pass_size % (here * hosts):
+        flag = "microbatch" if optim.microbatch else "batch-size"
         raise ValueError(
-            f"--optim.batch-size {batch_size} cannot be shared by {here * hosts} processes; use a multiple."
+            f"--optim.{flag} {optim.pass_size} cannot be shared by {here * hosts} processes; use a multiple."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
@@ -205,10 +207,10 @@ def _clean(out: Path, newest: Path | None, faults: Sequence[str]) -> None:
     for folder in (out, out / "checkpoints"):
         remove_leftovers(folder)
     for fault in faults:
-        sys.stderr.write(f"comad: {fault}\n")
+        warn(fault)
     if faults:
         start = f"goes on from {newest.name}" if newest else "begins again"
-        sys.stderr.write(f"comad: the run {start}; the damaged files are set aside as .damaged.\n")
+        warn(f"the run {start}; the damaged files are set aside as .damaged.")
         set_aside_after(out / "checkpoints", newest)
     if newest is None and (out / "log.jsonl").exists():
         truncate_log(out, 0)

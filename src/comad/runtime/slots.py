@@ -48,6 +48,11 @@ class Slot(ABC):
             cls.name = name
             cls.members[name] = cls
 
+    @property
+    def of_a_pass(self) -> str:
+        """What of it depends on the other images of a forward pass, in words; empty: an image is computed by itself."""
+        return ""
+
     @classmethod
     def choose(cls, name: str) -> Any:
         """The member of that name, with its defaults.

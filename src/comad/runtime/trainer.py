@@ -43,10 +43,13 @@ from comad.runtime.log import RunLog, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
 from comad.runtime.processes import mean_of_all, together
+from comad.runtime.progress import duration, say, warn
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a run with a checkpoint: of a keyboard, of schedulers, and of a terminal that goes away."""
+FORECAST_AFTER = 5.0
+"""Seconds of training after which it is said how long the rest will take."""
 
 
 class OtherSetupError(ValueError):
@@ -145,8 +148,8 @@ class TrainState:
         return self.job.rng.use() if self.job.rng else nullcontext()
 
     def backward(self, loss: Tensor, metrics: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Add the gradient of one batch of ``optim.accumulate``; ``metrics`` computes further numbers for the log."""
-        self.fabric.backward(loss / self.optim.accumulate)
+        """Add the gradient of one pass of ``optim.passes``; ``metrics`` computes further numbers for the log."""
+        self.fabric.backward(loss / self.optim.passes)
         self.loss, self.metrics = loss.detach(), metrics
 
     def update(self, lr: float) -> Tensor:
@@ -196,7 +199,7 @@ class TrainState:
                 if isinstance(error, OtherSetupError):
                     raise
                 faults.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
-                sys.stderr.write(f"comad: {path} cannot be used, the one before is taken: {faults[-1]}\n")
+                warn(f"{path} cannot be used, the one before is taken: {faults[-1]}")
             else:
                 return stored["step"]
         raise ValueError(f"no checkpoint of {out!r} can be used: {'; '.join(faults)}; pass --run.out for a new run.")
@@ -319,7 +322,7 @@ class StepLogger:
         now, (before, waited, step) = trainer.seconds, self.since
         self.since = (now, trainer.prefetcher.waited, done)
         steps_per_s = (done - step) / max(now - before, 1e-9)
-        metrics["images_per_s"] = steps_per_s * trainer.optim.batch_size * trainer.optim.accumulate
+        metrics["images_per_s"] = steps_per_s * trainer.optim.images_per_step
         metrics["data_wait"] = 100 * (trainer.prefetcher.waited - waited) / max(now - before, 1e-9)
         metrics["memory_gib"] = memory_gib()
         metrics["epoch"] = done / trainer.steps_per_epoch
@@ -368,7 +371,7 @@ class TrainStep:
         self.last = False
 
     def __iter__(self) -> Iterator[Any]:
-        count = self.trainer.optim.accumulate
+        count = self.trainer.optim.passes
         for number in range(count):
             self.last = number == count - 1
             try:
@@ -430,7 +433,7 @@ class Trainer:
         return self.now() - sum(self.spent["probe"])
 
     def __enter__(self) -> Trainer:
-        span = (self.first * self.optim.accumulate, self.total * self.optim.accumulate)
+        span = (self.first * self.optim.passes, self.total * self.optim.passes)
         with ExitStack() as context:
             self.received = context.enter_context(_signals())  # before workers are forked: Python loses Ctrl-C there
             loader = self.data.load(*span, self.fabric.global_rank, self.fabric.world_size)
@@ -445,7 +448,29 @@ class Trainer:
                 f"WARNING: the learning rate only warms up, for {self.optim.warmup_epochs:g} epochs in a run of "
                 f"{self.optim.epochs:g}; set a shorter --optim.warmup-epochs."
             )
+        self._announce()
         return self
+
+    def _announce(self) -> None:
+        """Say what will be done."""
+        batch = self.optim.batch_size * self.optim.accumulate
+        done = f"from step {self.first:,} on, " if self.first else ""
+        say(
+            f"training: {done}{self.total:,} steps of {batch} images, {self.optim.epochs:g} epochs of "
+            f"{self.data.num_images:,} images; how long it takes is said after the first steps."
+        )
+        self.begun, self.forecast = (self.seconds, self.first), False
+
+    def _forecast(self, done: int) -> None:
+        """Say once how long it will take; the first step is left out, for it warms things up."""
+        start, step = self.begun
+        if done == self.first + 1:
+            self.begun = (self.seconds, done)
+        elif (took := self.seconds - start) >= FORECAST_AFTER and done < self.total:
+            self.forecast = True
+            left = took / (done - step) * (self.total - done)
+            until = time.strftime("%a %H:%M", time.localtime(time.time() + left))
+            say(f"training: about {duration(left)} at the speed of the first steps, until {until}; then the scores.")
 
     def __exit__(self, *error: Any) -> None:
         self.context.__exit__(*error)
@@ -463,6 +488,8 @@ class Trainer:
             except OSError:
                 self.rescue(done)
                 raise
+            if not self.forecast:
+                self._forecast(done)
             if stopped and done < self.total:
                 self.loggers[0].log.say(f"stopped at step {done}, checkpoint written.")
                 raise Interrupted(self.run.out)
@@ -503,9 +530,9 @@ class Trainer:
 
     def _open_log(self, run: RunConfig) -> RunLog:
         """The log of one job; the first process alone writes and shows it."""
-        folder, screen = (Path(run.out), sys.stderr) if self.fabric.is_global_zero else (None, None)
         name = Path(run.out).name if len(self.states) > 1 else ""
-        return RunLog(folder, self.total, run.tensorboard, run.wandb, screen, name)
+        folder = Path(run.out) if self.fabric.is_global_zero else None
+        return RunLog(folder, self.total, run.tensorboard, run.wandb, name)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from comad.data.coco import DetectionImages, DetectionSplits, load_coco
 from comad.data.dense import DenseDataset, DetectionView, in_order
 from comad.data.loader import TrainingBatches
-from comad.evaluation.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
+from comad.evaluation.dense import PROBED, dense_job, sampled, train_dense, write_json
 from comad.evaluation.detection.config import DetectConfig
 from comad.evaluation.detection.detector import Detector, detect_in_image
 from comad.evaluation.detection.scores import DetectionScore, as_results, score_results
@@ -26,6 +26,7 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.lock import holding_runs
+from comad.runtime.progress import say, track
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import open_run, start_fabric
 from comad.runtime.trainer import Job
@@ -46,12 +47,12 @@ def detect(config: DetectConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run, config.optim.batch_size)
+    fabric = start_fabric(config.run, config.optim)
     job, data, splits, card = prepare(config, fabric)
     config = replace(config, run=open_run(config.run, fabric))
     job, out = replace(job, run=config.run), Path(config.run.out)
     if fabric.is_global_zero:
-        tell(splits.summary().text)
+        say(splits.summary().text)
         if not config.run.resume:
             write_recipe(config, out / "config.yaml")
     trained = train_dense(job, data, config.optim, fabric)
@@ -94,7 +95,7 @@ def score_detector(
     results, count = [], min(len(images), limit or len(images))
     with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
         loaded = in_order(images.load_image, count, config.loader.num_workers)
-        for image, record in zip(loaded, images.records, strict=False):
+        for image, record in zip(track(loaded, "detecting", "images", count), images.records, strict=False):
             results += as_results(detect_in_image(module, image, config.image_size), record.id, images.categories)
     return score_results(images, results, [record.id for record in images.records[:count]]), results
 

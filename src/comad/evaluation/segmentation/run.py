@@ -15,7 +15,7 @@ from torch import Tensor
 from comad.data.ade20k import SegmentationImages, SegmentationSplits, load_ade20k
 from comad.data.dense import DenseDataset, SegmentationView, in_order
 from comad.data.loader import TrainingBatches
-from comad.evaluation.dense import PROBED, dense_job, sampled, tell, train_dense, write_json
+from comad.evaluation.dense import PROBED, dense_job, sampled, train_dense, write_json
 from comad.evaluation.features import evaluating
 from comad.evaluation.segmentation.config import SegmentConfig
 from comad.evaluation.segmentation.scores import count_pixels, score_counts
@@ -24,6 +24,7 @@ from comad.models.maps import load_maps
 from comad.models.teachers import TeacherCard
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.lock import holding_runs
+from comad.runtime.progress import say, track
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import open_run, start_fabric
 from comad.runtime.trainer import Job
@@ -42,12 +43,12 @@ def segment(config: SegmentConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run, config.optim.batch_size)
+    fabric = start_fabric(config.run, config.optim)
     job, data, splits, card = prepare(config, fabric)
     config = replace(config, run=open_run(config.run, fabric))
     job, out = replace(job, run=config.run), Path(config.run.out)
     if fabric.is_global_zero and not config.run.resume:
-        tell(splits.summary().text)
+        say(splits.summary().text)
         write_recipe(config, out / "config.yaml")
     trained = train_dense(job, data, config.optim, fabric)
     return _finish(config, splits, trained, out, card) if fabric.is_global_zero else ""
@@ -91,7 +92,9 @@ def count_answers(
     """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
     with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
-        for image, truth in in_order(images.load, min(len(images), limit or len(images)), config.loader.num_workers):
+        count = min(len(images), limit or len(images))
+        loaded = in_order(images.load, count, config.loader.num_workers)
+        for image, truth in track(loaded, "segmenting", "images", count):
             answer = segment_image(module, image, config.short_side, config.crop, config.stride)
             counts.append(count_pixels(answer, truth, images.num_classes))
     return torch.stack(counts)

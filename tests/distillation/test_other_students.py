@@ -1,0 +1,154 @@
+"""Students that are no plain Vision Transformers: they learn, go on bit for bit, are scored and leave."""
+
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from comad.cli import main
+from comad.distillation import results as results_module
+from comad.distillation.distiller import Distiller
+from comad.models.students import VitConfig
+from comad.presets import METHODS
+from comad.recipes import parse_distillation
+from comad.runtime.checkpoint import checkpoints
+
+SHORT = [
+    *("--optim.epochs=1", "--optim.batch-size=11", "--optim.warmup-epochs=1", "--run.precision=fp32"),
+    *("--run.log-every=1", "--run.no-tensorboard", "--run.checkpoint-every=2", "--loader.workers=0"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Pages take most of the time of runs that are this small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results_module, "write_report", lambda folders: folders[0] / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def command(labelled_folder, teacher_specs):
+    """A distillation of 5 steps."""
+
+    def build(out, name, *more, size=64):
+        sources = ["--data", str(labelled_folder), "--teachers", *teacher_specs]
+        student = ["--student.name", name, f"--student.image-size={size}"]
+        return ["distill", *sources, *student, *SHORT, f"--run.out={out}", *more]
+
+    return build
+
+
+def weights(out):
+    return load_file(out / "student" / "model.safetensors")
+
+
+def failure(capfd, arguments):
+    assert main(arguments) == 1
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("comad: "))
+    return line
+
+
+def learns_and_goes_on(command, out, name, *more, **options):
+    """Train, drop the end, go on, and compare; then the student that left is loaded by timm alone."""
+    arguments = command(out, name, *more, **options)
+    assert main(arguments) == 0
+    before = weights(out)
+    checkpoints(out / "checkpoints")[-1].unlink()
+    assert main([*arguments, "--run.resume"]) == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights(out).items())
+    rows = json.loads((out / "scoreboard.json").read_text())["rows"]
+    assert {row["role"] for row in rows} >= {"teacher", "init_only", "student"} and rows[-1]["knn"] is not None
+    start = timm.create_model(name, num_classes=0).state_dict()
+    assert any(not torch.equal(value, start[key]) for key, value in before.items() if "running" not in key)
+    student = timm.create_model(f"local-dir:{out / 'student'}", pretrained=True).eval()
+    size = options.get("size", 64)
+    assert torch.isfinite(student(torch.zeros(2, 3, size, size))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "more"),
+    [
+        ("test_resnet", "comad", ["--cache-teachers", "--loader.fixed-views=1"]),
+        ("test_efficientnet", "radio", ["--optim.accumulate=2", "--run.checkpoint-every=1"]),
+        ("test_convnext", "mean", ["--masking.hidden=zero"]),
+    ],
+)
+def test_a_cnn_learns_goes_on_and_leaves(command, tmp_path, name, preset, more):
+    learns_and_goes_on(command, tmp_path / "run", name, "--preset", preset, *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["eupe", "unic", "dune", "phi-s", "theia", "c-radio", "gram", "dmt-like"])
+def test_presets_without_masks_teach_a_cnn(command, teacher_specs, tmp_path, preset):
+    more = ["--teachers", teacher_specs[0]] if METHODS[preset].single_teacher else []
+    learns_and_goes_on(command, tmp_path / "run", "test_resnet", "--preset", preset, *more)
+
+
+def test_what_a_cnn_cannot_is_changed_and_said(command, tmp_path, capfd):
+    arguments = [*command(tmp_path / "run", "test_resnet"), "--teacher-image-size=grid", "--split=none"]
+    assert main(arguments) == 0
+    told = capfd.readouterr()
+    first = (told.out + told.err).splitlines()[0]
+    assert first.startswith("test_resnet cannot leave out patches: student and teachers see whole images")
+    assert "--masking.hidden zero" in first and "teachers see images of their own size" in first
+    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recipe["method"]["masking"]["name"] == "none" and recipe["teacher_image_size"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [("tinymim", "reads blocks"), ("dmae", "left out"), ("dmjd", "left out"), ("hybrid", "reads blocks")],
+)
+def test_methods_that_need_more_say_so(command, teacher_specs, tmp_path, capfd, preset, words):
+    more = ["--teachers", teacher_specs[0]] if METHODS[preset].single_teacher else []
+    line = failure(capfd, [*command(tmp_path / "run", "test_resnet"), "--preset", preset, *more])
+    assert words in line and "vit_tiny_patch16_224" in line and not (tmp_path / "run").exists()
+
+
+def test_the_shape_of_the_defaults_is_that_of_vision_transformers_alone():
+    student = parse_distillation(["--student.name", "resnet18"]).student
+    assert student == VitConfig(name="resnet18", image_size=48)
+    student = parse_distillation(["--student", "resnet18", "--student.patch-size=16"]).student
+    assert student.arguments == {"output_stride": 16} and student.build().grid == (3, 3)
+    assert parse_distillation(["--student.name", "test_vit"]).student.width == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"depth": 2, "heads": 2}, "no --student.depth, --student.heads"),
+        ({"patch_size": 5}, "--student.patch-size"),
+        ({"name": "test_maxvit", "image_size": 50}, "--student.image-size"),
+    ],
+)
+def test_shapes_that_a_network_cannot_have_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        VitConfig(**({"name": "test_resnet", "image_size": 64} | changes)).build()
+
+
+def test_what_no_feature_depends_on_is_not_trained():
+    student = VitConfig(name="mobilenetv3_small_050", image_size=32).build()
+    assert {n.split(".")[1] for n, p in student.named_parameters() if not p.requires_grad} == {"conv_head"}
+    assert student.training and all(x.sum() == 0 for n, x in student.named_buffers() if "batches_tracked" in n)
+
+
+def test_statistics_follow_the_batches_and_scores_leave_them(small_distillation):
+    small = small_distillation(METHODS["radio"])
+    torch.manual_seed(0)
+    student = VitConfig(name="test_resnet", image_size=32).build()
+    distiller = Distiller(student, small.teachers, METHODS["radio"])
+    for teacher in small.teachers:
+        teacher.backbone.resample_to(1)
+    before = student.network.bn1.running_mean.clone()
+    outputs, masks = distiller.forward_teachers(small.teachers, small.images[:8])
+    distiller.eval()
+    distiller(small.images[:8], outputs, masks)
+    assert torch.equal(student.network.bn1.running_mean, before)
+    distiller.train()
+    distiller(small.images[:8], outputs, masks)[0].backward()
+    assert not torch.equal(student.network.bn1.running_mean, before)
+    assert student.network.bn1.num_batches_tracked == 1
