@@ -273,7 +273,7 @@ def _for_students(config: DistillConfig, networks: Sequence[Backbone], fabric: F
     changes += ["teachers see images of their own size"] if size != config.teacher_image_size else []
     if changes:
         zero = "; --masking.hidden zero hides pixels of patches instead" if method != config.method else ""
-        fabric.print(f"{', '.join(bound)} cannot leave out patches: {', '.join(changes)}{zero}.")
+        say(f"{', '.join(bound)} cannot leave out patches: {', '.join(changes)}{zero}.")
     return replace(config, method=method, teacher_image_size=size)
 
 

@@ -82,10 +82,10 @@ def measure_distillation(
     )
     live, cached = _with_cache(setup, measured) if config.cache_teachers else (measured.steps, None)
     ends = not training_only and config.split != "none" and not shortage(setup.splits, "fine")
-    scored = _num_scored(setup) if ends else 0
-    phases = Phases(loading, calibration, probing[0], _scoring_seconds(setup) if ends else 0.0, scored)
-    if training_only:
-        phases = Phases(0.0, 0.0, 0.0, 0.0, 0)
+    scoring, scored = (_scoring_seconds(setup), _num_scored(setup)) if ends else (0.0, 0)
+    phases = Phases(0.0, 0.0, 0.0, 0.0, 0)
+    if not training_only:
+        phases = Phases(loading, calibration, probing[0], scoring, scored)
     export = sum(part.numel() * 4 for part in setup.students[0].distiller.student.state_dict().values())
 
     def forecast(optim: OptimConfig) -> Plan:

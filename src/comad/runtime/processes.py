@@ -89,7 +89,7 @@ def refuse_several(devices: int, command: str) -> None:
         ValueError: several were started, or are to be.
     """
     if (number := math.prod(layout(devices)[:2])) > 1:
-        raise ValueError(f"{command} is one process, not {number}; start it without torchrun, srun and --run.devices.")
+        raise ValueError(f"{command} is for one process, not {number}; leave out torchrun, srun and --run.devices.")
 
 
 @contextmanager
