@@ -129,7 +129,7 @@ def _score(unit: RowRun, backbone: Backbone | None) -> Score:
     """KNN and linear probe on the split that is asked for."""
     recipe, splits = unit.config.recipe, unit.splits
     scored = splits._replace(test=getattr(splits, recipe.split))
-    dtype = torch.bfloat16 if recipe.run.precision == "bf16" else None
+    dtype = recipe.run.autocast
     if backbone is None:
         return score(unit.entry.label, "pixels", None, scored, unit.entry.config.student.image_size)
     return score(unit.entry.label, ROLES[unit.entry.kind], backbone.to(device()), scored, view_size(backbone), dtype)

@@ -43,7 +43,7 @@ def segment(config: SegmentConfig) -> str:
         ValueError: bad data, a backbone that cannot be used, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim)
     job, data, splits, card = prepare(config, fabric)
     config = replace(config, run=open_run(config.run, fabric))
     job, out = replace(job, run=config.run), Path(config.run.out)
@@ -91,7 +91,7 @@ def count_answers(
 ) -> Int[Tensor, "n 3 C"]:
     """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
-    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+    with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
         count = min(len(images), limit or len(images))
         loaded = in_order(images.load, count, config.loader.num_workers)
         for image, truth in track(loaded, "segmenting", "images", count):
