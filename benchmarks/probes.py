@@ -68,8 +68,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows = slice(0, count * batch)
         if old:
             return linear.LinearProbe(epochs=1).fit(x[rows], y[rows], options.classes)
-        return linear.LinearProbe(**changes).fit(x[rows], y[rows], probe.settings[:settings], count)
+        return probe.fit(x[rows], y[rows], probe.settings[:settings], count, **changes)
 
+    half = not old and linear.has_bf16(torch.device("cpu"))
     neighbours = (knn.NearestNeighbours if old else knn.KNN)()
     most = 8
     step = line(steps, 1, most)
@@ -79,12 +80,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         total_steps = POOLS * passes * step
         facts: dict[str, Any] = {"steps": POOLS * passes, "step": step}
     else:
-        few = line(lambda count: steps(count, probe.kept), 1, most)
+        few = line(lambda count: steps(count, probe.kept, half=half), 1, most)
         full, trial = probe.num_steps(options.images), probe.trial_steps
-        total_steps = POOLS * min(full, trial) * step + (full * few if full > trial else 0)
+        step = line(lambda count: steps(count, half=half), 1, most) if half else step
+        total_steps = POOLS * trial * step + full * few
         facts = {"trial_steps": POOLS * trial, "step": step, "full_steps": full, "step_of_kept": few}
-        facts["step_bf16"] = line(lambda count: steps(count, precision="bf16"), 1, most)
-    knn_seconds = (POOLS + 1) * options.held_out * options.images * pair
+        facts["bf16"] = half
+    compared = (POOLS + 1) * options.held_out if old else POOLS * neighbours.chosen_on + options.held_out
+    knn_seconds = compared * options.images * pair
     seconds = {"linear": options.networks * total_steps, "knn": options.networks * knn_seconds}
     del x
     everything(options.images, neighbours, linear.LinearProbe(epochs=1))

@@ -95,9 +95,10 @@ def _tell(error: Exception, out: str | None) -> int:
         return _fail("whoever read the output is gone; send it to a file, or go on with --run.resume.", 141)
     if isinstance(error, OSError) and error.strerror:
         return _fail(f"{error.filename or 'a file'}: {error.strerror}; {_remedy(error)}.")
+    from comad.runtime.processes import lost_process
     from comad.runtime.trainer import reader_fault
 
-    if words := _out_of_memory(error) or reader_fault(error):
+    if words := lost_process(error) or _out_of_memory(error) or reader_fault(error):
         return _fail(words, 3)
     return _unexpected(error, out)
 
@@ -175,7 +176,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
     _load_plugins(arguments)
     config = parse(EvaluateConfig, None, _backbone_first(arguments), "comad evaluate", _about(evaluate_command))
-    _print(score(config))
+    _say(score(config))
 
 
 def finetune_command(arguments: list[str]) -> None:
@@ -186,7 +187,7 @@ def finetune_command(arguments: list[str]) -> None:
     tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
     default = FinetuneConfig(backbone="", tuning=tuning)
     default, about = _recorded(FinetuneConfig, arguments, default.run.out) or default, _about(finetune_command, RECIPES)
-    _print(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
+    _say(finetune(parse(FinetuneConfig, default, _backbone_first(arguments), "comad evaluate finetune", about)))
 
 
 def segment_command(arguments: list[str]) -> None:
@@ -448,9 +449,21 @@ def _print(text: str) -> int:
     return 0
 
 
+def _which_process() -> str:
+    """Which of several processes speaks; torch is not imported for that."""
+    known = sys.modules.get("comad.runtime.processes")
+    return f"{who}: " if known and (who := known.who()) else ""
+
+
+def _say(text: str) -> None:
+    """Print, if this is the process that has something to say."""
+    if text:
+        _print(text)
+
+
 def _fail(message: str, status: int = 1) -> int:
     with suppress(OSError):  # nobody may be left to read it
-        sys.stderr.write(f"comad: {' '.join(message.split())}\n")
+        sys.stderr.write(f"comad: {_which_process()}{' '.join(message.split())}\n")
     return status
 
 

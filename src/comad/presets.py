@@ -265,7 +265,13 @@ CONSENSUS = Method(
     normalizer=Standardize(over="calibration"),
     aligner=StudentProjector(separate_cls=True),
     fusion=Consensus(),
-    objectives={**_cosine_and_smooth_l1(0.5, 0.5, weight=2.0), "queue": QueueLoss(size=2048)},
+    objectives={
+        "cls-cosine": FeatureLoss(where="cls", distance="cosine"),
+        "cls-smooth-l1": FeatureLoss(where="cls", distance="smooth-l1"),
+        "patch-cosine": FeatureLoss(where="all", cls=False, distance="cosine", weight=0.25),
+        "patch-smooth-l1": FeatureLoss(where="all", cls=False, distance="smooth-l1", weight=0.25),
+        "queue": QueueLoss(size=2048),
+    },
 )
 """What wins on photographs (docs/results.md): whole images, linear heads, standardised targets, relations to a queue.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,21 @@ def test_what_is_read_of_the_student_are_the_outputs_of_its_blocks(small_distill
     torch.testing.assert_close(encoded.compared, first)
     torch.testing.assert_close(encoded.last, vit.norm(vit.blocks[1](first)))
     assert [part.shape for part in encoded.intermediates] == [(2, 17, 32)]  # below the last of two
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients(small_distillation):
+    gradients = []
+    for again in (False, True):
+        setting = small_distillation(METHODS["mean"])
+        student = setting.distiller.student
+        student.vit.set_grad_checkpointing(again)
+        calls = Counter()
+        student.vit.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.update("x"))
+        setting.distiller(*setting.batch(4))[0].backward()
+        assert calls["x"] == 1 + again
+        gradients.append([p.grad for p in student.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 def test_depths_are_shares_of_the_blocks():

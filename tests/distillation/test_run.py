@@ -357,7 +357,7 @@ def compiled_eagerly(monkeypatch):
 def test_compiled_teachers_in_8_bits(command, finished, tmp_path, capfd, compiled_eagerly):
     more = "--compile", "--teacher-precision=int8", "--optim.ema=0.9", "--run.probe-every=10", "--split=none"
     assert main(command(tmp_path / "run", *more)) == 0
-    said = capfd.readouterr().out
+    said = capfd.readouterr().err
     cosines = dict(re.findall(r"(\w+): int8, tokens at a cosine of ([\d.]+) to bf16", said))
     assert list(cosines) == ["first", "second"] and all(0.998 < float(cosine) <= 1 for cosine in cosines.values()), said
     for ours, theirs in zip(steps(tmp_path / "run"), steps(finished), strict=True):

@@ -110,3 +110,12 @@ def test_no_labels_is_an_error_with_a_remedy(features):
     unlabelled = features.val._replace(labels={"fine": torch.full((40,), -1)})
     with pytest.raises(ValueError, match="no fine label in val"):
         KNN()(features._replace(val=unlabelled))
+
+
+def test_the_choice_is_made_on_some_of_many_validation_images(features):
+    knn = KNN(neighbours=(1, 5), chosen_on=15)
+    assert knn.hits(features, "fine", "good", "val").shape == (2, 14)  # of 40 every third
+    assert torch.equal(
+        knn.hits(features, "fine", "good", "val"), KNN(neighbours=(1, 5)).hits(features, "fine", "good", "val")[:, ::3]
+    )
+    assert knn.hits(features, "fine", "good", "test").shape == (2, 30)

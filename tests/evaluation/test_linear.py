@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from comad.evaluation import linear
 from comad.evaluation.features import Features, FeatureSplits
 from comad.evaluation.linear import LinearProbe, Setting
 
@@ -51,7 +52,9 @@ def test_choice_is_the_best_setting_on_val():
 def test_many_steps_are_spent_on_the_settings_that_a_short_schedule_likes():
     features, full = splits(noise=1.5), QUICK.num_steps(200)
     trial = QUICK.probe(features, "fine", "good", QUICK.settings, 10)
-    _, found = replace(QUICK, trial_steps=10, kept=2).best(features, "fine", ("bad", "good"))
+    _, found = replace(QUICK, direct_steps=10, trial_steps=10, kept=2, precision="fp32").best(
+        features, "fine", ("bad", "good")
+    )
     assert set(found.ranking) == set(trial.ranking[:2]) and full > 10
     assert found.validation == QUICK.probe(features, "fine", "good", trial.ranking[:2], full).validation
     assert replace(QUICK, max_steps=7).num_steps(10**9) == 7
@@ -129,3 +132,18 @@ def test_no_labels_is_an_error_with_a_remedy():
         QUICK(features._replace(train=features.train._replace(labels={})))
     with pytest.raises(ValueError, match="no fine label in test"):
         QUICK(features._replace(test=features.test._replace(labels={"fine": torch.full((100,), -1)})))
+
+
+def test_products_are_in_bf16_only_after_a_choice_among_many(monkeypatch):
+    asked = []
+
+    def fit(self, *arguments, real=LinearProbe.fit):
+        asked.append(arguments[-1])
+        return real(self, *arguments[:-1])
+
+    monkeypatch.setattr(LinearProbe, "fit", fit)
+    monkeypatch.setattr(linear, "has_bf16", lambda device: True)
+    QUICK(splits())
+    assert not any(asked)
+    replace(QUICK, direct_steps=1, trial_steps=2).best(splits(), "fine", ("good",))
+    assert asked[-2:] == [True, True]

@@ -17,6 +17,9 @@ PLAN = Plan(
     other={"loading": 5.0, "scores": 45.0},
     view_seconds=1 / 512,
     readers=2,
+    operations=2000,
+    gradient_bytes=10**8,
+    scored=1000,
     peak=2 * 10**9,
     largest_batch=640,
     estimated=True,
@@ -40,12 +43,33 @@ def test_operations_of_teachers_end_with_the_cache():
     assert PLAN.flops == Flops(100 * 128 * 3e9, 800 * 128 * 1e9)
 
 
-def test_other_machines_are_bound_by_arithmetic_or_by_reading():
-    compute, reading = PLAN.seconds_on(TARGET)
-    assert compute == pytest.approx((100 * 128 * 3e9 + 800 * 128 * 1e9) / (4 * 100e12 * 0.25))
-    assert reading == pytest.approx(102_400 / 512 / 32)
+def test_other_machines_are_bound_by_the_longest_part():
+    parts = PLAN.seconds_on(TARGET)
+    assert parts == pytest.approx(
+        {
+            "teachers": 100 * 128 * 3e9 / 100e12,
+            "student": 800 * 128 * 1e9 / 100e12,
+            "decode": 102_400 / 512 / 32,
+            "launches": 800 * 2000 * 6e-6,
+            "network": 800 * 1.5 * 1e8 / 25e9,
+            "scoring": 1000 / 512 / 32,
+        }
+    )
     told = PLAN.as_dict(TARGET)["gpus"]
-    assert told["hours"] == max(compute, reading) / 3600 and told["formula"] == FORMULA
+    assert told["bottleneck"] == "launches" and told["formula"] == FORMULA
+    assert told["hours"] == pytest.approx((parts["launches"] + parts["scoring"]) / 3600)
+    slow = replace(TARGET, gpu_tflops=5.0)
+    assert PLAN.total_on(slow) == pytest.approx(
+        20 * (parts["teachers"] + parts["student"]) + 1000 * (3e9 + 1e9 / 3) / 5e12
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "bottleneck"),
+    [({"view_seconds": 1.0}, "decode"), ({"gradient_bytes": 10**12}, "network"), ({"scored": 10**8}, "scoring")],
+)
+def test_the_bottleneck_is_named(change, bottleneck):
+    assert f"the bottleneck is {bottleneck}" in replace(PLAN, **change).text(TARGET)
 
 
 def test_what_is_told():

@@ -61,9 +61,10 @@ def test_operations_of_a_vit_are_those_of_the_formula():
         loss = (module(images).patches - target).square().mean()
         return loss, lambda: {"waste": (torch.ones(99, 99) @ torch.ones(99, 99)).sum()}
 
-    flops, _ = count_flops(training(student, forward), 4, [teacher])
+    flops, operations, _ = count_flops(training(student, forward), 4, [teacher])
     embedding, blocks = forward_flops()
     assert flops.teachers == embedding + blocks
+    assert operations > 100  # without views and log lines
     assert flops.student == 2 * embedding + 3 * blocks  # nobody wants the gradient of the pixels
 
 

@@ -636,12 +636,6 @@ def test_a_run_that_only_warms_up_is_told(tmp_path, capfd):
     assert "warms up" not in capfd.readouterr().err
 
 
-def test_one_of_several_processes_does_not_train_alone(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"one of 4 processes.*set --run\.devices 4"):
-        start_fabric(RunConfig())
-
-
 @pytest.mark.parametrize("name", ["log_every", "checkpoint_every", "keep", "devices"])
 def test_values_that_are_too_small_are_refused(name):
     with pytest.raises(ValueError, match=f"--run.{name.replace('_', '-')} 0 is too small"):
@@ -653,6 +647,34 @@ def test_bf16_keeps_weights_in_float32(tmp_path):
     module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     fit(tmp_path, module, precision="bf16")
     assert module.weight.dtype == torch.float32 and set(dtypes) == {torch.bfloat16}
+
+
+def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
+    def overflow(call, loss):
+        return loss * 1e35 if call == 3 else loss
+
+    whole = fit(tmp_path / "whole", on_step=overflow, precision="fp16")
+    norms = [line["grad_norm"] for line in log_of(tmp_path / "whole") if "grad_norm" in line]
+    assert [math.isfinite(norm) for norm in norms] == [False] * 3 + [True] * 15  # the first scale is too large
+    stored = load_checkpoint(checkpoints(tmp_path / "whole" / "checkpoints")[-1])
+    assert stored["precision"]["scale"] == 2.0**13
+
+    def stop(call, loss):
+        if call == 11:
+            raise RuntimeError("pulled the plug")
+        return overflow(call, loss)
+
+    with pytest.raises(RuntimeError):
+        fit(tmp_path / "part", on_step=stop, precision="fp16", checkpoint_every=5)
+    resumed = fit(tmp_path / "part", precision="fp16", resume=True)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_tf32_is_on_for_its_run_alone(tmp_path):
+    fit(tmp_path / "a", precision="tf32")
+    assert torch.get_float32_matmul_precision() == "high"
+    fit(tmp_path / "b")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 TOGETHER = OptimConfig(epochs=3.0, batch_size=2, accumulate=2, base_lr=0.5, warmup_epochs=1.0, clip=0.1, ema=0.5)
@@ -740,11 +762,3 @@ def test_the_job_that_fails_is_named(tmp_path):
     with pytest.raises(TrainingError, match="b: stopped at step 3: all tokens are alike"):
         fit_together(tmp_path, [0, 1], fields={1: {"watch": watch}}, stop_on_collapse=True)
     assert [len(log_of(tmp_path / name)) for name in "ab"] == [3, 4]
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
-    fabric = start_fabric(RunConfig(precision="fp32"))
-    monkeypatch.setattr(type(fabric), "world_size", 3)
-    job = Job(module=make_module(), run=RunConfig(out=str(tmp_path)), identity={})
-    with pytest.raises(ValueError, match=r"--optim\.batch-size 4 cannot be shared by 3 processes"):
-        Trainer([job], InOrder(4), OPTIM, fabric)

@@ -168,7 +168,7 @@ def _score(unit: RowRun, backbone: Backbone | None) -> Score:
     """KNN and linear probe on the split that is asked for."""
     recipe, splits = unit.config.recipe, unit.splits
     scored = splits._replace(test=getattr(splits, recipe.split))
-    dtype = torch.bfloat16 if recipe.run.precision == "bf16" else None
+    dtype = recipe.run.autocast
     if backbone is None:
         return score(unit.entry.label, "pixels", None, scored, unit.entry.config.student.image_size)
     return score(unit.entry.label, ROLES[unit.entry.kind], backbone.to(device()), scored, view_size(backbone), dtype)
@@ -182,7 +182,7 @@ def _distilled(unit: RowRun) -> TrainedModel:
         shared = config.cache_folder or str(Path(unit.config.recipe.run.out) / "teacher-cache")
         own = "" if unit.entry.config.budget else shared  # or the first row would fill it for all, in its own time
         run = replace(config, run=unit.run("run"), split="none", cache_folder=own)
-        distill(run, Inputs(splits=unit.splits))
+        distill(run)
         card = read_json(student / "config.json", "begin again")["comad"]
     seconds = 3600 * hours_of_training(student.parent, config.optim.images_per_step)
     facts = {"images_seen": card["images_seen"], "seconds": round(seconds, 3), "code": card["code"]}

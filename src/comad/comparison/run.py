@@ -27,6 +27,7 @@ from comad.reporting.page import write_report
 from comad.runtime.checkpoint import differences
 from comad.runtime.lock import LOCK, holding_runs, lock_folder
 from comad.runtime.options import identity_of
+from comad.runtime.processes import refuse_several
 from comad.runtime.progress import say, warn
 from comad.runtime.recipe import read_recipe, write_recipe
 from comad.runtime.run import start_fabric
@@ -47,6 +48,7 @@ def compare(config: CompareConfig) -> str:
         Interrupted: a signal came; what was trained is kept.
         TrainingError: the loss of a run is not finite.
     """
+    refuse_several(config.recipe.run.devices, "comad compare")
     entries, reference = list_entries(config)
     splits = load_images(config.recipe.data)
     _check_data(config, splits)

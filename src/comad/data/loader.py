@@ -80,10 +80,13 @@ class LoaderConfig:
     @property
     def num_workers(self) -> int:
         """Worker processes of this training process."""
+        together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return self.workers_of(int(os.environ.get("LOCAL_WORLD_SIZE", together)))  # set where a run starts
+
+    def workers_of(self, here: int) -> int:
+        """Worker processes of each of so many training processes on this machine."""
         if self.workers >= 0:
             return self.workers
-        together = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", together))  # torchrun says it; Fabric starts one machine's
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(max(cores // here - 1, 1), 8)
 
@@ -276,8 +279,9 @@ def evaluation_views(
     the same alone and beside others. An unreadable file is a white image, and it is said how many there are.
     """
     dataset = _EvaluationDataset(images, image_sizes, torch.arange(len(images)) if indices is None else indices)
-    ahead = 2 * 2 * batch_size * 3 * sum(size**2 for size in image_sizes)  # two workers, two batches each
-    workers = 2 if len(dataset) > 2048 and has_shared_memory(ahead) else 0
+    wanted = max(2, LoaderConfig().num_workers) if len(dataset) > 2048 else 0
+    ahead = wanted * 2 * batch_size * 3 * sum(size**2 for size in image_sizes)  # two batches each
+    workers = wanted if has_shared_memory(ahead) else 0
     unreadable = 0
     batches = DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
     with working(f"features of {images.name}", len(dataset), "images") as told:

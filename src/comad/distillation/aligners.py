@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from comad.distillation.features import StudentOutput
 from comad.distillation.normalizers import fixed_linears
+from comad.runtime.processes import mean_of_all
 from comad.runtime.slots import Slot
 
 Head = Literal["identity", "linear", "mlp", "multi-layer", "transformer", "conv"]
@@ -152,7 +153,9 @@ class AutoencoderAdapter(Aligner, name="autoencoder"):
         """Squared error of decode(encode(z)), as a share of the variance of z."""
         x = tokens.detach().float()
         error = (state["decode"][teacher](state["encode"][teacher](x)).float() - x).square().mean()
-        return error / x.flatten(0, -2).var(dim=0, unbiased=False).mean().clamp(min=1e-12)
+        flat = x.flatten(0, -2)
+        spread = (flat - mean_of_all(flat.mean(dim=0))).square().mean()
+        return error / mean_of_all(spread).clamp(min=1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,8 @@ class DistillConfig:
             measurement at the start, warm-up in proportion, said and recorded; a resumed run keeps it.
         compile: compile the blocks of teachers and student, once per shape, which takes a minute and a C++ compiler;
             for long runs on a GPU. On a CPU it gains nothing by itself.
+        activation_checkpointing: keep of the student's blocks the inputs alone and compute the rest again in the
+            backward pass: less memory, a third more time of the student.
         teacher_precision: ``auto`` is that of the run. ``int8`` (CPUs with AVX-512; with AMX bf16 is faster) and
             ``fp8`` (GPUs such as H100) need --compile; how near their tokens are to those of bf16 is measured at the
             start and said.
@@ -84,11 +86,12 @@ class DistillConfig:
     cache_teachers: bool = field(default=False, metadata=COMMON | NO_EFFECT)
     cache_folder: str = field(default="", metadata=NO_EFFECT)
     cache_storage: Literal["computed", "int8"] = "computed"
-    teachers_in: Literal["memory", "offload"] = field(default="memory", metadata=NO_EFFECT)
+    teachers_in: Literal["memory", "offload", "shards"] = field(default="memory", metadata=NO_EFFECT)
     through: str = field(default="", metadata=COMMON | NO_EFFECT)
     teacher_image_size: Literal["own", "grid"] | int = field(default="own", metadata=COMMON)
     budget: str = field(default="", metadata=COMMON | NO_EFFECT)
     compile: bool = field(default=False, metadata=COMMON)
+    activation_checkpointing: bool = field(default=False, metadata=NO_EFFECT)
     teacher_precision: Literal["auto", "bf16", "fp32", "int8", "fp8"] = "auto"
     preset: tyro.conf.Suppress[str] = field(default="comad", metadata=NO_EFFECT)
     recipe_of: tyro.conf.Suppress[str] = field(default="", metadata=NO_EFFECT)
@@ -130,7 +133,7 @@ class DistillConfig:
     def teacher_dtype(self) -> torch.dtype:
         """Type in which teachers are loaded."""
         chosen = self.run.precision if self.teacher_precision == "auto" else self.teacher_precision
-        return torch.float32 if chosen == "fp32" else torch.bfloat16
+        return {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}.get(chosen, torch.bfloat16)
 
     @property
     def quantized(self) -> Quantized | None:
@@ -140,7 +143,7 @@ class DistillConfig:
     @property
     def offload_to(self) -> Path | None:
         """Folder where offloaded teachers wait: the nearest one that exists above the run."""
-        if self.teachers_in == "memory":
+        if self.teachers_in != "offload":
             return None
         return next(folder for folder in Path(self.run.out).absolute().parents if folder.is_dir())
 
@@ -160,11 +163,15 @@ class DistillConfig:
                 f"{num_images} training images in {self.data!r} are too few for a batch of {batch}; add images or set "
                 f"--optim.batch-size {max(1, num_images // self.optim.accumulate)}."
             )
-        if self.quantized and self.teachers_in == "offload":
+        if self.quantized and self.teachers_in != "memory":
             raise ValueError(
                 f"--teacher-precision {self.quantized} keeps teachers in memory, at half the room; leave out "
-                "--teachers-in offload."
+                f"--teachers-in {self.teachers_in}."
             )
+        if self.run.precision == "fp16" and self.extra_students:
+            raise ValueError("--run.precision fp16 scales one loss; name one --student, or pass bf16.")
+        if self.teachers_in == "shards" and self.method.needs("qkv"):
+            raise ValueError("queries, keys and values are read inside a block; pass --teachers-in offload for shards.")
         if self.cache_teachers and not self.method.masking.repeats:
             option = next(
                 name for name in ("mixup", "shift", "mask_ratio_end") if getattr(self.method.masking, name, 0)

@@ -32,6 +32,7 @@ from comad.models.backbone import (
 from comad.models.decoder import MaskedDecoder
 from comad.models.teachers import Teacher
 from comad.models.timm_backbone import TimmBackbone, any_size
+from comad.runtime.processes import rows_of_all, share_of, sum_of_all
 from comad.runtime.run import TrainingError
 
 LOGGED_IMAGES = 32
@@ -166,23 +167,24 @@ class Distiller(nn.Module):
         )
         teacher_losses = self._teacher_losses(parts, pairs, positions)
         logged = {f"loss/{name}": part.detach() for name, part in losses.items()}
-        finite = [output.patches.isfinite().all() for output in teachers]
-        blank = images[:LOGGED_IMAGES].detach().float().flatten(2).std(dim=2).mean()
-        spread = [output.patches[:LOGGED_IMAGES].float().std(dim=0).mean() for output in teachers]
+        infinite = torch.stack([~output.patches.isfinite().all() for output in teachers])
+        few = share_of(LOGGED_IMAGES)
+        blank = images[:few].detach().float().flatten(2).std(dim=2).mean()
+        given = [output.patches[:few].to(torch.float32, copy=True) for output in teachers]
 
         def metrics() -> dict[str, Tensor]:
-            for name, fine in zip(self.teacher_names, finite, strict=True):
-                if not fine:
+            for name, broken in zip(self.teacher_names, sum_of_all(infinite.int()), strict=True):
+                if broken:
                     raise TrainingError(
                         f"the outputs of the teacher {name!r} are not finite; check its file with comad teachers "
                         "inspect, or pass --run.precision fp32."
                     )
-            shares = zip(self.teacher_names, mean_shares(evidence[2]), strict=True)
-            named = {f"share_{name}": share for name, share in shares}
-            stds = {"image_std": blank} | {
-                f"std_{name}": std for name, std in zip(self.teacher_names, spread, strict=True)
-            }
-            return logged | teacher_losses() | health_metrics(*evidence) | named | stds
+            ours, theirs, shares = (rows_of_all(part) for part in evidence)
+            shares = shares.transpose(0, 1)
+            named = {f"share_{n}": share for n, share in zip(self.teacher_names, mean_shares(shares), strict=True)}
+            seen = zip(self.teacher_names, given, strict=True)
+            stds = {"image_std": blank} | {f"std_{name}": rows_of_all(part).std(dim=0).mean() for name, part in seen}
+            return logged | teacher_losses() | health_metrics(ours, theirs, shares) | named | stds
 
         return loss, metrics
 
@@ -305,7 +307,7 @@ class Distiller(nn.Module):
         shown: Sequence[Pair],
         fused: Mapping[str, tuple[list[Pair], Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What health is told from: one token of each image of student and targets, and the teachers' shares.
+        """What health is told from: one token of each image of student and targets, the teachers' shares (B, M, n).
 
         Where only attention or pixels are compared, the targets are the teachers' tokens as they are.
         """
@@ -323,7 +325,7 @@ class Distiller(nn.Module):
             shares[list(self.subsets[cast(Any, name)])] += own.detach().float()
         shares = shares / shares.sum(dim=0).clamp(min=1)
         ours, theirs = central_patches(valid, last[:, 1:], target)
-        return ours, theirs, shares
+        return ours, theirs, shares.transpose(0, 1)
 
     def _teacher_losses(
         self, parts: Mapping[str, Tensor], pairs: Mapping[int, Pair], positions: Mapping[str, Tensor]
@@ -335,15 +337,16 @@ class Distiller(nn.Module):
             for place, m in enumerate(subset if len(parts[name]) == len(subset) > 1 else ()):
                 own[f"loss/{self.teacher_names[m]}/{name}"] = parts[name][place].detach().sum()
         fused = pairs if self.method.fusion.one_target else {}  # copies, or whole batches would live on until the log
-        few = {m: Pair(*(part[:LOGGED_IMAGES].detach().clone() for part in pair)) for m, pair in fused.items()}
+        few = share_of(LOGGED_IMAGES)
+        kept = {m: Pair(*(part[:few].detach().clone() for part in pair)) for m, pair in fused.items()}
 
         @torch.no_grad()
         def losses() -> dict[str, Tensor]:
             found = dict(own)
-            for name, objective in self.method.active.items() if few else ():
+            for name, objective in self.method.active.items() if kept else ():
                 for m in self.subsets[objective.teachers] if objective.distance_key else ():
-                    counts = positions[name][:LOGGED_IMAGES] & few[m].valid
-                    mean = mean_over(objective.distance_of(few[m]).unsqueeze(0), [few[m]], counts).sum()
+                    counts = positions[name][:few] & kept[m].valid
+                    mean = mean_over(objective.distance_of(kept[m]).unsqueeze(0), [kept[m]], counts).sum()
                     found[f"loss/{self.teacher_names[m]}/{name}"] = mean
             return found
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from comad.distillation.relations import cosine_rows
 from comad.models.backbone import Tokens
+from comad.runtime.processes import sum_of_all
 from comad.runtime.slots import Slot
 
 
@@ -283,7 +284,7 @@ class DropEasiest(Fusion, name="drop-easiest"):
             return None
         hardest = losses.masked_fill(~has_target, -1.0).argmax(dim=0)
         stays = (self.probability <= noise.T).scatter(0, hardest.unsqueeze(0), True) & has_target
-        return stays * has_target.any(dim=0).sum() / stays.sum().clamp(min=1)
+        return stays * sum_of_all(has_target.any(dim=0).sum()) / sum_of_all(stays.sum()).clamp(min=1)
 
 
 def stack_pairs(pairs: Sequence[Pair]) -> tuple[Float[Tensor, "M B n D"], Bool[Tensor, "M B n"]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.evaluation.similarity import cross_image_cosine, effective_rank
+from comad.runtime.processes import share_of
 
 MAX_IMAGES = 128
 COLLAPSED_SHARE = 0.2
@@ -29,7 +30,7 @@ CONSTANT_COSINE = 0.98
 def central_patches(valid: Bool[Tensor, "B N"], *tokens: Float[Tensor, "B N _"]) -> tuple[Float[Tensor, "b _"], ...]:
     """Of a few images the patch that is nearest to the middle of those with a target, detached."""
     distance = (torch.arange(valid.shape[1], device=valid.device) - valid.shape[1] // 2).abs()
-    position = torch.where(valid[:MAX_IMAGES], distance, valid.shape[1]).argmin(dim=1)
+    position = torch.where(valid[: share_of(MAX_IMAGES)], distance, valid.shape[1]).argmin(dim=1)
     rows = torch.arange(len(position), device=valid.device)
     return tuple(part.detach()[rows, position] for part in tokens)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from comad.models.backbone import Hidden, random_visible, visible_map
 from comad.models.teachers import Teacher
+from comad.runtime.processes import own_rows, rows_of_all
 from comad.runtime.slots import Slot
 
 Visible = Int[Tensor, "B V"] | None
@@ -81,7 +82,7 @@ class Masking(Slot, slot="masking", default="superset"):
         if not self.mixup:
             return part
         share = noise.sum(dim=(1, 2)).remainder(1).to(part.dtype).view(-1, *(1,) * (part.ndim - 1))
-        return share * part + (1 - share) * part.roll(1, dims=0)
+        return share * part + (1 - share) * own_rows(rows_of_all(part).roll(1, dims=0))
 
     def __call__(self, noise: Float[Tensor, "B M1 N"], progress: float = 0.0) -> Masks:
         """Draw masks from uniform noise: row 0 is the student's, row m + 1 teacher m's.
@@ -116,17 +117,17 @@ class WholeImages(Masking, name="none"):
         shift: standard deviation, in patches, of how far each network's images are moved, by whole patches and each
             network on its own; what both networks kept is compared (arXiv:2601.17237, "Shift Equivariance").
         scales: sizes of the student's images, as shares of its own, of which each step draws one; its tokens are then
-            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). Empty: its own size alone.
+            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). None: its own size alone.
         mixup_outputs: with ``mixup`` teachers see the images as they are, and their outputs are blended as the
             student's images are; so they can be cached.
     """
 
     shift: float = 0.0
-    scales: tuple[float, ...] = ()
+    scales: tuple[float, ...] | None = None
     mixup_outputs: bool = False
 
     def __post_init__(self) -> None:
-        if any(not 0 < scale <= 1 for scale in self.scales):
+        if any(not 0 < scale <= 1 for scale in self.scales or ()):
             raise ValueError(
                 "the student's images are as large as its own at most: each of --masking.scales is in (0, 1]."
             )
@@ -148,8 +149,7 @@ class WholeImages(Masking, name="none"):
         shifts = None
         if self.shift:  # normal, made of the first two numbers
             shifts = (torch.special.ndtri(noise[:, :, :2].clamp(min=1e-6)) * self.shift).round().long()
-        chance = float(noise[0].sum() % 1)
-        scale = self.scales[int(chance * len(self.scales))] if self.scales else 1.0
+        scale = self.scales[int(float(noise[0].sum() % 1) * len(self.scales))] if self.scales else 1.0
         return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts, scale=scale)
 
 
@@ -202,7 +202,7 @@ class HidingPatches(Masking):
         """Masks of the policy; in a share of the steps the student's are lifted."""
         start, end = self.student_ratios[0], self.student_ratios[-1]
         masks = self.policy(noise, num_visible(noise.shape[2], start + (end - start) * progress))
-        if self.unmasked_share and masks.student is not None and float(noise[0].sum() % 1) < self.unmasked_share:
+        if self.unmasked_share and masks.student is not None and first_chance(noise) < self.unmasked_share:
             everything = torch.arange(noise.shape[2], device=noise.device)
             masks = masks._replace(student=everything.expand(len(masks.student), -1))
         return masks
@@ -313,6 +313,11 @@ class Disjoint(HidingPatches, name="disjoint"):
         count = min(max(1, round(count / patches.shape[1])), len(patches) // 2)
         halves = torch.cat([order[:, :count], order[:, count : 2 * count]])
         return Masks(patches[halves].flatten(1).sort(dim=1).values, (None,) * (noise.shape[1] - 1))
+
+
+def first_chance(noise: Float[Tensor, "B M1 N"]) -> float:
+    """A number in [0, 1) that the first image of the whole batch brings."""
+    return float(rows_of_all(noise[0].sum().view(1))[0] % 1)
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.models.backbone import Tokens, map_tokens
+from comad.runtime.processes import count, mean_of_all, sum_of_all
 from comad.runtime.slots import Slot
 
 EPSILON = 1e-6
@@ -98,9 +99,13 @@ class Moments(nn.Module):
 
 
 def moments(x: Float[Tensor, "*rows E"]) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
-    """Mean and standard deviation over all rows."""
+    """Mean and standard deviation over all rows, of a training step those of all processes."""
     flat = x.flatten(0, -2)
-    return flat.mean(dim=0), flat.std(dim=0, unbiased=len(flat) > 1)
+    mean = mean_of_all(flat.mean(dim=0))
+    if count() == 1:
+        return mean, flat.std(dim=0, unbiased=len(flat) > 1)
+    squares = sum_of_all((flat - mean).square().sum(dim=0))
+    return mean, (squares / (count() * len(flat) - 1)).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from comad.distillation.relations import (
     with_class_token,
 )
 from comad.models.backbone import normalise_patches
+from comad.runtime.processes import count, own_rows, rows_of_all, sum_of_all
 from comad.runtime.slots import Slot
 from comad.runtime.spelling import hint
 
@@ -117,13 +118,14 @@ def mean_over(
 ) -> Float[Tensor, "P B"]:
     """Weighted mean over the positions that count, split into what each pair and each image adds to it.
 
-    With ``own`` of each pair over those where it has a target.
+    With ``own`` of each pair over those where it has a target. In a training step the positions of all processes are
+    counted, so that the mean over the processes is that of the whole batch.
     """
     weights = torch.stack([pair.weight for pair in pairs])
-    count = positions.sum()
+    counted = positions.sum()
     if own:
-        count = torch.stack([(pair.valid & positions).sum() for pair in pairs]).unsqueeze(1)
-    return (distances * (weights * positions)).sum(dim=2) / count.clamp(min=1)
+        counted = torch.stack([(pair.valid & positions).sum() for pair in pairs]).unsqueeze(1)
+    return (distances * (weights * positions)).sum(dim=2) / (sum_of_all(counted).clamp(min=1) / count())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,12 +510,11 @@ class DistanceLoss(Objective, name="distances"):
         teachers: Sequence[TeacherOutput],
         visible: Bool[Tensor, "B N"],
     ) -> Compared:
-        """An image's distances to all images."""
-        found = [cls_pair(pair) for pair in pairs]
-        found = [
-            p._replace(**{side: relative_distances(getattr(p, side)[:, 0]).unsqueeze(1) for side in Pair._fields[:2]})
-            for p in found
-        ]
+        """Distances between all images of the whole batch."""
+        found = []
+        for pair in map(cls_pair, pairs):
+            ours, theirs = (relative_distances(rows_of_all(side[:, 0])).unsqueeze(1) for side in pair[:2])
+            found.append(pair._replace(prediction=ours, target=theirs))
         return found, torch.stack([pair.valid for pair in found]).any(dim=0)
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
@@ -522,7 +523,8 @@ class DistanceLoss(Objective, name="distances"):
         others = ~torch.eye(len(ours), dtype=torch.bool, device=ours.device).unsqueeze(1)
         near = theirs < theirs[others].median() if len(ours) > 1 else others
         error = torch.where(near, ours - theirs, theirs - ours).clamp(min=0) * others
-        return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").sum(dim=2) / max(1, len(ours) - 1)
+        distances = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none").sum(dim=2)
+        return own_rows(distances) / max(1, len(ours) - 1)
 
 
 def check_distance(name: str) -> None:

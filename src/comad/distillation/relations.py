@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.models.backbone import Tokens
+from comad.runtime.processes import mean_of_all, rows_of_all
 
 EXCLUDED = -1e4
 """Logit of what must not count: its softmax is 0 in float32 at any temperature, and its logarithm finite."""
@@ -77,9 +78,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, targets: Float[Tensor, "B D"]) -> None:
-        """Put targets in the place of the oldest."""
+        """Put the targets of all processes in the place of the oldest."""
         length = len(self.directions)
-        newest = F.normalize(targets.detach().float(), dim=-1)[-length:]
+        newest = F.normalize(rows_of_all(targets.detach()).float(), dim=-1)[-length:]
         rows = (self.next + torch.arange(len(newest), device=newest.device)) % length
         self.directions[rows] = newest
         self.next.copy_((self.next + len(newest)) % length)
@@ -101,8 +102,9 @@ class Dispersion(nn.Module):
     def follow(self, targets: Float[Tensor, "B D"]) -> None:
         """Take a batch in."""
         self.steps += 1
-        self.mean.lerp_(targets.mean(dim=0), 1 / self.steps)
-        self.angle.lerp_(angle(targets, self.mean.expand_as(targets)).square().mean(), 1 / self.steps)
+        self.mean.lerp_(mean_of_all(targets.mean(dim=0)), 1 / self.steps)
+        angles = angle(targets, self.mean.expand_as(targets)).square()
+        self.angle.lerp_(mean_of_all(angles.mean()), 1 / self.steps)
 
 
 def angle(x: Float[Tensor, "*n D"], y: Float[Tensor, "*n D"]) -> Float[Tensor, " *n"]:

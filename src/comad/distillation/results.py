@@ -29,6 +29,7 @@ from comad.reporting.page import write_report
 from comad.reporting.samples import SAMPLES, read_samples
 from comad.reporting.visuals import gate_images
 from comad.runtime.log import hours_of_training, open_trackers, read_log
+from comad.runtime.processes import together
 from comad.runtime.progress import working
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.run import RunConfig
@@ -81,7 +82,7 @@ class TrainedStudent(NamedTuple):
 
 def finish(
     students: Sequence[TrainedStudent], splits: Splits, teachers: Sequence[Teacher], fabric: Fabric
-) -> DistillResult:
+) -> DistillResult | None:
     """Score everything on the wanted part, write scoreboard, export and report of each student, and say how to use it.
 
     Pixels and teachers are scored once and stand on the board of every student.
@@ -96,9 +97,11 @@ def finish(
         rows = [candidates(trained) for trained in students]
         shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
         shared += [Candidate(t.name, "teacher", t.backbone, t.backbone.image_size) for t in teachers]
-        dtype = torch.bfloat16 if config.run.precision == "bf16" else None
-        scores = score_all([*shared, *(row for own in rows for row in own)], scored, dtype)
+        with together():
+            scores = score_all([*shared, *(row for own in rows for row in own)], scored, config.run.autocast)
         others, scores = scores[: len(shared)], scores[len(shared) :]
+    if not fabric.is_global_zero:
+        return None
     results, each = [], len(scores) // len(students)
     for number, trained in enumerate(students):
         own = (*others, *_with_untrained(trained.config, scores[number * each : (number + 1) * each]))

@@ -30,6 +30,7 @@ from comad.models.teachers import licence_notice
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
+from comad.runtime.processes import wait_for_all
 from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
 from comad.runtime.run import Metrics, RunConfig, start_fabric
@@ -41,8 +42,8 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     """Distil the teachers into a student, score it beside them, and export it to ``student`` in the run's folder.
 
     Several students share images, views and teacher passes; each is trained, scored and exported as it would be
-    alone, in a folder of its own below the run's. Of several processes the first does what comes after training; the
-    others return None.
+    alone, in a folder of its own below the run's. Of several processes all score and the first writes; the others
+    return None.
 
     Raises:
         ValueError: bad data, teachers or recipe, a run folder in use, or a resume that does not fit.
@@ -52,7 +53,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim)
     setup = prepare(config, fabric, inputs)
     config, teachers = setup.config, setup.teachers
     if config.split != "none":
@@ -79,14 +80,12 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     if cache and not config.cache_folder:
         fabric.barrier()
         shutil.rmtree(config.cache_in, ignore_errors=True)
-    if not fabric.is_global_zero:
-        return None
     trained = [
         TrainedStudent(config.alone(number, run), student.start, state.scored)
         for number, (run, student, state) in enumerate(zip(runs, setup.students, trainer.states, strict=True))
     ]
     with eager_mode(config.compile):
-        return finish(trained, setup.splits, teachers, fabric)
+        return finish(trained, setup.splits, setup.teachers_for_one(), fabric)
 
 
 def announcement(setup: Setup) -> str:
@@ -116,6 +115,7 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
     proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
+    wait_for_all()  # for the first to have written it
     splits = None if inputs is None else inputs.splits
     student = None if inputs is None else inputs.student
     teacher = f"proxy={out / 'student'}"

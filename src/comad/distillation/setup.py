@@ -26,7 +26,7 @@ from comad.distillation.masking import HidingPatches, drop_unused_masks
 from comad.distillation.method import load_decoders
 from comad.models.backbone import Backbone
 from comad.models.compiling import compile_blocks, need_compiler
-from comad.models.offload import offload
+from comad.models.offload import offload, shard
 from comad.models.onednn_linear import use_onednn_linear
 from comad.models.quantized import check_quantized, precision_of, quantize
 from comad.models.students import to_be_trained
@@ -186,6 +186,12 @@ class Setup:
             config.cache_in, keys, len(views.images), config.loader.fixed_views, config.cache_storage, example
         )
 
+    def teachers_for_one(self) -> list[Teacher]:
+        """The teachers as a process can run them alone; those in shards come anew, one at a time in memory."""
+        if self.config.teachers_in != "shards":
+            return self.teachers
+        return load_teachers(replace(self.config, teachers_in="offload"), self.students[0].start, self.fabric)
+
     def compile(self) -> None:
         """Compile the blocks that a step runs."""
         say("compiling: the first step takes a minute or more.")
@@ -208,7 +214,7 @@ def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None)
         check_quantized(config.quantized, fabric.device, config.compile)
     built = _build_students(config, fabric, inputs)
     config = _for_students(config, [network for network, _ in built], fabric)
-    teachers = _load_teachers(config, built[0][0], fabric, inputs)
+    teachers = load_teachers(config, built[0][0], fabric, inputs.teachers)
     students, vits = [], []
     for vit, (network, rng) in zip(config.students, built, strict=True):
         config.method.check(network, teachers)
@@ -225,7 +231,7 @@ def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None)
     setup = Setup(replace(config, student=vits[0], extra_students=tuple(vits[1:])), splits, teachers, students, fabric)
     if config.quantized:
         _quantize_teachers(setup)
-    elif not config.compile and config.offload_to is None:
+    elif not config.compile and config.teachers_in == "memory":
         for teacher in teachers:
             use_onednn_linear(teacher.backbone)
     return setup
@@ -239,7 +245,12 @@ def _build_students(config: DistillConfig, fabric: Fabric, inputs: Inputs) -> li
         rng = RngState()
         with rng.use():
             given = inputs.student
-            built.append((vit.build() if given is None else to_be_trained(given, vit.name, vit.image_size), rng))
+            network = vit.build() if given is None else to_be_trained(given, vit.name, vit.image_size)
+        if config.activation_checkpointing:
+            if not isinstance(network, TimmBackbone):
+                raise ValueError("--activation-checkpointing is for Vision Transformers as students; leave it out.")
+            network.vit.set_grad_checkpointing()
+        built.append((network, rng))
     pairs = zip(config.students, built, strict=True)
     seen = [f"{network.image_size} px in patches of {network.patch_size}" for _, (network, _) in pairs]
     for vit, other in zip(config.students, seen, strict=True):
@@ -262,20 +273,35 @@ def _for_students(config: DistillConfig, networks: Sequence[Backbone], fabric: F
     changes += ["teachers see images of their own size"] if size != config.teacher_image_size else []
     if changes:
         zero = "; --masking.hidden zero hides pixels of patches instead" if method != config.method else ""
-        fabric.print(f"{', '.join(bound)} cannot leave out patches: {', '.join(changes)}{zero}.")
+        say(f"{', '.join(bound)} cannot leave out patches: {', '.join(changes)}{zero}.")
     return replace(config, method=method, teacher_image_size=size)
 
 
-def _load_teachers(config: DistillConfig, student: Backbone, fabric: Fabric, inputs: Inputs) -> list[Teacher]:
-    """Teachers on the students' grid, with their decoders where the method learns from them."""
-    specs = config.teachers if inputs.teachers is None else inputs.teachers
+def load_teachers(
+    config: DistillConfig, student: Backbone, fabric: Fabric, given: Sequence[Any] | None = None
+) -> list[Teacher]:
+    """Teachers on the students' grid, with their decoders where the method learns from them.
+
+    Args:
+        config, fabric: of the run.
+        student: gives the grid.
+        given: names or objects in the place of those that the config names.
+
+    Raises:
+        ValueError: there are none, one cannot be loaded, or they cannot be where they are to be.
+    """
+    specs = config.teachers if given is None else given
     if not specs:
         raise ValueError("a distillation needs at least one teacher; pass --teachers NAME=FILE or a bundled name.")
+    if config.teachers_in == "shards" and (fabric.world_size == 1 or given is not None):
+        raise ValueError("--teachers-in shards is for several processes and teachers by name; pass offload.")
     dtype, device, folder = config.teacher_dtype, fabric.device, config.offload_to
 
     def place(backbone: Backbone) -> None:
         if folder:
             offload(backbone, device, folder)
+        elif config.teachers_in == "shards":
+            shard(backbone, device)
         else:
             backbone.to(device)
         if dtype == torch.bfloat16 and backbone.num_patches <= SHORT and not torch.cpu._is_amx_tile_supported():
@@ -289,14 +315,14 @@ def _load_teachers(config: DistillConfig, student: Backbone, fabric: Fabric, inp
 
 def _quantize_teachers(setup: Setup) -> None:
     """Put teachers into 8 bits, in place, and say of each the mean cosine to its tokens before."""
-    kind, views, fabric = setup.config.quantized, setup.views, setup.fabric
+    kind, views, device = setup.config.quantized, setup.views, setup.fabric.device
     assert kind is not None
     samples = [setup.teacher_views(views[0, index].views) for index in range(min(8, len(views.images)))]
     for m, teacher in enumerate(setup.teachers):
-        images = torch.stack([sample[m] for sample in samples]).to(fabric.device).float() / 255
+        images = torch.stack([sample[m] for sample in samples]).to(device).float() / 255
         before = forward_teacher(Blocks(), teacher.backbone, images).patches
         quantize(teacher.backbone, kind)
         after = forward_teacher(Blocks(), teacher.backbone, images).patches
         cosine = float(F.cosine_similarity(before.float(), after.float(), dim=-1).mean())
         warning = "" if cosine >= NEAR else f"; WARNING: under {NEAR}, --teacher-precision bf16 is nearer"
-        fabric.print(f"{teacher.name}: {kind}, tokens at a cosine of {cosine:.5f} to bf16{warning}")
+        say(f"{teacher.name}: {kind}, tokens at a cosine of {cosine:.5f} to bf16{warning}")

@@ -16,6 +16,8 @@ from comad.evaluation.scoreboard import LABEL_SETS, Candidate, Scoreboard, score
 from comad.evaluation.views import device, load_one
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher, load_teacher
+from comad.runtime.processes import together
+from comad.runtime.run import RunConfig, start_fabric
 
 Precision = Literal["fp32", "bf16"]
 
@@ -43,16 +45,20 @@ class EvaluateConfig:
 
 
 def evaluate_command(config: EvaluateConfig) -> str:
-    """Score the backbone, write ``out`` if there is one, and return the table.
+    """Score the backbone, write ``out`` if there is one, and return the table, of several processes in the first one.
 
     Raises:
         ValueError: see `evaluate`.
     """
     if config.out and Path(config.out).is_dir():
         raise ValueError(f"--out {config.out!r} is a folder; name a JSON file.")
+    fabric = start_fabric(RunConfig())  # under torchrun or srun its processes share the images
     chosen, splits = choose(config.evaluations or None), load_images(config.data)
     teacher = _load(config.backbone, config.data, config.image_size)
-    board = evaluate(teacher, splits, precision=config.precision, evaluations=chosen)
+    with together():
+        board = evaluate(teacher, splits, precision=config.precision, evaluations=chosen)
+    if not fabric.is_global_zero:
+        return ""
     if config.out:
         board.write(Path(config.out))
     return f"{teacher.card.summary()}\n{board.table()}"

@@ -92,7 +92,7 @@ def run_dense(
         ValueError: see `comad.data.begin.begin_run` and ``prepare``.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim)
     job, batches, splits, card = prepare(config, fabric)
     with torch.random.fork_rng(devices=[]):  # one image, so that a scorer that fails does so before the training
         quick = replace(config, loader=replace(config.loader, workers=0))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from comad.data.images import ImageSet, Splits
 from comad.data.loader import evaluation_views
 from comad.models.backbone import Backbone, Tokens
+from comad.runtime.processes import collect, count, own_rows
 
 PIXELS = 16
 """Pixels on the side of the small copies that stand for no network at all."""
@@ -163,7 +164,9 @@ def pixel_features(
 def split_features(views: Sequence[View], splits: Splits, dtype: torch.dtype | None = None) -> list[FeatureSplits]:
     """Extract the features of every labelled image of all three splits for several networks, each image decoded once.
 
-    They are in memory together: 4 bytes for each image, pool and channel of all networks.
+    They are in memory together: 4 bytes for each image, pool and channel of all networks. Processes that share (see
+    `comad.runtime.processes.together`) each extract a part of the images; the features of the first network are then at
+    the first process, those of the second at the second, and so on in turn.
 
     Args:
         views: networks and their image sizes.
@@ -174,7 +177,10 @@ def split_features(views: Sequence[View], splits: Splits, dtype: torch.dtype | N
     def extract(images: ImageSet) -> list[Features]:
         indices = labelled_indices(images)
         labels = {name: y[indices] for name, y in images.labels.items()}
-        found = extract_many(views, images, dtype, indices=indices)
+        found = extract_many(views, images, dtype, indices=own_rows(indices))
+        for number, pools in enumerate(found):
+            for name in pools:
+                pools[name] = collect(pools[name], len(indices), number % count())
         return [Features(pools, labels, images.groups[indices]) for pools in found]
 
     parts = [extract(images) for images in (splits.train, splits.val, splits.test)]

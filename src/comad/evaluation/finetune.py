@@ -147,7 +147,7 @@ def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: 
         subject: the network.
         splits: the images.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.tuning.optim)
     settings = _settings(config)
     runs = begin_run(config, fabric, splits, list(settings)).runs
     trials = [
@@ -243,7 +243,7 @@ def train_steps(trainer: Trainer, tuning: Tuning, labels: Mapping[str, Tensor], 
 
 def answers(classifier: Classifier, images: ImageSet, run: RunConfig) -> dict[str, Tensor]:
     """Label set → bool (n,): is each labelled image named rightly, in the precision of the run."""
-    dtype = torch.bfloat16 if run.precision == "bf16" else None
+    dtype = run.autocast
     return correct_answers(classifier, images, view_size(classifier.backbone), dtype)
 
 

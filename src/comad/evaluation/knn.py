@@ -23,6 +23,7 @@ class KNN(Evaluation, name="knn"):
     Args:
         neighbours: numbers of neighbours to choose from.
         temperature: of the weights.
+        chosen_on: of the validation images at most so many, evenly spaced, choose the pool and k.
         chunk: queries compared at once.
         block: train images compared at once; at most chunk * block similarities are in memory.
     """
@@ -31,6 +32,7 @@ class KNN(Evaluation, name="knn"):
 
     neighbours: tuple[int, ...] = (1, 5, 10, 20, 50)
     temperature: float = 0.07
+    chosen_on: int = 5000
     chunk: int = 512
     block: int = 16384
 
@@ -55,8 +57,11 @@ class KNN(Evaluation, name="knn"):
     def hits(
         self, features: FeatureSplits, label_set: str, pool: str, part: str, device: torch.device | str = "cpu"
     ) -> Bool[Tensor, "K n"]:
-        """Say of each labelled image of a part (``val`` or ``test``) whether its K predictions are right."""
+        """Say of the images of ``test``, and of some of ``val``, whether their K predictions are right."""
         queries, labels = getattr(features, part).labelled(label_set, pool)
+        if part == "val":
+            every = -(-len(queries) // self.chosen_on)
+            queries, labels = queries[::every], labels[::every]
         return self.classify(*features.train.labelled(label_set, pool), queries, device) == labels
 
     def classify(

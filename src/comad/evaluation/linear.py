@@ -67,17 +67,18 @@ class LinearProbe(Evaluation, name="linear"):
     """Multinomial logistic regression by AdamW with a cosine schedule, from zero weights.
 
     Features are standardised by the mean and deviation of the labelled train images. Where training takes more than
-    ``trial_steps``, a whole schedule of that length chooses the pool and the settings that are worth the full one.
+    ``direct_steps``, a whole short schedule first chooses the pool and the settings that are worth the full one.
 
     Args:
         learning_rates: of the grid.
         weight_decays: of the grid; all G settings are trained together, on the same batches.
         epochs: passes over the labelled train images.
         max_steps: fewer passes if they would take more steps than this.
-        trial_steps: steps of the first choice among many.
+        direct_steps: training that is no longer than this is of all pools and settings.
+        trial_steps: else steps of the first choice among them.
         kept: settings that are trained in full after it.
         batch_size: images per step.
-        precision: of the products; bf16 is faster where the hardware has it.
+        precision: of the products; ``auto`` is bf16 after a choice among many where the hardware has it, else fp32.
         seed: of the order of the images; the global random state is neither read nor changed.
     """
 
@@ -86,11 +87,12 @@ class LinearProbe(Evaluation, name="linear"):
     learning_rates: tuple[float, ...] = (2e-3, 1e-2, 5e-2)
     weight_decays: tuple[float, ...] = (0.01, 1.0, 5.0)
     epochs: int = 60
-    max_steps: int = 5000
-    trial_steps: int = 500
-    kept: int = 3
+    max_steps: int = 2500
+    direct_steps: int = 500
+    trial_steps: int = 200
+    kept: int = 2
     batch_size: int = 1024
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
     @property
@@ -119,10 +121,11 @@ class LinearProbe(Evaluation, name="linear"):
     ) -> tuple[str, Probe]:
         """The pool and the setting that are best on ``val``, and the classifier."""
         total = self.num_steps(int(features.train.known(label_set).sum()))
-        first = min(total, self.trial_steps)
+        direct = total <= self.direct_steps
+        first = total if direct else self.trial_steps
         probes = {pool: self.probe(features, label_set, pool, self.settings, first, device) for pool in pools}
         pool = max(probes, key=lambda name: probes[name].validation)
-        if total == first:
+        if direct:
             return pool, probes[pool]
         return pool, self.probe(features, label_set, pool, probes[pool].ranking[: self.kept], total, device)
 
@@ -138,7 +141,9 @@ class LinearProbe(Evaluation, name="linear"):
         """Train settings on one label set and one pool, and keep the one that is best on ``val``."""
         (train, labels), val, test = (part.labelled(label_set, pool) for part in features)
         classes, targets = labels.to(device).unique(return_inverse=True)
-        classifiers = self.fit(train.to(device), targets, settings, num_steps)
+        many = self.num_steps(len(train)) > self.direct_steps
+        half = self.precision == "bf16" or (self.precision == "auto" and many and has_bf16(torch.device(device)))
+        classifiers = self.fit(train.to(device), targets, settings, num_steps, half)
 
         @torch.no_grad()
         def hits(x: Tensor, y: Tensor) -> Bool[Tensor, "n G"]:
@@ -153,7 +158,12 @@ class LinearProbe(Evaluation, name="linear"):
 
     @torch.enable_grad()
     def fit(
-        self, x: Float[Tensor, "n width"], y: Int[Tensor, " n"], settings: tuple[Setting, ...], num_steps: int
+        self,
+        x: Float[Tensor, "n width"],
+        y: Int[Tensor, " n"],
+        settings: tuple[Setting, ...],
+        num_steps: int,
+        half: bool = False,
     ) -> Classifiers:
         """Train all G classifiers at once.
 
@@ -162,6 +172,7 @@ class LinearProbe(Evaluation, name="linear"):
             y: their classes, 0 to C - 1.
             settings: G of them.
             num_steps: of the schedule.
+            half: products in bf16; weights, sums and the loss stay in float32.
         """
         classifiers = Classifiers(x, int(y.max()) + 1, len(settings))
         groups = [
@@ -176,7 +187,7 @@ class LinearProbe(Evaluation, name="linear"):
         for _ in range(num_steps):
             batches = batches or list(torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size))
             batch = batches.pop(0)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 scores = classifiers(x[batch])
             targets = y[batch, None].expand(-1, len(settings)).flatten()
             loss = F.cross_entropy(scores.flatten(0, 1).float(), targets, reduction="sum") / len(batch)
@@ -185,3 +196,10 @@ class LinearProbe(Evaluation, name="linear"):
             optimizer.step()
             schedule.step()
         return classifiers
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are quicker than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -31,6 +31,7 @@ from comad.evaluation.knn import KNN
 from comad.evaluation.linear import LinearProbe
 from comad.models.backbone import Backbone
 from comad.runtime.atomic import write_text
+from comad.runtime.processes import count, exchange, rank
 from comad.runtime.progress import track
 
 OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
@@ -203,6 +204,9 @@ def score_all(
 ) -> tuple[Score, ...]:
     """Measure networks: cost, and every evaluation, from features of images that are decoded once for all.
 
+    Processes that share (see `comad.runtime.processes.together`) extract features together, then each scores networks
+    of its own; all of them get all scores.
+
     Args:
         candidates: the networks, in the order of the scores.
         splits: the images. With too few labels there are no scores and each row says why.
@@ -213,18 +217,22 @@ def score_all(
         ValueError: no evaluation has that name.
     """
     chosen = choose(evaluations)
-    timed = track(candidates, "timing networks", "networks")
-    scores = [Score(replace(cost(*c.view), name=c.name, role=c.role), {}, {}) for c in timed]
+    timed = track(candidates if rank() == 0 else (), "timing networks", "networks")
+    costs = [cost(*c.view) for c in timed]  # the first process alone, for the time of a pass
+    costs = exchange({0: costs} if rank() == 0 else {})[0]
+    scores = [Score(replace(row, name=c.name, role=c.role), {}, {}) for row, c in zip(costs, candidates, strict=True)]
     if reason := shortage(splits, next(iter(LABEL_SETS))):
         return tuple(score._replace(row=replace(score.row, reason=reason)) for score in scores)
     known = [name for name in LABEL_SETS if shortage(splits, name) is None]
     every = split_features([candidate.view for candidate in candidates], splits, dtype)
     for number, candidate in enumerate(track(candidates, "kNN and probes", "networks")):
         features = _only(every.pop(0), known)
+        if number % count() != rank():
+            continue
         device = torch.device("cpu") if candidate.backbone is None else next(candidate.backbone.parameters()).device
         for evaluation in chosen:
             scores[number] = scores[number].joined(*evaluation(features, device))
-    return tuple(scores)
+    return tuple(exchange({number: score for number, score in enumerate(scores) if number % count() == rank()}))
 
 
 def rehearse(splits: Splits) -> None:

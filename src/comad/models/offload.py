@@ -1,4 +1,4 @@
-"""Frozen networks whose weights wait outside the computing memory and come in for each pass, one after another."""
+"""Frozen networks whose weights wait elsewhere, in a file, in host memory or in parts at several processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 ALIGNMENT = 64
 """Bytes; tensors begin at multiples of it in the file."""
@@ -39,6 +42,21 @@ def offload(network: nn.Module, device: torch.device, folder: Path) -> None:
 
     network.register_forward_pre_hook(before, with_kwargs=True)
     network.register_forward_hook(after, always_call=True)
+
+
+def shard(network: nn.Module, device: torch.device) -> None:
+    """Let each process keep a part of the weights of a frozen network, and gather a block's for its pass (FSDP2).
+
+    All processes must then run it together. Results are the same bits.
+
+    Args:
+        network: frozen; it is changed in place, and is used as before. One without blocks is gathered as a whole.
+        device: where a pass computes.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = getattr(getattr(network, "vit", None), "blocks", ())
+    for part in (*blocks, network):
+        fully_shard(part.to(device), mesh=mesh, reshard_after_forward=True)
 
 
 def _map_weights(network: nn.Module, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -14,6 +14,7 @@ from timm.layers.format import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, gather_patches, take_visible, visible_map
@@ -133,13 +134,14 @@ class TimmBackbone(Backbone):
         else:
             x = self._embed(images, visible, hidden, mask_token)
         x = vit.norm_pre(x)
+        recompute = vit.grad_checkpointing and torch.is_grad_enabled()
         kept, relations, last = [], None, max([*intermediates, qkv]) if stop_early else len(vit.blocks)
         for number, block in enumerate(cast(Any, vit.blocks)[:last], start=1):
             if number == qkv:
                 relations = self._split(block.attn.qkv(block.norm1(x)))
                 if stop_early and number == last and number not in intermediates:
                     break
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if number in intermediates:
                 kept.append(self._split(x))
         tokens = self._split(x if stop_early else vit.norm(x))

@@ -14,6 +14,7 @@ from comad.planning.forecast import budget_seconds, clock, largest_fit
 from comad.planning.profile import now
 from comad.recipes import read_distillation
 from comad.runtime.optim import OptimConfig
+from comad.runtime.processes import refuse_several
 
 
 def within_budget(config: DistillConfig, inputs: Inputs | None = None) -> DistillConfig:
@@ -24,6 +25,8 @@ def within_budget(config: DistillConfig, inputs: Inputs | None = None) -> Distil
     Raises:
         ValueError: the budget is no time, or too short; or see `measure_distillation`.
     """
+    if config.budget:
+        refuse_several(config.run.devices, "--budget")
     recipe = Path(config.run.out) / "config.yaml"
     if config.budget and config.run.resume and recipe.is_file():
         known = read_distillation(recipe).optim

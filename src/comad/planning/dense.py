@@ -44,5 +44,5 @@ def _plan(task: str, prepare: Callable[..., Any], score: Callable[..., object], 
     training = Training(job, data, share_of(config), fabric, train_steps)
     measured = measure(training, probe=lambda module: probing.append(seconds_per_image(module)))
     steps = config.optim.total_steps(config.optim.steps_per_epoch(data.num_images))
-    phases = Phases(loading, 0.0, min(PROBED, images) * probing[0], images * seconds_per_image(job.module))
+    phases = Phases(loading, 0.0, min(PROBED, images) * probing[0], images * seconds_per_image(job.module), images)
     return assemble(task, config, measured, {"live": measured.stage(steps)}, phases, cache=0, export=0)

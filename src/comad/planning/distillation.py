@@ -81,8 +81,11 @@ def measure_distillation(
         brief=config.cache_teachers,
     )
     live, cached = _with_cache(setup, measured) if config.cache_teachers else (measured.steps, None)
-    scoring = 0.0 if training_only or config.split == "none" else _scoring_seconds(setup)
-    phases = Phases(0.0, 0.0, 0.0, 0.0) if training_only else Phases(loading, calibration, probing[0], scoring)
+    ends = not training_only and config.split != "none" and not shortage(setup.splits, "fine")
+    scoring, scored = (_scoring_seconds(setup), _num_scored(setup)) if ends else (0.0, 0)
+    phases = Phases(0.0, 0.0, 0.0, 0.0, 0)
+    if not training_only:
+        phases = Phases(loading, calibration, probing[0], scoring, scored)
     export = sum(part.numel() * 4 for part in setup.students[0].distiller.student.state_dict().values())
 
     def forecast(optim: OptimConfig) -> Plan:
@@ -150,14 +153,18 @@ def _probe_seconds(setup: Setup, module: Any) -> float:
         return seconds + (held_out * seconds_per_image(agree, held_out) if held_out else 0.0)
 
 
+def _num_scored(setup: Setup) -> int:
+    """Labelled images that every network is scored on."""
+    test = getattr(setup.splits, setup.config.split)
+    return sum(len(labelled_indices(images)) for images in (setup.splits.train, setup.splits.val, test))
+
+
 def _scoring_seconds(setup: Setup) -> float:
     """Of the scoreboard at the end: features of all labelled images for each row, and the classifiers on them."""
-    config, splits = setup.config, setup.splits
-    if shortage(splits, "fine"):
-        return 0.0
-    splits = splits._replace(test=getattr(splits, config.split))
-    dtype = torch.bfloat16 if config.run.precision == "bf16" else None
-    count = sum(len(labelled_indices(images)) for images in splits[:3])
+    config = setup.config
+    splits = setup.splits._replace(test=getattr(setup.splits, config.split))
+    dtype = config.run.autocast
+    count = _num_scored(setup)
     student = setup.students[0].distiller.student
     own = [student] * (2 if config.student == config.student.from_scratch else 3)
     sizes: dict[tuple[int, int], float] = {}
@@ -203,6 +210,10 @@ def _classifier_seconds(splits: Splits, pools: int, width: int) -> float:
     features = FeatureSplits(*parts)
     if any((images.labels[name] < 0).all() for images in parts for name in sets):
         return 0.0
-    probe, whole = LinearProbe(epochs=1), LinearProbe()
-    linear = seconds_of(lambda: probe(features)) * whole.epochs / probe.epochs / shares[0]
-    return linear + seconds_of(lambda: KNN()(features)) / shares[0] / min(shares[1:])
+    whole, few = LinearProbe(), 8
+    steps = whole.num_steps(len(listed[0]))
+    if steps > whole.direct_steps:  # of all pools and settings, then of one pool and some settings
+        steps = whole.trial_steps + steps * whole.kept / len(whole.settings) / pools
+    linear = seconds_of(lambda: LinearProbe(max_steps=few)(features)) * steps / few
+    compared = min(len(listed[1]), KNN().chosen_on) / len(chosen[1]), len(listed[2]) / len(chosen[2])
+    return linear + seconds_of(lambda: KNN()(features)) / shares[0] * max(compared)

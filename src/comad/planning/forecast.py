@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from comad.planning.profile import Flops
 from comad.runtime.optim import OptimConfig
 
-FORMULA = "hours = max(FLOPs / (GPUs x peak x mfu), images x seconds per view / cores) / 3600"
-"""Of another machine: bound by arithmetic or by reading; training alone, teachers and student at the same mfu."""
+FORMULA = "hours = (max(teachers + student, decode, launches, network) + scoring) / 3600"
+"""Of another machine, see `Plan.seconds_on`: what goes on at the same time takes as long as the longest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,23 +23,32 @@ class Target:
         gpu_tflops: what one of them computes at best, 10¹² operations per second in the run's precision; 312 is an A100
             in bf16.
         mfu: share of that which training reaches.
-        gpu_cores: CPU cores per GPU that decode images, as fast as this machine's.
+        gpu_cores: CPU cores per GPU that decode images, as fast as this machine's: a GPU's loader has 8 workers at most
+            unless --loader.workers says more.
+        launch_us: microseconds in which a process starts an operation of its GPU.
+        network_gb: gigabytes per second that a GPU exchanges with the others.
         json: print one JSON object.
     """
 
     gpus: int = 8
     gpu_tflops: float = 312.0
     mfu: float = 0.3
-    gpu_cores: int = 12
+    gpu_cores: int = 8
+    launch_us: float = 6.0
+    network_gb: float = 25.0
     json: bool = False
 
     def check(self) -> None:
         """Raise ValueError for a machine that there cannot be."""
-        for flag in ("gpus", "gpu_tflops", "mfu", "gpu_cores"):
+        for flag in MACHINE:
             if getattr(self, flag) <= 0 or self.mfu > 1:
                 name, value = ("mfu", self.mfu) if self.mfu > 1 else (flag, getattr(self, flag))
                 limit = "above 0 and at most 1" if name == "mfu" else "above 0"
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be {limit}.")
+
+
+MACHINE = ("gpus", "gpu_tflops", "mfu", "gpu_cores", "launch_us", "network_gb")
+"""What is told of it."""
 
 
 class Stage(NamedTuple):
@@ -79,6 +88,9 @@ class Plan:
         other: name → seconds of what is not training.
         view_seconds: in which one core reads an image.
         readers: cores that read at once; 0: the training process reads.
+        operations: that a device is asked for in a forward and backward pass and an update.
+        gradient_bytes: that processes exchange in a step.
+        scored: images that every network is scored on at the end.
         peak: bytes of memory in a step.
         largest_batch: images of one forward pass that fit; None: memory did not grow with the batch.
         estimated: ``largest_batch`` is read from a line, not tried.
@@ -95,6 +107,9 @@ class Plan:
     other: Mapping[str, float]
     view_seconds: float
     readers: int
+    operations: int
+    gradient_bytes: int
+    scored: int
     peak: int
     largest_batch: int | None
     estimated: bool
@@ -130,15 +145,36 @@ class Plan:
         parts = [[stage.steps * self.images_per_step * part for part in stage.flops] for stage in self.stages.values()]
         return Flops(*map(sum, zip(*parts, strict=True)))
 
-    def seconds_on(self, target: Target) -> tuple[float, float]:
-        """Seconds of the training on other GPUs: of the arithmetic, and of reading. The longer one counts."""
-        compute = sum(self.flops) / (target.gpus * target.gpu_tflops * 1e12 * target.mfu)
-        return compute, self.images * self.view_seconds / (target.gpus * target.gpu_cores)
+    def seconds_on(self, target: Target) -> dict[str, float]:
+        """Seconds on other GPUs: of teachers, student, decoding, launching, network and scoring, each by itself.
+
+        Teachers and student are FLOPs / (GPUs x peak x mfu); decode is images x seconds per view / cores; launches are
+        steps x operations x seconds of one, of a pass a step; network is what a ring all-reduce of the gradients moves
+        over its rate; scoring is a forward pass of all networks on the labelled images, or decoding them. Gradients
+        travel, and operations are started, while others compute.
+        """
+        gpus, rate = target.gpus, target.gpus * target.gpu_tflops * 1e12 * target.mfu
+        decoding = self.view_seconds / (gpus * target.gpu_cores)
+        forward = next(iter(self.stages.values())).flops
+        exchanged = 2 * (gpus - 1) / gpus * self.gradient_bytes
+        return {
+            "teachers": self.flops.teachers / rate,
+            "student": self.flops.student / rate,
+            "decode": self.images * decoding,
+            "launches": self.steps * self.operations * target.launch_us / 1e6,
+            "network": self.steps * exchanged / (target.network_gb * 1e9),
+            "scoring": self.scored * max((forward.teachers + forward.student / 3) / rate, decoding),
+        }
+
+    def total_on(self, target: Target) -> float:
+        """Seconds on other GPUs, of all."""
+        parts = self.seconds_on(target)
+        scoring, compute = parts.pop("scoring"), parts.pop("teachers") + parts.pop("student")
+        return max(compute, *parts.values()) + scoring
 
     def as_dict(self, target: Target) -> dict[str, Any]:
         """Plain values; seconds, bytes and operations."""
-        compute, reading = self.seconds_on(target)
-        total = self.flops
+        parts, total = self.seconds_on(target), self.flops
         stages = {
             name: {
                 "steps": round(stage.steps, 1),
@@ -168,11 +204,11 @@ class Plan:
             "disk": {**self.disk._asdict(), "total": sum(self.disk)},
             "flops": {**total._asdict(), "total": sum(total)},
             "gpus": {
-                **{key: getattr(target, key) for key in ("gpus", "gpu_tflops", "mfu", "gpu_cores")},
+                **{key: getattr(target, key) for key in MACHINE},
                 "formula": FORMULA,
-                "hours_compute": compute / 3600,
-                "hours_reading": reading / 3600,
-                "hours": max(compute, reading) / 3600,
+                "seconds": parts,
+                "bottleneck": max(parts, key=lambda name: parts[name]),
+                "hours": self.total_on(target) / 3600,
             },
         }
 
@@ -215,13 +251,14 @@ class Plan:
         return [*rows, ("FLOPs of the run", in_words(self.flops))]
 
     def _elsewhere(self, target: Target) -> list[tuple[str, str]]:
-        compute, reading = self.seconds_on(target)
+        parts = self.seconds_on(target)
         name = f"on {target.gpus} GPU{'s' if target.gpus > 1 else ''}"
         given = f"{target.gpu_tflops:g} TFLOP/s, mfu {target.mfu:g}, {target.gpu_cores} cores each"
-        bound = "arithmetic" if compute >= reading else "reading images"
+        bottleneck = max(parts, key=lambda part: parts[part])
         return [
-            (name, f"{clock(max(compute, reading))} of training, bound by {bound} ({given})"),
-            ("  by the model", f"{FORMULA}; here {clock(compute)} and {clock(reading)}"),
+            (name, f"{clock(self.total_on(target))}, the bottleneck is {bottleneck} ({given})"),
+            ("  by the model", FORMULA),
+            ("  here", ", ".join(f"{part} {clock(seconds)}" for part, seconds in parts.items())),
         ]
 
 

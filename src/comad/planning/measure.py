@@ -23,6 +23,7 @@ from comad.planning.profile import (
 )
 from comad.runtime.memory import available_bytes, peak_bytes
 from comad.runtime.optim import OptimConfig
+from comad.runtime.processes import refuse_several
 from comad.runtime.provenance import hardware
 from comad.runtime.run import start_fabric
 
@@ -38,6 +39,7 @@ class Measured(NamedTuple):
         training: of one device.
         steps: what a step took.
         flops: for one image.
+        operations: of a step.
         view_seconds: in which one core reads an image.
         peak: bytes of memory at the batch of the run.
         largest_batch, estimated: see `comad.planning.forecast.Plan`.
@@ -46,6 +48,7 @@ class Measured(NamedTuple):
     training: Training
     steps: StepProfile
     flops: Flops
+    operations: int
     view_seconds: float
     peak: int
     largest_batch: int | None
@@ -59,16 +62,18 @@ class Measured(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """Seconds of what is not training: once each, a probe as often as the run takes one."""
+    """Seconds of what is not training: once each, a probe as often as the run takes one; and the images scored."""
 
     loading: float
     calibration: float
     probe: float
     scoring: float
+    scored: int
 
 
 def engine(config: Any) -> tuple[Any, Fabric]:
     """One device for the measurements, and the config for it."""
+    refuse_several(1, "comad plan")
     config = replace(config, run=replace(config.run, devices=1, resume=False))
     return config, start_fabric(config.run)
 
@@ -96,7 +101,7 @@ def measure(
     """
     batch, device = training.optim.batch_size, training.fabric.device
     least = min(batch, 2)
-    flops, seconds = count_flops(training, least, frozen)
+    flops, operations, seconds = count_flops(training, least, frozen)
     few = max(1, min(2, batch // 2), min(batch // 4, int(BUDGET / 8 * least / seconds)))
     first = profile_steps(training, few, 3)
     chosen = max(min(batch, 2 * few), min(batch, int(BUDGET / 2 * few / first.seconds)))
@@ -114,6 +119,7 @@ def measure(
         training=training,
         steps=second._replace(starting=max(first.starting, second.starting)),
         flops=flops,
+        operations=operations,
         view_seconds=seconds_per_view(training.data),
         peak=max(with_probe, round(line[0] + line[1] * batch)),
         largest_batch=fits or None,
@@ -152,7 +158,10 @@ def assemble(
             "scores": phases.scoring,
         },
         view_seconds=measured.view_seconds,
-        readers=min(data.config.num_workers, cores) * run.devices,
+        readers=min(data.config.workers_of(run.devices) * run.devices, cores),
+        operations=measured.operations,
+        gradient_bytes=sum(4 * p.numel() for p in measured.training.job.module.parameters() if p.requires_grad),
+        scored=phases.scored,
         peak=max(measured.peak, peak_bytes(device)),
         largest_batch=measured.largest_batch,
         estimated=measured.estimated,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.loader import TrainingBatches
@@ -172,9 +173,19 @@ def profile_steps(
     )
 
 
-def count_flops(training: Training, batch_size: int, frozen: Sequence[nn.Module]) -> tuple[Flops, float]:
-    """FLOPs of one image in real steps, without those of log lines, and seconds of a step, which are too many."""
-    started, of_frozen = 0.0, 0.0
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that a device is asked for; views are none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def count_flops(training: Training, batch_size: int, frozen: Sequence[nn.Module]) -> tuple[Flops, int, float]:
+    """FLOPs of an image in real steps, without log lines, operations and seconds of a step; these are too many."""
+    started, of_frozen, operations = 0.0, 0.0, OperationCounter()
     counter = FlopCounterMode(display=False)
 
     def before(module: nn.Module, inputs: Any) -> None:
@@ -187,13 +198,14 @@ def count_flops(training: Training, batch_size: int, frozen: Sequence[nn.Module]
 
     handles = [h for n in frozen for h in (n.register_forward_pre_hook(before), n.register_forward_hook(after))]
     try:
-        with counter:
+        with operations, counter:
             took = profile_steps(training, batch_size, 2, log_metrics=False)
     finally:
         for handle in handles:
             handle.remove()
     images = 2 * batch_size
-    return Flops(of_frozen / images, (counter.get_total_flops() - of_frozen) / images), took.seconds
+    flops = Flops(of_frozen / images, (counter.get_total_flops() - of_frozen) / images)
+    return flops, operations.count // 2, took.seconds
 
 
 def seconds_per_view(data: TrainingBatches, count: int = 48) -> float:

@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         ValueError: bad data, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
-    fabric = start_fabric(config.run)
+    fabric = start_fabric(config.run, config.optim)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = load_images(config.data)
     _check(config, splits)

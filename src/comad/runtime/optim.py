@@ -124,10 +124,10 @@ class OptimConfig:
         return self.total_steps(self.steps_per_epoch(num_images)) * self.images_per_step
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those with one dimension, tokens and positions are not decayed."""
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=not_decayed(module))
-    return adamw(groups, config)
+    return adamw(groups, config, fused)
 
 
 def not_decayed(module: nn.Module) -> list[str]:
@@ -135,6 +135,6 @@ def not_decayed(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters() if name.endswith(("token", "pos_embed"))]
 
 
-def adamw(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over groups of parameters, each with its own weight decay; one kernel updates many of them."""
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
+def adamw(groups: Iterable[dict[str, Any]], config: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, each with its own weight decay; if ``fused`` one kernel updates many of them."""
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=fused)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor
 
 from comad.runtime.atomic import remove_leftovers
 from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
 from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
+from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
+from comad.runtime.processes import layout, watch_children
 from comad.runtime.progress import warn
 
 Metrics = Mapping[str, Any]
@@ -39,6 +45,10 @@ def interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+MEETING = timedelta(hours=6)
+"""So long processes wait for one that scores a network; one that is gone is noticed at once."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the run after a checkpoint was written."""
 
@@ -56,14 +66,16 @@ class RunConfig:
         resume: go on from the last checkpoint in ``out``; its options are those of the run, others may not change the
             result. ``auto`` begins where there is none: one command for a scheduler, whatever happened before.
         seed: of weights, order, views and masks.
-        precision: ``bf16`` computes matrix products in bfloat16 and keeps float32 weights.
+        precision: of matrix products; weights are float32. ``fp16`` scales the loss, for GPUs without bf16; ``tf32``
+            rounds inputs to 10 bits, on GPUs that have it.
         log_every: optimiser steps between two log lines.
         probe_every: optimiser steps between two kNN scores on the validation part; 0: only at the end.
         checkpoint_every: optimiser steps between two checkpoints.
         keep: how many checkpoints to keep.
         tensorboard: write the numbers for TensorBoard too.
         wandb: send the numbers to Weights & Biases too.
-        devices: processes, one per GPU or CPU share; more than one under torchrun or by Fabric's own launcher.
+        devices: processes on this host, one per GPU or CPU share; under torchrun or srun those that it started, on all
+            its hosts.
         threads: CPU threads of the training step; 0: torch's choice. With small images fewer are faster where the
             loader's workers need cores, for threads wait for each other.
         stop_on_collapse: end the run when it is found to have collapsed, rather than only warn.
@@ -72,7 +84,7 @@ class RunConfig:
     out: str = field(default="runs/demo", metadata=COMMON | NO_EFFECT)
     resume: bool | Literal["auto"] = field(default=False, metadata=COMMON | NO_EFFECT)
     seed: int = field(default=0, metadata=COMMON)
-    precision: Literal["bf16", "fp32"] = field(default="bf16", metadata=COMMON)
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = field(default="bf16", metadata=COMMON)
     log_every: int = field(default=20, metadata=NO_EFFECT)
     probe_every: int = field(default=0, metadata=COMMON | NO_EFFECT)
     checkpoint_every: int = field(default=200, metadata=NO_EFFECT)
@@ -90,24 +102,49 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} is no number of 32 bits; use one from 0 on.")
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type to score in under autocast; None computes as the weights are."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
-def start_fabric(run: RunConfig) -> Fabric:
-    """Start the engine: one process, or DDP over several, on NVIDIA's GPUs or the CPU; bf16 by autocast.
+
+def start_fabric(run: RunConfig, optim: OptimConfig | None = None) -> Fabric:
+    """Start the engine: one process, or DDP over several on one host or more, on NVIDIA's GPUs or the CPU.
+
+    Args:
+        run: its options.
+        optim: its batch is that of all processes together, which must be able to share it.
 
     Raises:
-        ValueError: a launcher started several processes, and ``run.devices`` is one.
+        ValueError: see `comad.runtime.processes.layout`; or the batch cannot be shared.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    if run.devices == 1 and (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"this is one of {count} processes, which would each train alone; set --run.devices {count}.")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of dimensions of one element
+    here, hosts, environment = layout(run.devices)
+    if optim and optim.pass_size % (here * hosts):
+        flag = "microbatch" if optim.microbatch else "batch-size"
+        raise ValueError(
+            f"--optim.{flag} {optim.pass_size} cannot be shared by {here * hosts} processes; use a multiple."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
+    os.environ["LOCAL_WORLD_SIZE"] = str(here)  # the loaders share this host's cores
     fabric = Fabric(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=run.devices,
-        strategy="ddp" if run.devices > 1 else "auto",
-        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        accelerator=device,
+        devices=here,
+        num_nodes=hosts,
+        strategy=DDPStrategy(timeout=MEETING) if here * hosts > 1 else "auto",
+        plugins=[environment, *_mixed(run.precision, device)],
     )
     fabric.launch()
+    watch_children(getattr(fabric.strategy.launcher, "procs", ()))
     return fabric
+
+
+def _mixed(precision: str, device: str) -> list[MixedPrecision]:
+    """Autocast of the engine, which scales the loss for fp16."""
+    named: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(precision)
+    return [MixedPrecision(named, device)] if named else []
 
 
 def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunConfig]:

@@ -43,6 +43,7 @@ from comad.runtime.checkpoint import (
 from comad.runtime.log import RunLog, digest_log, memory_gib, truncate_log
 from comad.runtime.memory import keep_freed_memory
 from comad.runtime.optim import OptimConfig, adamw, build_optimizer
+from comad.runtime.processes import mean_of_all, together
 from comad.runtime.progress import duration, say, warn
 from comad.runtime.run import Interrupted, Metrics, RunConfig, TrainingError, interrupt
 
@@ -128,7 +129,8 @@ class TrainState:
         average = AveragedModel(job.module, multi_avg_fn=get_ema_multi_avg_fn(optim.ema)) if optim.ema else None
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has it for GPUs alone
             nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
-        optimizer = build_optimizer(job.module, optim) if job.groups is None else adamw(job.groups, optim)
+        how = {"fused": False} if job.run.precision == "fp16" else {}  # its scaler clips before the kernel
+        optimizer = build_optimizer(job.module, optim, **how) if job.groups is None else adamw(job.groups, optim, **how)
         module, optimizer = fabric.setup(job.module, optimizer)
         if average is not None:
             average.to(fabric.device)
@@ -184,6 +186,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
             "random": random,
+            "precision": self.fabric.strategy.precision.state_dict(),
             "identity": json.dumps(self.job.identity),
             "log": digest_log(Path(self.job.run.out)),
         }
@@ -229,6 +232,7 @@ class TrainState:
                 raise ValueError("the optimiser's moments have other shapes than the weights")
         if self.average is not None:
             self.average.load_state_dict(stored["average"])
+        self.fabric.strategy.precision.load_state_dict(stored.get("precision", {}))
         with self.use_rng():
             restore_random_states(stored["random"])
 
@@ -315,11 +319,14 @@ class StepLogger:
             TrainingError: the loss or the gradient is not finite, or the run has collapsed and was told to stop.
         """
         state, trainer, run = self.state, self.trainer, self.state.job.run
-        values: dict[str, Any] = {"loss": state.loss, **extra}
-        finite = all(math.isfinite(float(values[name])) for name in ("loss", "grad_norm"))
-        with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
-            values |= state.metrics()
-        metrics = {name: float(value) for name, value in values.items()}
+        with together():
+            values: dict[str, Any] = {"loss": mean_of_all(state.loss), **extra}
+            must = ("loss",) if run.precision == "fp16" else ("loss", "grad_norm")  # in fp16 such a step is left out
+            finite = all(math.isfinite(float(values[name])) for name in must)
+            with nullcontext() if finite else suppress(RuntimeError):  # an SVD of what is not finite
+                values |= state.metrics()
+            numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+            metrics = dict(zip(values, mean_of_all(numbers.to(state.fabric.device)).tolist(), strict=True))
         if not finite:
             raise TrainingError(
                 f"{self.log.title}loss or gradient is not finite at step {done}: {metrics}. The last good checkpoint "
@@ -386,7 +393,8 @@ class TrainStep:
                 if number == 0:  # between two steps, where a run can go on
                     self.trainer.rescue(self.number)
                 raise
-            yield batch
+            with together():
+                yield batch
 
     @contextmanager
     def microbatch(self, state: TrainState) -> Iterator[TrainState]:
@@ -410,7 +418,7 @@ class Trainer:
         spent: what a log line, a probe and a checkpoint took, in seconds, in order of time.
 
     Raises:
-        ValueError: the batch cannot be shared by the processes, or a checkpoint belongs to another setup.
+        ValueError: a checkpoint belongs to another setup.
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run has collapsed and ``run.stop_on_collapse`` is set.
     """
@@ -423,11 +431,6 @@ class Trainer:
         fabric: Fabric,
         now: Callable[[], float] = time.monotonic,
     ):
-        if optim.pass_size % fabric.world_size:
-            flag = "microbatch" if optim.microbatch else "batch-size"
-            raise ValueError(
-                f"--optim.{flag} {optim.pass_size} cannot be shared by {fabric.world_size} processes; use a multiple."
-            )
         if fabric.device.type == "cpu":  # not before: what loading frees goes back to the system
             keep_freed_memory()
         self.run, self.data, self.optim, self.fabric, self.now = jobs[0].run, data, optim, fabric, now

@@ -80,7 +80,7 @@ def score_detector(
 ) -> tuple[DetectionScore, list[dict[str, Any]]]:
     """Scores and results on the first ``limit`` images, all if None."""
     results, count = [], min(len(images), limit or len(images))
-    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+    with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
         loaded = in_order(images.load_image, count, config.loader.num_workers)
         for image, record in zip(track(loaded, "detecting", "images", count), images.records, strict=False):
             results += as_results(detect_in_image(module, image, config.image_size), record.id, images.categories)

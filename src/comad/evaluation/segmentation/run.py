@@ -78,7 +78,7 @@ def count_answers(
 ) -> Int[Tensor, "n 3 C"]:
     """Count the pixels of the first ``limit`` images, all if None; see `count_pixels`."""
     counts = []
-    with evaluating(module) as device, torch.autocast(device.type, torch.bfloat16, config.run.precision == "bf16"):
+    with evaluating(module) as device, torch.autocast(device.type, config.run.autocast, bool(config.run.autocast)):
         count = min(len(images), limit or len(images))
         loaded = in_order(images.load, count, config.loader.num_workers)
         for image, truth in track(loaded, "segmenting", "images", count):
