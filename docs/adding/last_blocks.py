@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from comad.distillation.features import FeatureSpec, TeacherOutput, num_blocks
+from comad.distillation.features import FeatureSpec, TeacherOutput
 from comad.distillation.masking import Visible
 from comad.models.backbone import Backbone, Hidden
 
@@ -35,7 +35,7 @@ class LastBlocks(FeatureSpec, name="last-blocks"):
         needs: frozenset[str],
     ) -> TeacherOutput:
         """Run the teacher once and read it several times; queries, keys and values if an objective compares them."""
-        last = num_blocks(backbone)
+        last = len(backbone.blocks)
         numbers = range(max(1, last - self.count + 1), last + 1)
         qkv = last if "qkv" in needs else 0
         output = backbone(images, visible, hidden, intermediates=numbers, qkv=qkv)

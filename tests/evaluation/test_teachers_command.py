@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,10 +239,43 @@ def test_compare_tells_pairs_apart(teacher_specs, labelled_folder, tmp_path):
 def test_compared_numbers_are_those_of_a_naive_computation(teacher_specs, labelled_folder):
     images, indices = sample(load_images(str(labelled_folder)), 1000)
     teachers = load_many(teacher_specs, str(labelled_folder), 64)
-    (pair,) = comparison._pairs(teachers, images, indices)
+    _, (pair,) = comparison._pairs(teachers, images, indices)
     a, b = (torch.cat(list(token_batches(teacher.backbone, images, indices))) for teacher in teachers)
     assert pair.pooled_cka == pytest.approx(linear_cka(a.mean(dim=1), b.mean(dim=1)))
     assert pair.token_cka == pytest.approx(linear_cka(a.flatten(0, 1), b.flatten(0, 1)))  # 16 patches: all of them
+
+
+def knowing(seed=0):
+    """Features of 240 images of 6 labels: two teachers that know them, and noise."""
+    labels = torch.arange(240) % 6
+    facts = draw(6, 12, seed=seed)[labels] + 0.3 * draw(240, 12, seed=seed + 1)
+    views = {"a": facts @ draw(12, 20, seed=2), "b": facts @ draw(12, 16, seed=3), "noise": draw(240, 16, seed=4)}
+    return views, labels
+
+
+def test_what_teachers_know_together_and_who_looks_random():
+    views, labels = knowing()
+    known, together = comparison._knowledge(views, labels)
+    told = " ".join(comparison._advice(known, together))
+    assert together > 90 and known[0].knn > 90 > 40 > known[2].knn
+    assert known[2].agreement < 0.1 < 0.5 * known[0].agreement
+    assert "noise looks random" in told and "a looks random" not in told and "kNN, " in told
+    known, together = comparison._knowledge(views, None)
+    assert together is None and "noise agrees with no other teacher" in comparison._advice(known, None)[0]
+
+
+def test_agreement_is_the_mean_correlation_of_rows():
+    views, _ = knowing(7)
+    few = {name: part[:9] for name, part in views.items()}
+    known, _ = comparison._knowledge(few, None)
+    rows = []
+    for part in few.values():
+        unit = part - part.mean(dim=0)
+        unit = unit / unit.norm(dim=1, keepdim=True)
+        rows.append([[float(unit[i] @ unit[j]) for j in range(9) if j != i] for i in range(9)])
+    for m, teacher in enumerate(known):
+        found = [np.corrcoef(rows[m][i], rows[k][i])[0, 1] for k in range(3) if k != m for i in range(9)]
+        assert teacher.agreement == pytest.approx(sum(found) / len(found), abs=1e-4)
 
 
 def test_networks_with_other_patches_share_a_grid(teacher_specs, labelled_folder):

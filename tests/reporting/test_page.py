@@ -72,7 +72,11 @@ def test_a_whole_page(run):
         assert heading in page.text, heading
     assert "could not be shown" not in page.text
     images = page.of("img")
-    assert len(images) > 100 and all(image["src"].startswith("data:image/webp;base64,") for image in images)
+    assert len(images) > 100 and all(
+        image.get("src", "data:image/webp;base64,").startswith("data:image/webp;base64,") for image in images
+    )
+    first = {image["id"] for image in images if "src" in image}
+    assert all("src" in image or f"image{image['data-as']}" in first for image in images)
     assert all("alt" in image for image in images)
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -193,6 +197,35 @@ def test_a_large_run_stays_below_three_megabytes(run):
     log = [{"step": i} | {f"loss/{k}": 1 / (i + k) for k in range(1, 40)} for i in range(1, 5001)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     assert 300_000 < write_report([run]).stat().st_size < 3_000_000
+
+
+def test_ten_rich_runs_stay_below_three_megabytes(tmp_path):
+    rng, names, folders = np.random.default_rng(0), ("mae", "dino", "c", "d", "student"), []
+    log = [{"step": i} | {f"loss/{k}": np.sin(i * k) for k in range(1, 25)} for i in range(1, 2001)]
+
+    def photographs(count, side):  # as smooth as photographs: large shapes, some detail
+        coarse, fine = rng.random((count, 4, 4, 3)), rng.random((count, side // 4, side // 4, 3))
+        parts = [part.repeat(side // part.shape[1], 1).repeat(side // part.shape[1], 2) for part in (coarse, fine)]
+        return (180 * parts[0] + 60 * parts[1]).astype(np.uint8)
+
+    shared = photographs(8, 224)
+    for number in range(10):
+        folders.append(write_run(tmp_path / str(number)))
+        thumbnails, near = dict(enumerate(photographs(160, 64))), np.arange(160).reshape(5, 8, 4)
+        collect(
+            folders[-1],
+            shared,
+            masks={name: rng.random((8, 196)) < 0.5 for name in names},
+            gate={name: rng.random((8, 196)) for name in names[:4]},
+            features={name: rng.standard_normal((8, 196, 64)) for name in (*names, "target")},
+            neighbours=Neighbours(dict(zip(names, near, strict=True)), thumbnails),
+        )
+        (folders[-1] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    path = write_report(folders, tmp_path / "ten.html")
+    text = path.read_text()
+    print(path.stat().st_size)
+    assert path.stat().st_size < 3_000_000 and text.count("data-as=") > 10 * 8
+    assert len(re.findall('<article id="run', text)) == 10
 
 
 def test_a_run_that_has_only_begun(tmp_path):

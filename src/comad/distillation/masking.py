@@ -117,17 +117,17 @@ class WholeImages(Masking, name="none"):
         shift: standard deviation, in patches, of how far each network's images are moved, by whole patches and each
             network on its own; what both networks kept is compared (arXiv:2601.17237, "Shift Equivariance").
         scales: sizes of the student's images, as shares of its own, of which each step draws one; its tokens are then
-            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). Empty: its own size alone.
+            brought to its own grid (arXiv:2601.17237, "Stochastic Resolutions"). None: its own size alone.
         mixup_outputs: with ``mixup`` teachers see the images as they are, and their outputs are blended as the
             student's images are; so they can be cached.
     """
 
     shift: float = 0.0
-    scales: tuple[float, ...] = ()
+    scales: tuple[float, ...] | None = None
     mixup_outputs: bool = False
 
     def __post_init__(self) -> None:
-        if any(not 0 < scale <= 1 for scale in self.scales):
+        if any(not 0 < scale <= 1 for scale in self.scales or ()):
             raise ValueError(
                 "the student's images are as large as its own at most: each of --masking.scales is in (0, 1]."
             )
@@ -149,8 +149,7 @@ class WholeImages(Masking, name="none"):
         shifts = None
         if self.shift:  # normal, made of the first two numbers
             shifts = (torch.special.ndtri(noise[:, :, :2].clamp(min=1e-6)) * self.shift).round().long()
-        chance = float(noise[0].sum() % 1)
-        scale = self.scales[int(chance * len(self.scales))] if self.scales else 1.0
+        scale = self.scales[int(float(noise[0].sum() % 1) * len(self.scales))] if self.scales else 1.0
         return Masks(None, (None,) * (noise.shape[1] - 1), shifts=shifts, scale=scale)
 
 

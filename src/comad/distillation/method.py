@@ -54,7 +54,7 @@ class Method:
             raise ValueError("no objective has a weight, so nothing would be trained; give one a weight.")
         if self.needs("qkv") and hides:
             raise ValueError("attention is compared on whole images; set --masking none.")
-        if self.needs("qkv") and (getattr(self.masking, "shift", 0.0) or getattr(self.masking, "scales", ())):
+        if self.needs("qkv") and (getattr(self.masking, "shift", 0.0) or getattr(self.masking, "scales", None)):
             raise ValueError("attention is compared patch by patch; set --masking.shift 0 and leave out its scales.")
         if self.needs("pixels") and not (hides and self.masking.modes[0] == "drop"):
             raise ValueError(

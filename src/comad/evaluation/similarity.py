@@ -18,6 +18,14 @@ def linear_cka(a: Float[Tensor, "n p"], b: Float[Tensor, "n q"]) -> float:
     return float((a.T @ b).square().sum() / size) if size else 0.0
 
 
+def centred_rows(unit: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
+    """Cosines of each image to the others, less their mean; 0 to itself. ``unit``: features of length 1."""
+    count = len(unit)
+    itself = torch.eye(count, dtype=torch.bool, device=unit.device)
+    rows = (unit @ unit.T).masked_fill(itself, 0.0)
+    return (rows - rows.sum(dim=1, keepdim=True) / max(1, count - 1)).masked_fill(itself, 0.0)
+
+
 def cross_image_cosine(tokens: Float[Tensor, "b D"]) -> Float[Tensor, ""]:
     """Mean cosine over pairs of different images."""
     unit = F.normalize(tokens, dim=1)

@@ -78,18 +78,24 @@ MAIN = 8
 """The first groups are shown at once, the others on demand."""
 
 
-def charts(run: RunFolder) -> list[dict[str, Any]]:
-    """Charts as plain values: title, unit, whether it is main, steps, series (name, values), rows of a table, words."""
+def charts(run: RunFolder, points: int = MAX_POINTS) -> list[dict[str, Any]]:
+    """Charts as plain values: title, unit, whether it is main, steps, series (name, values), rows of a table, words.
+
+    Args:
+        run: whose log it is.
+        points: steps of a chart at most.
+    """
     keys = dict.fromkeys(key for line in run.log for key in line if key not in HIDDEN)
     owner = {key: next(i for i, group in enumerate(GROUPS) if group.picks(key, run)) for key in keys}
     order = [1, 0, *range(2, len(GROUPS))]
-    found = [_chart(run, GROUPS[i], [key for key in keys if owner[key] == i], i < MAIN) for i in order]
+    found = [_chart(run, i, [key for key in keys if owner[key] == i], points) for i in order]
     return [chart for chart in found if chart["series"]]
 
 
-def _chart(run: RunFolder, group: Group, keys: Sequence[str], main: bool) -> dict[str, Any]:
+def _chart(run: RunFolder, place: int, keys: Sequence[str], points: int) -> dict[str, Any]:
+    group = GROUPS[place]
     lines = [line for line in run.log if any(key in line for key in keys)]
-    lines = [lines[i] for i in _spaced(len(lines), MAX_POINTS)]
+    lines = [lines[i] for i in _spaced(len(lines), points)]
     series = [
         {
             "name": key.removeprefix(group.prefix) or key,
@@ -103,7 +109,7 @@ def _chart(run: RunFolder, group: Group, keys: Sequence[str], main: bool) -> dic
     return {
         "title": group.title,
         "unit": group.unit,
-        "main": main,
+        "main": place < MAIN,
         "steps": steps,
         "series": series,
         "rows": rows,

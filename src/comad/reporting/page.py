@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from comad import __version__
 from comad.reporting import visuals, words
-from comad.reporting.charts import charts
+from comad.reporting.charts import MAX_POINTS, charts
 from comad.reporting.folder import (
     SCORES,
     BoardRow,
@@ -37,6 +38,8 @@ PAGE = "report.html"
 MAX_CLASSES = 10
 """Classes that were lost and won that are shown at once."""
 MAX_ROWS = 300
+MANY_RUNS = 4
+"""Runs on a page up to which images and curves are shown in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +110,33 @@ def render(comparisons: Sequence[Comparison], runs: Sequence[RunFolder]) -> str:
         lstrip_blocks=True,
     )
     style, script = _joined("uPlot.min.css", "style.css"), _joined("uPlot.iife.min.js", "charts.js")
-    views = [_run_view(number, run) for number, run in enumerate(runs)]
-    return templates.get_template("page.html").render(
-        title=_title(comparisons, runs),
-        comparisons=[_comparison_view(part) for part in comparisons],
-        runs=views,
-        overview=[_overview(run) for run in runs],
-        charts=[{key: chart[key] for key in ("id", "steps", "series")} for view in views for chart in view["charts"]],
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
+    views = [_run_view(number, run, len(runs)) for number, run in enumerate(runs)]
+    return share_images(
+        templates.get_template("page.html").render(
+            title=_title(comparisons, runs),
+            comparisons=[_comparison_view(part) for part in comparisons],
+            runs=views,
+            overview=[_overview(run) for run in runs],
+            charts=[
+                {key: chart[key] for key in ("id", "steps", "series")} for view in views for chart in view["charts"]
+            ],
+            style=style,
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=__version__,
+        )
     )
+
+
+def share_images(page: str) -> str:
+    """Keep an image that comes again once; the page's script fills in the others, which name its number."""
+    numbers: dict[str, int] = {}
+
+    def place(found: re.Match[str]) -> str:
+        known, number = found[1] in numbers, numbers.setdefault(found[1], len(numbers))
+        return f'data-as="{number}"' if known else f'id="image{number}" src="{found[1]}"'
+
+    return re.sub(r'src="(data:image/webp;base64,[^"]+)"', place, page)
 
 
 def _joined(*names: str) -> str:
@@ -150,11 +168,12 @@ def _overview(run: RunFolder) -> tuple[str, ...]:
     return run.path.name, names, words.params(size), _number(knn, 1, 1), _number(share and share.value, 1, 0)
 
 
-def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
-    """All that the template shows of a run, as plain values."""
+def _run_view(number: int, run: RunFolder, num_runs: int = 1) -> dict[str, Any]:
+    """All that the template shows of a run, as plain values; of each of many runs images and curves are smaller."""
+    small, points = num_runs > MANY_RUNS, MAX_POINTS if num_runs <= MANY_RUNS else MAX_POINTS // num_runs
     samples, facts = run.samples, run.facts
     classes = words.lost_classes(run)
-    shown = [{**chart, "id": f"run{number}-chart{i}"} for i, chart in enumerate(charts(run))]
+    shown = [{**chart, "id": f"run{number}-chart{i}"} for i, chart in enumerate(charts(run, points))]
     return {
         "id": f"run{number}",
         "name": run.path.name,
@@ -167,12 +186,12 @@ def _run_view(number: int, run: RunFolder) -> dict[str, Any]:
         "reasons": list(dict.fromkeys(row.reason for row in run.rows if row.reason)),
         "images_scored": words.images_scored(run),
         "charts": shown,
-        "originals": visuals.originals(samples) if samples else None,
-        "masks": visuals.masks(samples) if samples else [],
+        "originals": visuals.originals(samples, small) if samples else None,
+        "masks": visuals.masks(samples, small) if samples else [],
         "gates": visuals.gates(samples) if samples else [],
         "colours": visuals.colours(samples) if samples else [],
-        "neighbours": visuals.neighbours(samples) if samples else [],
-        "lost": visuals.lost(samples) if samples else [],
+        "neighbours": visuals.neighbours(samples, small) if samples else [],
+        "lost": visuals.lost(samples, small) if samples else [],
         "classes": classes[:MAX_ROWS],
         "classes_cut": len(classes) > MAX_ROWS,
         "most_lost": [row for row in classes[:MAX_CLASSES] if row["student"] < row["teacher"]],

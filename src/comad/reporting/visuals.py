@@ -15,8 +15,8 @@ from PIL import Image
 from comad.reporting.samples import STUDENT, TARGET, Samples
 from comad.reporting.words import percent
 
-SHOWN_SIDE = 96
-"""Pixels on the side of the images with masks."""
+SHOWN_SIDE, SMALL_SIDE = 96, 56
+"""Pixels on the side of the images with masks; of all images where many runs share a page."""
 MAX_NEIGHBOURS = 4
 
 
@@ -35,9 +35,12 @@ class Strip(NamedTuple):
     pixelated: bool = False
 
 
-def photo(image: UInt8[np.ndarray, "H W 3"]) -> str:
+def photo(image: UInt8[np.ndarray, "H W 3"], small: bool = False) -> str:
     """A data URI in WebP, lossy."""
-    return _uri(image, quality=78, method=4)
+    if small:
+        side = min(SMALL_SIDE, *image.shape[:2])
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+    return _uri(image, quality=60 if small else 78, method=4)
 
 
 def pixels(image: UInt8[np.ndarray, "h w C"]) -> str:
@@ -45,14 +48,14 @@ def pixels(image: UInt8[np.ndarray, "h w C"]) -> str:
     return _uri(image, lossless=True)
 
 
-def originals(samples: Samples) -> Strip:
+def originals(samples: Samples, small: bool = False) -> Strip:
     """The images that everything is shown on."""
-    return Strip("images", [Figure(photo(image), f"image {i + 1}") for i, image in enumerate(samples.images)])
+    return Strip("images", [Figure(photo(image, small), f"image {i + 1}") for i, image in enumerate(samples.images)])
 
 
-def masks(samples: Samples) -> list[Strip]:
+def masks(samples: Samples, small: bool = False) -> list[Strip]:
     """What each network sees of each image; the rest is veiled."""
-    return [_masked(samples, name, mask) for name, mask in samples.masks.items()]
+    return [_masked(samples, name, mask, small) for name, mask in samples.masks.items()]
 
 
 def gates(samples: Samples) -> list[Strip]:
@@ -96,11 +99,11 @@ class Query(NamedTuple):
     strips: list[Strip]
 
 
-def neighbours(samples: Samples) -> list[Query]:
+def neighbours(samples: Samples, small: bool = False) -> list[Query]:
     """Per image, the nearest training images by each network; which ones student and teachers share is in words."""
     if not samples.neighbours:
         return []
-    uris = {int(t): photo(samples.thumbnails[t]) for t in _shown(samples.neighbours.values())}
+    uris = {int(t): photo(samples.thumbnails[t], small) for t in _shown(samples.neighbours.values())}
     order = sorted(samples.neighbours, key=_last)
     found = []
     for i, image in enumerate(samples.images):
@@ -109,14 +112,14 @@ def neighbours(samples: Samples) -> list[Query]:
             near = samples.neighbours[name][i, :MAX_NEIGHBOURS]
             figures = [Figure(uris[int(t)], f"neighbour {k + 1} by {name}") for k, t in enumerate(near)]
             strips.append(Strip(name + _common(samples, name, i), figures))
-        found.append(Query(Figure(photo(image), f"image {i + 1}"), strips))
+        found.append(Query(Figure(photo(image, small), f"image {i + 1}"), strips))
     return found
 
 
-def lost(samples: Samples) -> list[tuple[Figure, str]]:
+def lost(samples: Samples, small: bool = False) -> list[tuple[Figure, str]]:
     """Test images that the student lost, and the names of their classes."""
     names = [samples.class_names[label] for label in samples.lost_labels]
-    return [(Figure(photo(image), name), name) for image, name in zip(samples.lost, names, strict=True)]
+    return [(Figure(photo(image, small), name), name) for image, name in zip(samples.lost, names, strict=True)]
 
 
 def _common(samples: Samples, name: str, i: int) -> str:
@@ -145,13 +148,13 @@ def _gate(name: str, weights: Float[np.ndarray, "n h w"]) -> Strip:
     return Strip(f"{name}: {percent(weights.mean())} of the target", figures, pixelated=True)
 
 
-def _masked(samples: Samples, name: str, visible: Bool[np.ndarray, "n h w"]) -> Strip:
+def _masked(samples: Samples, name: str, visible: Bool[np.ndarray, "n h w"], small: bool) -> Strip:
     figures = []
     for i, (image, mask) in enumerate(zip(samples.images, visible, strict=True)):
         veil = Image.fromarray(np.where(mask, 0, 215).astype(np.uint8))
         shown = Image.fromarray(image).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         shown.paste((110, 118, 132), mask=veil.resize(shown.size, Image.Resampling.NEAREST))
-        figures.append(Figure(photo(np.asarray(shown)), f"image {i + 1}: {name} sees {percent(mask.mean())}"))
+        figures.append(Figure(photo(np.asarray(shown), small), f"image {i + 1}: {name} sees {percent(mask.mean())}"))
     return Strip(f"{name} sees {percent(visible.mean())}", figures)
 
 

@@ -1,6 +1,7 @@
 
 (() => {
   "use strict";
+  document.querySelectorAll("img[data-as]").forEach((image) => { image.src = document.getElementById(`image${image.dataset.as}`).src; });
   const charts = JSON.parse(document.getElementById("chart-data").textContent);
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const dashes = [[], [], [], [], [6, 3], [6, 3], [2, 3], [2, 3]];

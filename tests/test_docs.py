@@ -1,0 +1,132 @@
+"""Links in README and docs lead somewhere, commands in them are ones that the program takes, and messages exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from comad import cli, recipes
+from comad.runtime import completion
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES if path.name != "tutorial.md"}
+LATER = {"cluster.md"}
+"""Pages of the navigation that another change brings."""
+
+
+def anchors(text: str) -> set[str]:
+    """Of headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path):
+    text = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_site_has_every_page():
+    def pages(entries):
+        for entry in entries:
+            (value,) = entry.values()
+            yield from pages(value) if isinstance(value, list) else [value]
+
+    listed = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    there = {path.name for path in TEXTS if path.parent == DOCS} | {"tutorial.md"}
+    assert len(listed) == len(set(listed)) and there <= set(listed) <= there | LATER
+
+
+def test_the_notebook_becomes_a_page():
+    names: dict = {"__file__": str(DOCS / "notebook.py"), "__name__": "notebook"}
+    exec((DOCS / "notebook.py").read_text(), names)
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    assert names["page"]().count("```python") == sum(cell["cell_type"] == "code" for cell in cells)
+
+
+def commands() -> list[str]:
+    """Of fenced blocks; those with a choice or a gap to be filled are no commands."""
+    found = [
+        line.strip().removeprefix("$ ")
+        for text in TEXTS.values()
+        for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if line.strip().removeprefix("$ ").startswith("comad ")
+    ]
+    return sorted({line for line in found if "..." not in line and "|" not in line})
+
+
+class Parsed(Exception):
+    """The options were understood."""
+
+
+def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def only_parse(real):
+        def parse(*arguments, **named):
+            real(*arguments, **named)
+            raise Parsed
+
+        return parse
+
+    monkeypatch.setattr(recipes, "fitted", lambda config, *rest: config)
+    monkeypatch.setattr(cli, "parse", only_parse(cli.parse))
+    monkeypatch.setattr(recipes, "parse", only_parse(recipes.parse))
+    monkeypatch.setattr(completion, "options_of", lambda command: {})
+    assert len(commands()) > 15
+    for line in commands():
+        verb, *rest = shlex.split(line.partition(" > ")[0].partition(" >> ")[0], comments=True)[1:]
+        try:
+            cli.VERBS[verb][1](rest)
+        except Parsed:
+            continue
+        except (SystemExit, ValueError) as error:
+            pytest.fail(f"{line}: {error} {capsys.readouterr().err}")
+        assert verb in ("doctor", "completion"), line  # cheap, so they ran
+
+
+def test_teachers_that_are_named_are_timms_with_these_licences():
+    table = TEXTS[DOCS / "teachers.md"].partition("## Teachers one can get")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 10
+    for names, *_, licence in rows:
+        for name in re.findall(r"`([^`]+)`", names):
+            facts = timm.get_pretrained_cfg(name)
+            assert facts is not None and facts.license, name
+            assert LICENCES[facts.license] in licence, name
+    named = re.findall(r"^\| `(.*?)` \|", TEXTS[ROOT / "README.md"], flags=re.MULTILINE)
+    known = {name for names, *_ in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert {name for part in named if "." in part for name in part.split("`, `")} <= known
+
+
+LICENCES = {
+    "apache-2.0": "Apache-2.0",
+    "mit": "MIT",
+    "cc-by-nc-4.0": "CC-BY-NC-4.0",
+    "dinov3-license": "DINOv3 licence",
+    "apple-ascl": "Apple's sample code licence",
+}
+OF_THE_SYSTEM = {"No space left on device", "File too large", "Read-only file system", "Permission denied"}
+
+
+def test_messages_that_are_explained_exist():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    rows = re.findall(r"^\| (`.*?) \| ", TEXTS[DOCS / "troubleshooting.md"].partition("## What may")[2], flags=re.M)
+    assert len(rows) > 60
+    for phrase in {phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)} - OF_THE_SYSTEM:
+        for part in filter(None, (part.strip() for part in re.split(r"\.\.\.|a: 1 → 2", phrase))):
+            assert part in source, phrase
