@@ -17,7 +17,7 @@ TEMPERATURE = (0.05, 0.07)
 def build(**arguments):
     torch.manual_seed(0)
     config = Ibot(**{"teacher_temperature": TEMPERATURE, **SMALL, **arguments})
-    model = config.build(VIT.build(**config.vit_arguments))
+    model = config.build(VIT.build_vit(**config.vit_arguments))
     with torch.no_grad():  # a teacher of its own, a mask token that is not zero
         for part in (model.teacher, model.teacher_head):
             for name, parameter in part.named_parameters():

@@ -6,6 +6,7 @@ import pytest
 from comad.reporting import words
 from comad.reporting.charts import GROUPS, MAX_POINTS, charts
 from comad.reporting.folder import read_comparison, read_run
+from comad.runtime.progress import duration
 
 from .conftest import log_lines, write_run
 
@@ -134,4 +135,4 @@ def test_long_logs_are_thinned_from_first_to_last(run):
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h")])
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert duration(float(seconds)) == text

@@ -107,7 +107,7 @@ class ProfiledTrainer(Trainer):
         log_metrics: bool = True,
     ):
         self.probe, self.log_metrics, self.device = probe, log_metrics, training.fabric.device
-        self.begun: list[float] = []
+        self.starts: list[float] = []
         self.peak = 0
         self.waited_at_first = 0.0
         data = replace(training.data, batch_size=batch_size)
@@ -129,7 +129,7 @@ class ProfiledTrainer(Trainer):
         self._begin()
 
     def _begin(self) -> None:
-        self.begun.append(self.now() - sum(map(sum, self.spent.values())))
+        self.starts.append(self.now() - sum(map(sum, self.spent.values())))
 
     def _when_all_is_done(self) -> float:
         wait_for(self.device)
@@ -159,12 +159,12 @@ def profile_steps(
         with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody), trainer:
             training.loop(trainer)
         sizes = {file: file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()}
-    seconds = [after - before for before, after in zip(trainer.begun, trainer.begun[1:], strict=False)]
+    seconds = [after - before for before, after in zip(trainer.starts, trainer.starts[1:], strict=False)]
     checkpoint = sum(size for file, size in sizes.items() if file.match("step-*.pt"))
     return StepProfile(
         batch=batch_size,
         seconds=statistics.fmean(seconds[2 if num_steps > 4 else 1 :]),
-        starting=trainer.begun[0] - start + trainer.waited_at_first,
+        starting=trainer.starts[0] - start + trainer.waited_at_first,
         logging=statistics.fmean(trainer.spent["log"]),
         saving=trainer.spent["save"][-1],
         peak=trainer.peak,

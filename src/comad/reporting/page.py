@@ -361,7 +361,7 @@ def _comparison_view(table: Comparison) -> dict[str, Any]:
                 ", ".join(row.teachers),
                 words.params(row.params),
                 _number(row.images_seen, 1, 0),
-                duration(row.seconds or 0),
+                duration(float(row.seconds or 0)),
             )
             for row in table.rows
         ],
