@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_type_hints, no_type_check
 
+import timm
 import torch
 from pydantic import TypeAdapter, ValidationError
 from timm.models.vision_transformer import VisionTransformer
@@ -60,7 +61,8 @@ def distill(
         teachers: each a name as on the command line, a module (timm's, transformers', your own: normalised pixels
             (B, 3, H, W) → map (B, E, h, w) or tokens (B, N, E)), or a `Teacher`; one alone needs no list. Left out:
             those of the bundled set.
-        student: a timm name, a `VitConfig`, or a Vision Transformer of timm, which is trained in place.
+        student: a name as on the command line, a `VitConfig`, or a module, which is trained in place: a model of timm
+            (without a head), of torchvision or of transformers, or your own, see docs/adding.md.
         preset: a key of `comad.METHODS`.
         out: folder of the run.
         method: what fills the slots, in the place of the preset's.
@@ -93,7 +95,7 @@ def distill(
         if not isinstance(method, Method):
             raise ValueError(f"{method!r} is no method; pass one of comad.METHODS, or a preset by its name.")
         config = config.with_method(method, preset)
-    module = student if isinstance(student, VisionTransformer) else None
+    module = student if isinstance(student, nn.Module) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
     splits = None if isinstance(data, str | Path) else data if isinstance(data, Splits) else load_images(data)
@@ -118,11 +120,16 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
     """What a student is built of, and its export too."""
     if isinstance(student, VitConfig):
         return student
+    default = replace(default, width=None, depth=None, heads=None)
     if isinstance(student, str):
-        return replace(default, width=None, depth=None, heads=None).called(student)
-    if type(student) is not VisionTransformer:
-        raise ValueError(f"{type(student).__name__} is no plain Vision Transformer of timm; give one, or its name.")
+        return default.called(student)
+    if not isinstance(student, nn.Module):
+        raise ValueError(f"{student!r} is no student; give a network, or its name.")
     known: Any = getattr(student, "pretrained_cfg", None) or {}
+    name = known.get("architecture", type(student).__name__)
+    if not isinstance(student, VisionTransformer):
+        config = replace(default.called(name), patch_size=None, pretrained=False)
+        return config if name == type(student).__name__ else _same_shapes(student, config)
     embed, block = student.patch_embed, cast(Any, student.blocks)[0]
     if len({*embed.img_size}) > 1 or len({*embed.patch_size}) > 1:
         raise ValueError(f"a student's images and patches are squares, not {embed.img_size} and {embed.patch_size}.")
@@ -134,6 +141,21 @@ def _student_config(student: Any, default: VitConfig) -> VitConfig:
         depth=len(student.blocks),
         heads=block.attn.num_heads,
     )
+
+
+def _same_shapes(student: nn.Module, config: VitConfig) -> VitConfig:
+    """Make sure that timm builds a network as this one by its name, which the export says.
+
+    Raises:
+        ValueError: it does not.
+    """
+    named = timm.create_model(config.name, num_classes=0, **config.arguments).state_dict()
+    if any(key not in named or named[key].shape != x.shape for key, x in student.state_dict().items()):
+        raise ValueError(
+            f"timm builds another network than this one as {config.name!r}: make yours by timm.create_model("
+            f"{config.name!r}, num_classes=0), or wrap it in a module of your own whose forward gives its features."
+        )
+    return config
 
 
 def override(config: Any, values: Mapping[str, Any]) -> Any:

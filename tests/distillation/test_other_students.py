@@ -1,17 +1,25 @@
 """Students that are no plain Vision Transformers: they learn, go on bit for bit, are scored and leave."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torchvision
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
+import comad
 from comad.cli import main
 from comad.distillation import results as results_module
 from comad.distillation.distiller import Distiller
-from comad.models.students import VitConfig
+from comad.exporting.command import ExportConfig, export
+from comad.models.students import VitConfig, to_be_trained
+from comad.models.teachers import load_teacher
 from comad.presets import METHODS
 from comad.recipes import parse_distillation
 from comad.runtime.checkpoint import checkpoints
@@ -152,3 +160,121 @@ def test_statistics_follow_the_batches_and_scores_leave_them(small_distillation)
     distiller(small.images[:8], outputs, masks)[0].backward()
     assert not torch.equal(student.network.bn1.running_mean, before)
     assert student.network.bn1.num_batches_tracked == 1
+
+
+ADDING = Path(__file__).parents[2] / "docs" / "adding"
+
+
+def loaded(out, spec, size=64):
+    """The tokens of a grey image by what a run left."""
+    return load_teacher(spec, size).backbone(torch.full((1, 3, size, size), 0.5)).patches
+
+
+def test_a_module_of_your_own_from_a_file(command, tmp_path, monkeypatch):
+    """docs/adding/own_student.py: named as there, it goes on, leaves its state dict, and is evaluated by a function."""
+    arguments = command(tmp_path / "run", f"mine={ADDING}/own_student.py:build", "--run.checkpoint-every=2")
+    assert main(arguments) == 0
+    before = weights(tmp_path / "run")
+    checkpoints(tmp_path / "run" / "checkpoints")[-1].unlink()
+    assert main([*arguments, "--run.resume"]) == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights(tmp_path / "run").items())
+    monkeypatch.chdir(tmp_path / "run")
+    assert loaded(tmp_path, f"mine={ADDING}/own_student.py:trained").shape == (1, 16, 48)
+    card = json.loads(Path("student/config.json").read_text())
+    assert card["architecture"] == "mine" and card["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"of your own.*NAME=NET.py:FUNCTION"):
+        load_teacher("student")
+    exported = export(ExportConfig(backbone=".", to=("onnx",), images=4))
+    assert "onnx/model.onnx" in exported
+
+
+class Cells(nn.Module):
+    """Tokens of a class and of patches of 16 pixels, by one linear map."""
+
+    num_prefix_tokens, has_cls = 1, True
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.unused = nn.Conv2d(3, 24, 16, 16), nn.Linear(2, 2)
+
+    def forward(self, pixels):
+        patches = self.cells(pixels).flatten(2).mT
+        return torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)
+
+
+def hf_resnet():
+    transformers = pytest.importorskip("transformers")
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 24], "depths": [1, 1], "layer_type": "basic"}
+    return transformers.ResNetModel(transformers.ResNetConfig(**shape))
+
+
+def hf_dinov2():
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**shape))
+
+
+MODULES = {
+    "own": Cells,
+    "timm": lambda: timm.create_model("test_resnet", num_classes=0),
+    "torchvision": lambda: torchvision.models.get_model("shufflenet_v2_x0_5"),
+    "transformers-map": hf_resnet,
+    "transformers-tokens": hf_dinov2,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [name if name in ("own", "torchvision") else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+)
+def test_a_module_at_hand_is_trained_in_place_and_leaves(kind, labelled_folder, teacher_specs, tmp_path):
+    torch.manual_seed(0)
+    module = MODULES[kind]()
+    before = copy.deepcopy(module.state_dict())
+    options = {"image_size": 64, "batch_size": 11, "warmup_epochs": 0, "epochs": 1, "workers": 0, "split": "none"}
+    result = comad.distill(str(labelled_folder), list(teacher_specs), module, "radio", tmp_path / "run", **options)
+    assert any(key in before and not torch.equal(x, before[key]) for key, x in module.state_dict().items())
+    image = result.transform(Image.new("RGB", (80, 70), "red"))
+    assert image.shape == (3, 64, 64) and not any(part.training for part in result.student.modules())
+    state = weights(tmp_path / "run")
+    if kind != "timm":
+        assert all(torch.equal(x, state[key]) for key, x in result.student.state_dict().items())
+    if kind not in ("own", "torchvision"):
+        assert torch.isfinite(loaded(tmp_path, f"it={result.student_folder}")).all()
+
+
+def test_modules_that_cannot_be_students_are_refused_at_once():
+    with pytest.raises(ValueError, match="gives no map"):
+        to_be_trained(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)), "mine", 8)
+    with pytest.raises(ValueError, match="cannot compute on 8 pixels"):
+        to_be_trained(nn.Conv2d(3, 4, 16), "mine", 8)
+    with pytest.raises(ValueError, match=r"another network.*num_classes=0"):
+        comad.distill(student=timm.create_model("test_resnet"), out="never")
+    with pytest.raises(ValueError, match="no classifier 'resnet19'; did you mean"):
+        VitConfig(name="torchvision:resnet19").build()
+    with pytest.raises(ValueError, match="timm knows no model 'resnet19'"):
+        VitConfig(name="resnet19").build()
+    with pytest.raises(ValueError, match="cannot compute on 64 pixels"):
+        VitConfig(name="torchvision:vit_b_32", image_size=64).build()
+
+
+def test_torchvision_by_name_is_its_own_map_before_the_pooling(tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.get_model("mobilenet_v3_small").eval()
+    pooled = []
+    network.classifier.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
+    images = torch.rand(2, 3, 64, 64)
+    student = VitConfig(name="torchvision:mobilenet_v3_small", image_size=64).build().eval()
+    with torch.no_grad():
+        network((images - student.pixel_mean) / student.pixel_std)
+        student.network.module.load_state_dict({k: v for k, v in network.state_dict().items() if "classifier" not in k})
+        tokens = student(images)
+    torch.testing.assert_close(tokens.cls, pooled[0])
+    assert student.grid == (2, 2) and tokens.patches.shape == (2, 4, 576)
+
+
+def test_students_of_one_stride_share_a_run(command, tmp_path):
+    names = ["--student", "test_resnet", "--student", "torchvision:shufflenet_v2_x0_5"]
+    arguments = command(tmp_path / "run", "", *names, "--split=none")
+    arguments = [*arguments[: arguments.index("--student.name")], *arguments[arguments.index("--student.name") + 2 :]]
+    assert main(arguments) == 0
+    assert {"test_resnet", "torchvision-shufflenet_v2_x0_5"} <= {path.name for path in (tmp_path / "run").iterdir()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from lightning_fabric import Fabric
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
@@ -22,8 +22,9 @@ from comad.distillation.distiller import Distiller
 from comad.distillation.samples import leave_samples
 from comad.evaluation.scoreboard import Candidate, Score, Scoreboard, score_all
 from comad.evaluation.scores import write_scores
-from comad.exporting.package import ModelCard, export_backbone, snippet
+from comad.exporting.package import ModelCard, export_backbone, module_of, programs_of
 from comad.models.backbone import Backbone
+from comad.models.files import read_json
 from comad.models.teachers import Teacher, inherited_licence
 from comad.reporting.page import write_report
 from comad.reporting.samples import SAMPLES, read_samples
@@ -43,28 +44,33 @@ class DistillResult:
         folder: of the run.
         scores: every row of the scoreboard, with the result on each test image.
         scoreboard: the student beside its teachers, itself untrained, and pixels.
+        module: the student, where it is not timm's.
         others: the results of the further students, if there are any.
     """
 
     folder: Path
     scores: tuple[Score, ...]
     scoreboard: Scoreboard
+    module: nn.Module | None = None
     others: tuple[DistillResult, ...] = ()
 
     @property
     def student_folder(self) -> Path:
-        """The exported student: timm and transformers load it without comad."""
+        """The exported student, which is loaded without comad: by timm and transformers, or as its README says."""
         return self.folder / "student"
 
     @cached_property
     def student(self) -> nn.Module:
-        """The student as timm's model, in eval mode: normalised images (B, 3, H, W) → features (B, D)."""
+        """In eval mode, as timm's model: normalised images (B, 3, H, W) → features (B, D). Else it is ``module``."""
+        if self.module is not None:
+            return self.module.eval()
         return timm.create_model(f"local-dir:{self.student_folder}", pretrained=True).eval()
 
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
         """From a PIL image to what ``student`` takes."""
-        return cast(Any, create_transform(**resolve_model_data_config(self.student)))
+        facts = read_json(self.student_folder / "config.json", "distil again")["pretrained_cfg"]
+        return cast(Any, create_transform(**resolve_data_config(pretrained_cfg=facts)))
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -119,24 +125,28 @@ def _leave(
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
         fabric.print(board.table())
-    folder = _export(trained, splits, teachers, board, fabric)
+    folder, title, program = _export(trained, splits, teachers, board, fabric)
     with working("images for the page"):
         leave_samples(trained.distiller, teachers, splits, scores, out)
         _track(config.run, board)
     fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")
-    program = snippet(trained.distiller.student, folder, splits.train.eval_crop)
-    fabric.print(f"the student is in {folder}; load it anywhere with timm alone:\n\n{program}")
-    return DistillResult(out, scores, board)
+    fabric.print(f"the student is in {folder}; load it anywhere {title.lower()} alone:\n\n{program}")
+    return DistillResult(out, scores, board, module_of(trained.distiller.student))
 
 
 def _export(
     trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
-) -> Path:
-    """Export the student with what is known of it. Whoever loads it reads no token that nothing trained."""
+) -> tuple[Path, str, str]:
+    """Export the student with what is known of it; gives the folder, and a program with its title.
+
+    Whoever loads it reads no token that nothing trained.
+    """
     student, config = copy.copy(trained.distiller.student), trained.config
     student.token_types = trained.distiller.token_types
     card = _card(trained, splits, teachers, board, fabric)
-    return export_backbone(student, Path(config.run.out) / "student", model_args=config.student.arguments, card=card)
+    place = Path(config.run.out) / "student"
+    folder = export_backbone(student, place, model_args=config.student.arguments, card=card)
+    return folder, *programs_of(student, folder, card)[0]
 
 
 def _track(run: RunConfig, board: Scoreboard) -> None:
@@ -190,7 +200,7 @@ def _card(
         name=f"{config.preset} student of {names}",
         licence=inherited_licence([*(teacher.card.licence for teacher in teachers), *config.student.start_licences]),
         about=f"Distilled from the frozen teachers {names} by comad{_start(config)}.",
-        architecture=config.student.name,
+        architecture=config.student.label if "=" in config.student.name else config.student.name,
         token_types=trained.distiller.token_types,
         preset=config.preset,
         seed=config.run.seed,

@@ -1,4 +1,4 @@
-"""A folder with weights, config and model card that timm and transformers load without comad."""
+"""A folder with weights, config and model card that is loaded without comad: by timm and transformers, or torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 import timm
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -22,12 +23,17 @@ from comad.exporting.card import ModelCard, model_card
 from comad.exporting.encoder import Pool, Preprocessing, pool_of, pooled, preprocessing_of
 from comad.exporting.formats import Graph
 from comad.models.backbone import Backbone
+from comad.models.feature_map_backbone import FeatureMapBackbone
 from comad.models.files import read_json, sha256
+from comad.models.huggingface import TransformersFeatures, weights_file
 from comad.models.networks import gives_tokens
+from comad.models.teachers import load_teacher
+from comad.models.timm_backbone import TimmBackbone
+from comad.models.torchvision_features import PREFIX, TorchvisionFeatures
 from comad.runtime.atomic import replacing
 from comad.runtime.seal import sealed
 
-__all__ = ["ModelCard", "export_backbone", "snippet", "verify_export", "write_timm"]
+__all__ = ["ModelCard", "export_backbone", "programs_of", "verify_export", "write_timm"]
 
 TOLERANCE = 1e-4
 """Largest absolute difference between the tokens of a float32 export and of the backbone."""
@@ -45,10 +51,11 @@ def export_backbone(
 ) -> Path:
     """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads offline, and verify it.
 
-    The folder holds ``model.safetensors``, ``config.json`` (with the card under the key ``comad``) and ``README.md``.
-    It is written beside its place and renamed when it is verified; an earlier export at its place is replaced.
-    Of a Vision Transformer ``model(images)`` then gives the class token, or the mean of the patches if the class token
-    carries no meaning.
+    Of a network that is not timm's it is transformers' own folder, or holds its state dict. The folder holds
+    ``model.safetensors``, ``config.json`` (with the card under the key ``comad``) and ``README.md``. It is written
+    beside its place and renamed when it is verified; an earlier export at its place is replaced. Of a Vision
+    Transformer ``model(images)`` then gives the class token, or the mean of the patches if the class token carries no
+    meaning.
 
     Args:
         backbone: the network, on any device; left as it is.
@@ -59,16 +66,82 @@ def export_backbone(
 
     Raises:
         ValueError: timm knows no such architecture, or the place is taken by something else than an export.
-        RuntimeError: timm does not give the same tokens as the backbone; nothing is written.
+        RuntimeError: what is loaded does not give the same tokens as the backbone; nothing is written.
     """
-    check_architecture(card.architecture)
+    module = module_of(backbone)
+    if module is None:
+        check_architecture(card.architecture)
     check_place(folder)
     with replacing(folder) as partial:
-        card = write_timm(backbone, partial, model_args=model_args, card=card, dtype=dtype)
-        graph = replace(timm_facts(backbone, preprocessing_of(backbone, card.eval_crop)), labels=card.labels)
-        (partial / "README.md").write_text(model_card(card, both_programs(graph, folder.name)), encoding="utf-8")
-        verify_export(backbone, partial, dtype)
+        if module is None:
+            card = write_timm(backbone, partial, model_args=model_args, card=card, dtype=dtype)
+        else:
+            card = write_module(backbone, module, partial, card)
+        text = model_card(card, programs_of(backbone, Path(folder.name), card))
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        if module is None:
+            verify_export(backbone, partial, dtype)
+        else:
+            verify_module(backbone, partial)
     return folder
+
+
+def module_of(backbone: Backbone) -> nn.Module | None:
+    """The network inside a backbone as its authors made it; None if that is timm's."""
+    network = next(backbone.children())
+    if isinstance(inner := getattr(network, "module", None), nn.Module):
+        return inner
+    return None if isinstance(backbone, TimmBackbone | FeatureMapBackbone) else backbone
+
+
+def write_module(backbone: Backbone, module: nn.Module, folder: Path, card: ModelCard) -> ModelCard:
+    """Write a network that is not timm's: by its ``save_pretrained``, else its state dict and what is known of it."""
+    own = cast(Any, copy.deepcopy(module).cpu().to(memory_format=torch.contiguous_format))
+    config, pixels, size = folder / "config.json", preprocessing_of(backbone, card.eval_crop), backbone.image_size
+    if hasattr(own, "save_pretrained"):
+        own.save_pretrained(folder)
+        processor = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": pixels.shorter},
+            "crop_size": {"height": size, "width": size},
+            "image_mean": list(pixels.mean),
+            "image_std": list(pixels.std),
+            "resample": 3,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.clone() for key, value in own.state_dict().items() if isinstance(value, Tensor)}
+        save_file(tensors, folder / "model.safetensors")
+        config.write_text(json.dumps({"architecture": card.architecture, "num_classes": 0}), encoding="utf-8")
+    card = replace(card, sha256=sha256(folder / weights_file(folder)))
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content |= {"pretrained_cfg": _pretrained_cfg(backbone, module, card), "comad": asdict(card)}
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return card
+
+
+def verify_module(backbone: Backbone, folder: Path) -> None:
+    """Load what `write_module` wrote, and compare its tokens of a random image with the backbone's.
+
+    Raises:
+        RuntimeError: they differ by more than `TOLERANCE`.
+    """
+    network = copy.deepcopy(backbone).cpu().eval()
+    image = torch.rand(1, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
+    again = copy.deepcopy(network)
+    module = cast(nn.Module, module_of(again))
+    if hasattr(module, "save_pretrained"):
+        again = load_teacher(f"student={folder}", backbone.image_size).backbone
+    else:
+        for tensor in module.state_dict().values():
+            tensor.zero_()
+        module.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    with torch.inference_mode():
+        expected, found = network(image).patches, again(image).patches
+    difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e}.")
 
 
 def write_timm(
@@ -118,9 +191,18 @@ def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
 
 
-def snippet(backbone: Backbone, folder: Path, crop: float) -> str:
-    """Give the Python code that loads timm's folder of a backbone by timm and encodes ``photo.jpg``."""
-    return programs.timm(timm_facts(backbone, preprocessing_of(backbone, crop)), str(folder), "model.safetensors")
+def programs_of(backbone: Backbone, folder: Path, card: ModelCard) -> Sequence[tuple[str, str]]:
+    """The ways to use the folder of a backbone without comad, with their titles."""
+    graph = replace(timm_facts(backbone, preprocessing_of(backbone, card.eval_crop)), labels=card.labels)
+    module = module_of(backbone)
+    if module is None:
+        return both_programs(graph, str(folder))
+    if hasattr(module, "save_pretrained"):
+        return both_programs(graph, str(folder))[1:]
+    if card.architecture.startswith(PREFIX):
+        network = cast(TorchvisionFeatures, next(backbone.children()))
+        return [("With torchvision", programs.torchvision(graph, str(folder), card.architecture, network.layers))]
+    return [("With its own class", programs.own(graph, str(folder)))]
 
 
 def both_programs(graph: Graph, folder: str) -> Sequence[tuple[str, str]]:
@@ -139,7 +221,9 @@ def timm_facts(backbone: Backbone, preprocessing: Preprocessing) -> Graph:
         module=nn.Identity(),
         outputs=("feature", "patches"),
         preprocessing=preprocessing,
-        num_prefix_tokens=network.num_prefix_tokens if gives_tokens(network) else None,
+        num_prefix_tokens=network.num_prefix_tokens
+        if gives_tokens(network) or isinstance(network, TransformersFeatures)
+        else None,
         channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC",
         pool=pool_of(backbone),
     )
@@ -200,7 +284,7 @@ def _save(
 
 def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:
     """Describe our weights, and none of the origin, licence and labels that timm keeps for its own weights."""
-    known, pixels = cast(Any, network).pretrained_cfg or {}, preprocessing_of(backbone, card.eval_crop)
+    known, pixels = getattr(network, "pretrained_cfg", None) or {}, preprocessing_of(backbone, card.eval_crop)
     fixed = not network.dynamic_img_size if isinstance(network, VisionTransformer) else known.get("fixed_input_size")
     return {
         "input_size": [3, backbone.image_size, backbone.image_size],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,35 @@ processor = AutoImageProcessor.from_pretrained({folder!r})
 inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
 {_split(graph, features)}"""
+
+
+def torchvision(graph: Graph, folder: str, architecture: str, layers: Sequence[str]) -> str:
+    """By torchvision's own class, loaded strictly but for its classifier."""
+    return f"""import torch
+import torchvision
+from safetensors.torch import load_file
+{_PILLOW}
+network = torchvision.models.get_model({architecture.partition(":")[2]!r})
+setattr(network, list(network._modules)[-1], torch.nn.Identity())
+network.load_state_dict(load_file({f"{folder}/model.safetensors"!r}), strict=True)
+model = torch.nn.Sequential(*[getattr(network, name) for name in {list(layers)!r}]).eval()
+{_pixels(graph)}image = torch.from_numpy(pixels)
+with torch.inference_mode():
+{_split(graph, "model(image)")}"""
+
+
+def own(graph: Graph, folder: str) -> str:
+    """By the class of whoever made it; its forward gives what it gave in training."""
+    return f"""import torch
+from safetensors.torch import load_file
+{_PILLOW}
+from my_network import build  # yours: what the student was built by
+
+model = build().eval()
+model.load_state_dict(load_file({f"{folder}/model.safetensors"!r}), strict=True)
+{_pixels(graph)}with torch.inference_mode():
+    features = model(torch.from_numpy(pixels))
+"""
 
 
 def state_dict(graph: Graph, folder: str, file: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import timm
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -14,13 +15,15 @@ from comad.data.images import Splits
 from comad.evaluation.views import load_one
 from comad.exporting.card import ModelCard
 from comad.exporting.encoder import Pool
+from comad.exporting.package import module_of
 from comad.models.backbone import Backbone
-from comad.models.files import read_json
+from comad.models.files import read_file, read_json
+from comad.models.networks import load_strictly
 from comad.models.sources import BUNDLED, bundled_teachers
-from comad.models.students import takes_size
-from comad.models.teachers import Teacher
+from comad.models.students import VitConfig, takes_size
 
 LARGEST_RECIPE = 2**20
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -63,16 +66,23 @@ def data_of(run: Path) -> str:
     Raises:
         ValueError: the recipe cannot be read.
     """
-    path, remedy = run / "config.yaml", "pass --data FOLDER"
+    return _recipe(run, "data", str)
+
+
+def _recipe(run: Path, key: str, kind: type[T]) -> T:
+    """A part of a run's recipe.
+
+    Raises:
+        ValueError: the recipe cannot be read, or the part is of another type.
+    """
+    path, remedy = run / "config.yaml", "pass --data FOLDER" if key == "data" else "name the student's folder"
     try:
         if path.stat().st_size > LARGEST_RECIPE:
             raise ValueError("too large")
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))[key]
+        return TypeAdapter(kind).validate_python(found)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: no recipe that says which images the run learnt from; {remedy}.") from error
-    if not isinstance(found, str):
-        raise ValueError(f"{path}: its data is no text; {remedy}.")
-    return found
+        raise ValueError(f"{path}: no recipe that says what the run's {key} is; {remedy}.") from error
 
 
 def load_source(spec: str, data: str, image_size: int | None, splits: Splits) -> Source:
@@ -90,6 +100,9 @@ def load_source(spec: str, data: str, image_size: int | None, splits: Splits) ->
     folder = BUNDLED / spec if spec in bundled_teachers() else Path(spec.partition("=")[2] or spec)
     config = read_json(folder / "config.json", "name an exported folder") if _is_timm_folder(folder) else {}
     size = image_size or _own_size(config)
+    if (trained := _by_recipe(folder, config, image_size)) is not None:
+        card = plain_card("student", config["architecture"], trained, "unknown", splits)
+        return Source(trained, _card_of(config, card, folder), {}, splits)
     teacher = load_one(spec, data, size)
     if not config:
         name = teacher.card.architecture.partition(".")[0]
@@ -100,12 +113,32 @@ def load_source(spec: str, data: str, image_size: int | None, splits: Splits) ->
     arguments = dict(config.get("model_args", {}))
     if "img_size" in arguments:
         arguments["img_size"] = teacher.backbone.image_size
-    return Source(teacher.backbone, _card_of(config, teacher, splits, folder), arguments, splits)
+    card = plain_card(teacher.name, config.get("architecture", ""), teacher.backbone, teacher.card.licence, splits)
+    return Source(teacher.backbone, _card_of(config, card, folder), arguments, splits)
+
+
+def _by_recipe(folder: Path, config: dict[str, Any], image_size: int | None) -> Backbone | None:
+    """The student of a run, if its network is made by the file that the run's recipe names, which is executed.
+
+    Raises:
+        ValueError: the recipe cannot be read, or makes another network.
+    """
+    recipe = folder.parent / "config.yaml"
+    if not config or timm.is_model(config["architecture"]) or not recipe.is_file():
+        return None
+    student = _recipe(folder.parent, "student", VitConfig)
+    if "=" not in student.name:
+        return None
+    backbone = replace(student, image_size=image_size or student.image_size).build()
+    module = module_of(backbone)
+    assert module is not None
+    load_strictly(module, read_file(folder / "model.safetensors"), str(folder))
+    return backbone.requires_grad_(False).eval()
 
 
 def _is_timm_folder(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and "architecture" in read_json(config, "name an exported folder")
+    return config.is_file() and not {"architecture", "comad"}.isdisjoint(read_json(config, "name an exported folder"))
 
 
 def _own_size(config: dict[str, Any]) -> int | None:
@@ -116,14 +149,14 @@ def _own_size(config: dict[str, Any]) -> int | None:
     return size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) and size[-1] > 0 else None
 
 
-def _card_of(config: dict[str, Any], teacher: Teacher, splits: Splits, folder: Path) -> ModelCard:
-    """The card in a folder of ours; of timm's own folders a plain one.
+def _card_of(config: dict[str, Any], plain: ModelCard, folder: Path) -> ModelCard:
+    """The card in a folder of ours; of timm's own folders the plain one.
 
     Raises:
         ValueError: the card is damaged.
     """
     if not config.get("comad"):
-        return plain_card(teacher.name, config["architecture"], teacher.backbone, teacher.card.licence, splits)
+        return plain
     try:
         card = TypeAdapter(ModelCard).validate_python(config["comad"])
     except ValidationError as error:

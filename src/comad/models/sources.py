@@ -27,11 +27,13 @@ from comad.models.networks import (
     check_shapes,
     gives_tokens,
     has_token_norm,
+    load_strictly,
     load_weights,
     norm_of_tokens,
     stored_size,
 )
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
+from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, torchvision_network
 from comad.runtime.seal import is_intact
 
 Size = int | Literal["grid"] | None
@@ -281,6 +283,18 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         )
     source, licence = f"{folder.absolute().name}/{path.name}", str(ours.get("licence", _licence(facts)))
     token_types = _token_types_of(ours, facts, folder)
+    about = str(ours.get("about", ""))
+    if name.startswith(PREFIX):
+        network = TorchvisionFeatures(torchvision_network(name))
+        network.default_cfg = facts  # pyright: ignore[reportArgumentType]
+        load_strictly(network.module, stored, str(path))
+        backbone = make_backbone(network, mean, std, token_types, request)
+        return Source(request.name, backbone, source, "export", name, digest, mean, std, licence, about, OWN_FORWARD)
+    if ours and not timm.is_model(name):
+        raise ValueError(
+            f"{folder}: {name} is a network of your own; write a function that builds it and loads {path.name}, and "
+            "name it as NAME=NET.py:FUNCTION."
+        )
     vit = _vit_of(folder, config, stored, str(path), request)
     if vit is None:
         whole = {"tag": None, **facts, "architecture": name}
@@ -289,7 +303,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
     backbone = TimmBackbone(_with_norm(vit, str(folder)), mean, std, token_types)
-    about, rule = str(ours.get("about", "")), POSITION_RULES["antialias"]
+    rule = POSITION_RULES["antialias"]
     return Source(request.name, backbone, source, "export", name, digest, mean, std, licence, about, rule)
 
 
