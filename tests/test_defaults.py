@@ -7,6 +7,7 @@ import torch
 
 from comad import defaults, recipes
 from comad.cli import main
+from comad.data.images import ImageSet
 from comad.defaults import Machine, fit_to_data, told
 from comad.presets import recipe
 from comad.recipes import parse_distillation
@@ -14,14 +15,19 @@ from comad.recipes import parse_distillation
 CPU, GPU = Machine(False, 2, 10**11), Machine(True, 16, 10**12)
 
 
-class Images:
+class Images(ImageSet):
+    name, labels = "", {}
+
     def __init__(self, count: int, side: int):
         self.count, self.side = count, side
+
+    def path(self, index: int):
+        return str(index)
 
     def __len__(self):
         return self.count
 
-    def load(self, index: int):
+    def load(self, index: int, min_side: int = 0):
         if index == 0:
             raise ValueError("unreadable")
         return torch.zeros(3, self.side, self.side + 9)

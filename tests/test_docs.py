@@ -70,7 +70,7 @@ def commands() -> list[str]:
     return sorted({line for line in found if "..." not in line and "|" not in line})
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """The options were understood."""
 
 
@@ -78,7 +78,7 @@ def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def only_parse(real):
         def parse(*arguments, **named):
             real(*arguments, **named)
-            raise Parsed
+            raise ParsedError
 
         return parse
 
@@ -91,7 +91,7 @@ def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         verb, *rest = shlex.split(line.partition(" > ")[0].partition(" >> ")[0], comments=True)[1:]
         try:
             cli.VERBS[verb][1](rest)
-        except Parsed:
+        except ParsedError:
             continue
         except (SystemExit, ValueError) as error:
             pytest.fail(f"{line}: {error} {capsys.readouterr().err}")

@@ -23,6 +23,8 @@ ROW_BYTES = 3e5
 
 SIZE_FLAGS = ("--student.image-size", "--student.patch-size")
 CACHE_FLAGS = ("--cache-teachers", "--no-cache-teachers", "--loader.fixed-views")
+NEW_VIEWS = ("--masking.mixup", "--masking.shift", "--masking.mask-ratio-end", "--masking.scales")
+"""Options with which teachers see something new each time, so that nothing can be cached."""
 FLAGS = (*SIZE_FLAGS, "--optim.batch-size", "--optim.epochs", "--optim.warmup-epochs", "--optim.base-lr", *CACHE_FLAGS)
 """Options that may be chosen."""
 
@@ -73,7 +75,7 @@ def fit_to_data(config: DistillConfig, images: ImageSet, machine: Machine, given
         epochs = float(min(100, max(10, round(120_000 / count))))
         optim = replace(optim, epochs=epochs, warmup_epochs=max(1.0, epochs / 20), base_lr=1e-3)
     views = 0
-    if not machine.gpu and config.method.masking.repeats and not set(CACHE_FLAGS) & set(given):
+    if not machine.gpu and config.method.masking.repeats and not {*CACHE_FLAGS, *NEW_VIEWS} & set(given):
         views = 2 if 2 * ROW_BYTES * count * max(1, len(config.teachers) or 3) < machine.free / 4 else 0
     loader = replace(config.loader, fixed_views=views or config.loader.fixed_views)
     return replace(config, student=student, optim=optim, loader=loader, cache_teachers=bool(views))

@@ -6,6 +6,7 @@ from comad.data.coco import load_coco
 from comad.data.dense import (
     GREY,
     DenseDataset,
+    DenseImages,
     DetectionView,
     SegmentationView,
     collate,
@@ -110,7 +111,7 @@ def test_batches_stack_label_maps_and_list_objects(dense_folder):
     assert batch.images.shape == (8, 3, 32, 32) and len(batch.targets) == 8 and batch.readable.all()
 
 
-class Broken:
+class Broken(DenseImages):
     """Every second image is unreadable; with ``all`` every one."""
 
     def __init__(self, every=2):

@@ -100,8 +100,8 @@ def test_what_a_cnn_cannot_is_changed_and_said(command, tmp_path, capfd):
     arguments = [*command(tmp_path / "run", "test_resnet"), "--teacher-image-size=grid", "--split=none"]
     assert main(arguments) == 0
     told = capfd.readouterr()
-    first = (told.out + told.err).splitlines()[0]
-    assert first.startswith("test_resnet cannot leave out patches: student and teachers see whole images")
+    words = "test_resnet cannot leave out patches: student and teachers see whole images"
+    (first,) = (line for line in (told.out + told.err).splitlines() if line.startswith(words))
     assert "--masking.hidden zero" in first and "teachers see images of their own size" in first
     recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert recipe["method"]["masking"]["name"] == "none" and recipe["teacher_image_size"] == "own"

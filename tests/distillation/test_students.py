@@ -22,7 +22,7 @@ OPTIONS = [
     *("--student.image-size=16", "--student.patch-size=4", "--student.depth=2", "--student.drop-path=0.5"),
     *("--optim.epochs=2", "--optim.batch-size=11", "--optim.warmup-epochs=1", "--optim.ema=0.5", "--split=none"),
     *("--run.precision=fp32", "--run.log-every=1", "--run.no-tensorboard", "--run.checkpoint-every=3"),
-    *("--loader.workers=0", "--aligner.calibration-images=32", "--run.probe-every=5"),
+    *("--loader.workers=0", "--aligner.calibration-images=32", "--run.probe-every=5", "--no-cache-teachers"),
 ]
 TIMES = ("images_per_s", "data_wait", "memory_gib")
 
@@ -88,7 +88,7 @@ def together(command, tmp_path_factory):
             return main(command(out, "--student", SMALL, f"--student={TINY}", *more))
 
     def count(self, teacher, m, images, masks):
-        passes[-1] += m == 0 and len(images) == 11 and self.training  # not for calibration and scores
+        passes[-1] += m == 0 and len(images) == 11  # not for calibration and scores
         return real_teacher(self, teacher, m, images, masks)
 
     assert run((TINY, 3)) == 70  # the first has a checkpoint, the second has none
@@ -129,7 +129,7 @@ def test_one_goes_on_by_itself(command, alone, together, capfd):
     (folder / "student" / "model.safetensors").unlink()
     assert main(command(folder, "--student", SMALL, "--run.resume")) == 0
     assert outcome(folder)["student"] == outcome(alone / SMALL)["student"]
-    assert capfd.readouterr().err.startswith("step 10/10")
+    assert "step 10/10" in capfd.readouterr().err
 
 
 def test_each_takes_over_the_heads_of_the_teacher(command, teacher_specs, tmp_path, capfd):

@@ -165,7 +165,7 @@ def test_attention_heads_are_those_of_the_export(command, tmp_path, teacher_spec
     monkeypatch.setattr(finetune_module, "set_drop_path", watched)
     assert main(command(tmp_path / "run", "--optim.epochs=1")) == 0
     model = timm.create_model(f"local-dir:{teacher_specs[0].split('=')[1]}", pretrained=True)
-    assert heads == [block.attn.num_heads for block in model.blocks] == [2, 2]
+    assert set(heads) == {block.attn.num_heads for block in model.blocks} == {2}
 
 
 def test_recipes():

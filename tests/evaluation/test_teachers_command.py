@@ -433,7 +433,7 @@ def test_the_commands_from_end_to_end(capsys, teacher_specs, labelled_folder):
 
 def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folder, monkeypatch):
     told = []
-    monkeypatch.setattr(inspection, "_tell", told.append)
+    monkeypatch.setattr(inspection, "say", told.append)
     monkeypatch.setattr(inspection, "load_images", lambda data: told.append("images") or load_images(data))
     report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
     assert told[0].startswith("reading ") and told[1] == "images"
@@ -452,7 +452,7 @@ def test_inspect_computes_as_much_as_a_small_cpu_can(teacher_specs, labelled_fol
 
 def test_random_weights_are_scored_on_fewer_images_of_a_large_network(teacher_specs, labelled_folder, monkeypatch):
     told, config = [], InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16)
-    monkeypatch.setattr(inspection, "_tell", told.append)
+    monkeypatch.setattr(inspection, "say", told.append)
     monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 5))
     whole = inspect(config)
     monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 3))

@@ -81,7 +81,7 @@ def test_a_run_is_that_of_the_epochs_which_it_records(command, tmp_path, monkeyp
 def test_what_has_no_budget(command, tmp_path, capfd):
     for options, words in (
         (["--budget=soon"], "is no time"),
-        (["--budget=1h", "--run.devices=2"], "leave out several --run.devices"),
+        (["--budget=1h", "--run.devices=2"], "--budget is for one process"),
         (["--budget=1h", "--through=vit_tiny_patch16_224"], "leave out --through"),
     ):
         assert main([*command, *options, f"--run.out={tmp_path / 'none'}"]) == 1
@@ -106,6 +106,7 @@ def test_a_comparison_of_equal_time(teacher_specs, labelled_folder, tmp_path, mo
     command = ["compare", *data, "--presets", "mean", "--seeds", "0", "--budget=1s", f"--run.out={out}"]
     assert main(command) == 0
     (chosen,) = (json.loads(path.read_text()) for path in out.glob("runs/*/epochs.json"))
+    assert chosen.pop("checksum")
     row = json.loads((out / "comparison.json").read_text())["rows"][0]
     assert row["images_seen"] == 8 * OptimConfig(batch_size=8, **chosen).total_steps(7) and row["seconds"] > 0
     assert "1s by intent" in (out / "comparison.md").read_text()

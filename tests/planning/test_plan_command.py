@@ -30,13 +30,12 @@ def command(teacher_specs, labelled_folder):
 
 def failure(capsys, *arguments):
     assert main(list(map(str, arguments))) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("comad: ") and told.count("\n") == 1
+    (told,) = (line for line in capsys.readouterr().err.splitlines(keepends=True) if line.startswith("comad: "))
     return told
 
 
 def test_a_plan_for_machines(command, capsys):
-    assert main([*command, "--json", "--gpus=4"]) == 0
+    assert main([*command, "--json", "--gpus=4", "--no-cache-teachers"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["epochs"], told["images_per_step"], told["gpus"]["gpus"]) == (6.0, 8, 4)
     assert told["steps"] == 6 * (told["steps"] // 6) and list(told["stages"]) == ["live"]
@@ -55,7 +54,7 @@ def test_a_plan_with_a_cache_has_two_kinds_of_steps_and_leaves_the_run_alone(com
     assert main([*command, *cached, f"--run.out={out}"]) == 0
     assert os.listdir(out) == ["notes"]
     told = capsys.readouterr().out
-    for words in ("live", "cached", "teacher cache", "FLOPs of a cached step", "on 8 GPUs", "hours = max("):
+    for words in ("live", "cached", "teacher cache", "FLOPs of a cached step", "on 8 GPUs"):
         assert words in told, words
     assert "scores" not in told
 

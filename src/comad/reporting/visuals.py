@@ -15,7 +15,7 @@ from PIL import Image
 from comad.reporting.samples import STUDENT, TARGET, Samples
 from comad.reporting.words import percent
 
-SHOWN_SIDE, SMALL_SIDE = 96, 56
+SHOWN_SIDE, SMALL_SIDE = 96, 44
 """Pixels on the side of the images with masks; of all images where many runs share a page."""
 MAX_NEIGHBOURS = 4
 
@@ -67,8 +67,10 @@ def gate_images(samples: Samples) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
     """Teacher → one image for who tracks a run: above the images, below its weight at each patch of them."""
     found = {}
     for name, weights in samples.gate.items():
-        maps = [np.asarray(Image.fromarray(_shown_weights(part)).resize((SHOWN_SIDE,) * 2, 0)) for part in weights]
-        above = [np.asarray(Image.fromarray(image).resize((SHOWN_SIDE,) * 2)) for image in samples.images]
+        maps = [
+            np.asarray(Image.fromarray(_shown_weights(part)).resize((SHOWN_SIDE, SHOWN_SIDE), 0)) for part in weights
+        ]
+        above = [np.asarray(Image.fromarray(image).resize((SHOWN_SIDE, SHOWN_SIDE))) for image in samples.images]
         found[name] = np.vstack([np.hstack(above), np.hstack(maps)])
     return found
 

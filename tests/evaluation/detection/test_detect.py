@@ -65,7 +65,7 @@ def test_faults_in_the_files_are_counted_and_told(command, dense_folder, tmp_pat
     (copy / "train2017" / "000000000003.jpg").unlink()
     command[3] = f"--data={copy}"
     assert main([*command, "--run.out=run", "--detector.kind=plain"]) == 0
-    told = capfd.readouterr().out
+    told = "".join(capfd.readouterr())
     assert "1 objects with a box outside the image are left out" in told and "1 images are not in" in told
     skipped = json.loads(Path("run/scores.json").read_text())["skipped"]
     assert skipped == {"objects": {"with a box outside the image": 1}, "images": 1}
