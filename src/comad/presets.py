@@ -273,10 +273,10 @@ CONSENSUS = Method(
         "queue": QueueLoss(size=2048),
     },
 )
-"""What wins on photographs (docs/results.md): whole images, linear heads, standardised targets, relations to a queue.
+"""What was best on photographs (docs/results.md): whole images, linear heads, standardised targets, a queue.
 
-Of the paper's ideas it keeps the consensus, as a weight of what teachers know about images, and the two losses, for the
-class token and for the map; masks and the student's affinity cost more than they gave.
+Of the paper it keeps the consensus, as a weight by what teachers know about images, and two losses, for class token and
+map; it has no masks, and no affinity to the student.
 """
 
 
