@@ -67,7 +67,7 @@ def test_a_run_says_and_records_whose_settings_it_has(labelled_folder, teacher_s
     command += ["--optim.epochs=1", "--optim.batch-size=16", "--optim.microbatch=8", "--loader.workers=0"]
     command += ["--run.no-tensorboard", f"--run.out={tmp_path / 'run'}"]
     assert main(command) == 0
-    told = capfd.readouterr().out
+    told = "".join(capfd.readouterr())
     assert "mean by the published settings of comad: 1 epochs, 16 images a step in 2 passes of 8, learning rate" in told
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe_of"] == "comad"
     assert main(["distill", "--run.resume", "--recipe-of=unic", f"--run.out={tmp_path / 'run'}"]) == 1
