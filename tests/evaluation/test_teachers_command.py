@@ -457,7 +457,6 @@ def test_random_weights_are_scored_on_fewer_images_of_a_large_network(teacher_sp
     whole = inspect(config)
     monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 3))
     monkeypatch.setattr(inspection, "MIN_BANK", 1)
-    monkeypatch.setattr(inspection, "SILENCE", -1.0)
     part = inspect(replace(config, images=None))
     assert "of them" not in whole and "kNN on 3 of them, with 6" in part and "random weights" in part
-    assert told[-1] == "  0 of 3 images" and "kNN: 6 + 3 images by random weights" in told
+    assert "kNN: 6 + 3 images by random weights" in told
