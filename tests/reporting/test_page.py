@@ -223,7 +223,6 @@ def test_ten_rich_runs_stay_below_three_megabytes(tmp_path):
         (folders[-1] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     path = write_report(folders, tmp_path / "ten.html")
     text = path.read_text()
-    print(path.stat().st_size)
     assert path.stat().st_size < 3_000_000 and text.count("data-as=") > 10 * 8
     assert len(re.findall('<article id="run', text)) == 10
 
