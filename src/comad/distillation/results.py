@@ -98,7 +98,7 @@ def finish(
     for trained in students:
         trained.distiller.to(fabric.device)
     if config.split != "none":
-        for trained in students:  # before anything that may fail
+        for trained in students if fabric.is_global_zero else ():  # before anything that may fail
             _export(trained, scored, teachers, Scoreboard(()), fabric)
         rows = [candidates(trained) for trained in students]
         shared = [Candidate("pixels", "pixels", None, config.student.image_size)]
