@@ -67,7 +67,7 @@ class LoaderConfig:
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
     """
 
-    workers: int = field(default=-1, metadata=COMMON | NO_EFFECT)
+    workers: int = field(default=-1, metadata=NO_EFFECT)
     deadline: float = field(default=900.0, metadata=NO_EFFECT)
     fixed_views: int = field(default=0, metadata=COMMON)
 

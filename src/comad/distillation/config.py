@@ -27,8 +27,8 @@ class Augment:
         jitter: strength of brightness, contrast and saturation changes; hue changes by a quarter of it.
     """
 
-    crop_scale: tuple[float, float] = field(default=(0.25, 1.0), metadata=COMMON)
-    jitter: float = field(default=0.4, metadata=COMMON)
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    jitter: float = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class DistillConfig:
     cache_folder: str = field(default="", metadata=NO_EFFECT)
     cache_storage: Literal["computed", "int8"] = "computed"
     teachers_in: Literal["memory", "offload", "shards"] = field(default="memory", metadata=NO_EFFECT)
-    through: str = field(default="", metadata=COMMON | NO_EFFECT)
+    through: str = field(default="", metadata=NO_EFFECT)
     teacher_image_size: Literal["own", "grid"] | int = field(default="own", metadata=COMMON)
     budget: str = field(default="", metadata=COMMON | NO_EFFECT)
     compile: bool = field(default=False, metadata=COMMON)

@@ -46,12 +46,12 @@ class OptimConfig:
     epochs: float = field(default=300.0, metadata=COMMON)
     batch_size: int = field(default=256, metadata=COMMON)
     microbatch: int | None = field(default=None, metadata=COMMON)
-    accumulate: int = field(default=1, metadata=COMMON)
+    accumulate: int = 1
     base_lr: float = field(default=1.5e-4, metadata=COMMON)
     warmup_epochs: float = field(default=15.0, metadata=COMMON)
     schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
     min_lr: float = 0.0
-    weight_decay: float = field(default=0.05, metadata=COMMON)
+    weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 3.0
     ema: float = 0.0
