@@ -341,7 +341,9 @@ def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str 
     """What a distillation will cost, measured by a few of its steps, as `comad plan` does. Nothing is left behind.
 
     Args:
-        data, teachers, preset: see `distill`.
+        data: see `distill`.
+        teachers: see `distill`.
+        preset: see `distill`.
         overrides: any option of `comad distill` by its name.
 
     Raises:
