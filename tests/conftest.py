@@ -23,6 +23,7 @@ from comad.models.decoder import MaskedDecoder
 from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, TeacherCard
 from comad.models.timm_backbone import TimmBackbone
+from comad.runtime import progress
 
 CARD = TeacherCard("t", "test", "test", "vit", "", 2, 48, 4, 8, 1, 1e-6, (0.5,) * 3, (0.5,) * 3, ("patch",), "none", 0)
 
@@ -38,6 +39,12 @@ def blurred_noise(count: int, seed: int, size: int = 32) -> Tensor:
     """Random images with structure larger than a patch, values in [0, 1]."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (size, size), mode="bilinear")
+
+
+@pytest.fixture(autouse=True)
+def nothing_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, too: what a test looks for stands alone on the error stream."""
+    monkeypatch.setattr(progress, "SILENCE", 600.0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

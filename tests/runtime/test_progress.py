@@ -17,6 +17,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def later(monkeypatch):
     """Every look at the clock is two seconds later."""
+    monkeypatch.setattr(progress, "SILENCE", 3.0)
     start = iter(range(0, 10_000, 2))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(start)))
 
