@@ -31,7 +31,7 @@ def test_every_extra_of_the_package_has_a_use():
     [
         ({}, "--teacher-precision int8"),
         ({"compiler": ""}, "apt install g++"),
-        ({"simd": "AVX2"}, "--run.precision fp32"),
+        ({"simd": "AVX2"}, "runs compute in fp32"),
         ({"nvidia": True}, "CUDA build"),
         ({"nvidia": True, "cuda": "13.0"}, "nvidia-smi"),
         ({"cuda": "13.0"}, "CPU build"),
