@@ -267,10 +267,10 @@ def finetune(
     Raises:
         ValueError: the data has no labels, or an option is wrong.
     """
-    splits = data if isinstance(data, Splits) else load_images(data)
     named = str(data) if isinstance(data, str | Path) else ""
     config = FinetuneConfig(backbone="", data=named, tuning=tuning_recipe("", named))
     config = override(replace(config, run=replace(config.run, out=str(out))), overrides)
+    splits = data if isinstance(data, Splits) else config.load_images() if named else load_images(data)
     check_finetune(config, splits)
     if isinstance(backbone, str):
         backbone = load_one(backbone, named, config.image_size)
@@ -359,5 +359,6 @@ def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str 
 def _fitted(config: DistillConfig, data: Any, overrides: Mapping[str, Any], sized: bool) -> DistillConfig:
     """The recipe for own images, but for what is given; whether teachers are cached is left to who calls."""
     names = {*overrides, *(key for group in overrides.values() if isinstance(group, Mapping) for key in group)}
+    config = override(config, {name: overrides[name] for name in config.data_options if name in overrides})
     given = [flag for flag in FLAGS if flag.rpartition(".")[2].removeprefix("--").replace("-", "_") in names]
     return fitted(config, [*given, *CACHE_FLAGS, *(() if sized else SIZE_FLAGS)], data)

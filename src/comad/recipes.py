@@ -142,7 +142,12 @@ def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) ->
     data = get_flag(list(arguments), "--data") if data is None else data
     if data in (None, "stamps") or {"-h", "--help", "--help-all"} & set(arguments):
         return config
-    given, images, machine = [a.partition("=")[0] for a in arguments], load_images(data).train, this_machine()
+    subset = get_flag(list(arguments), "--subset") or config.subset or None
+    given, images, machine = (
+        [a.partition("=")[0] for a in arguments],
+        load_images(data, subset=subset).train,
+        this_machine(),
+    )
     if not len(images):
         return config
     found = fit_to_data(config, images, machine, given)

@@ -117,8 +117,10 @@ def _student(config: CompareConfig, text: str, specs: tuple[str, ...], label: st
     specs = specs[:1] if method.single_teacher else specs
     plain = replace(config.recipe.with_method(method, text), teachers=specs)
     own = parse_distillation(options, f"--presets {name}", base=plain)
-    if (own.data, own.run, own.split) != (plain.data, plain.run, plain.split):
-        raise ValueError(f"{text!r}: rows share data, split and run; give --data, --split and --run.* once, for all.")
+    if (own.data_options, own.run, own.split) != (plain.data_options, plain.run, plain.split):
+        raise ValueError(
+            f"{text!r}: rows share data, split and run; give options of images, --split and --run.* once, for all."
+        )
     return ComparisonRow(label=label, preset=text, teachers=own.teachers, kind="student", config=own)
 
 

@@ -245,7 +245,7 @@ def _learn(unit: RowRun) -> Finetuned:
     assert backbone is not None
     config = FinetuneConfig(
         backbone=unit.entry.label,
-        data=recipe.data,
+        **recipe.data_options,
         tuning=_tuning(unit),
         split="val" if recipe.split == "val" else "test",
         loader=recipe.loader if supervised else replace(recipe.loader, fixed_views=0),

@@ -16,7 +16,6 @@ from comad.comparison.entries import ComparisonRow, list_entries
 from comad.comparison.measure import RowRun, check, digest_of, measure
 from comad.comparison.table import markdown, tabulate, write_table
 from comad.data.images import Splits
-from comad.data.load import load_images
 from comad.evaluation.evaluation import title_of
 from comad.evaluation.finetune import check as check_finetune
 from comad.evaluation.scoreboard import rehearse, shortage
@@ -50,7 +49,7 @@ def compare(config: CompareConfig) -> str:
     """
     refuse_several(config.recipe.run.devices, "comad compare")
     entries, reference = list_entries(config)
-    splits = load_images(config.recipe.data)
+    splits = config.recipe.load_images()
     _check_data(config, splits)
     rehearse(splits._replace(test=getattr(splits, config.recipe.split)))
     hashes, pictures = _hashes(entries), digest_of([images.fingerprint() for images in splits[:3]])
@@ -129,7 +128,7 @@ def _shared(config: CompareConfig) -> dict[str, Any]:
     """What all rows have in common, as plain values."""
     plain = identity_of(config.recipe)
     del plain["run"]["seed"]
-    own = {"data": config.recipe.data, "teachers": list(config.recipe.teachers), "budget": config.recipe.budget}
+    own = {**config.recipe.data_options, "teachers": list(config.recipe.teachers), "budget": config.recipe.budget}
     return {**plain, **own, "ablation": config.ablation or "none"}
 
 

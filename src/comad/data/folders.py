@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ PART_NAMES |= dict.fromkeys(("valid", "validation", "dev", "development"), "val"
 """Spellings of the parts; capitals and a year behind (``val2017``) do not matter."""
 LABEL_SETS = ("fine", "coarse")
 LabelsOf = Callable[[str], tuple[str | None, ...]]
+SEVERAL = "|"
+"""Stands between the labels of one image in a cell of a CSV file."""
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 
 
@@ -226,7 +228,7 @@ def _bucket(file: str) -> float:
 
 def _are_labelled(files: list[str], labels_of: LabelsOf) -> bool:
     """Whether most have a label; the others then have none."""
-    return 2 * sum(labels_of(file)[0] is not None for file in files) > len(files)
+    return 2 * sum(next(iter(labels_of(file)), None) is not None for file in files) > len(files)
 
 
 def _labels_from_folders(depth: int, label_depth: int) -> tuple[tuple[str, ...], LabelsOf]:
@@ -258,18 +260,32 @@ def _labels_from_csv(path: Path, depth: int, files: list[str], notes: list[str])
         )
         for row in rows
     }
+    kept = _single_labels(path, names, table.values(), notes)
+    names = [names[place] for place in kept]
+    table = {name: tuple(row[place] for place in kept) for name, row in table.items()}
     nothing = (None,) * len(names)
 
     def labels_of(file: str) -> tuple[str | None, ...]:
         name = normalised(file)
-        return table.get(name) or table.get(name.split("/", depth)[-1]) or nothing
+        return table.get(name, table.get(name.split("/", depth)[-1], nothing))
 
-    hits = sum(labels_of(file) is not nothing for file in files)
+    hits = sum(not _names(file, depth).isdisjoint(table) for file in files)
     if not hits:
         raise ValueError(f"{path}: none of its {len(table)} paths, such as {next(iter(table), '')!r}, is below --data.")
     if hits < max(len(files), len(table)):
         notes.append(f"{path.name} has {len(table)} rows; {hits} of {len(files)} images have one.")
     return (*LABEL_SETS[: len(names)], *names[len(LABEL_SETS) :]), labels_of
+
+
+def _single_labels(path: Path, names: list[str], rows: Collection[Sequence[str | None]], notes: list[str]) -> list[int]:
+    """The columns with one label in each cell. Scores are accuracies, so a column with several is none, and is told."""
+    several = {place for row in rows for place, value in enumerate(row) if value and SEVERAL in value}
+    for place in sorted(several):
+        notes.append(
+            f"{path.name}: the column {names[place]} has several labels in a cell ({SEVERAL} between them) and is not "
+            "scored: images are learnt from without them; a column for each label would be."
+        )
+    return [place for place in range(len(names)) if place not in several]
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,38 @@ from comad.data.images import Splits
 from comad.data.index import index_folder
 from comad.data.objects import load_objects
 from comad.data.shards import expand, load_shards
+from comad.runtime.options import COMMON, NO_EFFECT
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images a command reads, and where their labels come from: options that all commands share.
+
+    A run that goes on knows its images by names, sizes and labels, and not by these options: paths may be others.
+
+    Args:
+        data: a folder of images, or the name of a bundled set.
+        label_depth: levels of sub-folders that make the label; of 2 or more, the first alone is the label set coarse.
+        labels: CSV file with the columns path, relative to the folder, and label, in the place of sub-folders. Each
+            further column is a label set of its own; an image without a row has no label.
+        subset: text file of relative paths, one a line; other images of the parts that it names are left out.
+    """
+
+    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
+    label_depth: int = field(default=1, metadata=NO_EFFECT)
+    labels: str = field(default="", metadata=NO_EFFECT)
+    subset: str = field(default="", metadata=NO_EFFECT)
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The options by their names, for another config of the same images."""
+        return {own.name: getattr(self, own.name) for own in fields(DataConfig)}
+
+    def load_images(self) -> Splits:
+        """Open the images, see `load_images`."""
+        return load_images(
+            self.data, label_depth=self.label_depth, labels=self.labels or None, subset=self.subset or None
+        )
 
 
 def load_images(

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from comad.data.load import DataConfig
 from comad.data.loader import LoaderConfig
 from comad.distillation.method import Method
 from comad.models.quantized import Quantized
@@ -32,11 +33,10 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(DataConfig):
     """Distil several frozen teachers into one student.
 
     Args:
-        data: a folder of images, or the name of a bundled set.
         teachers: each a bundled name, NAME=FILE, or a timm model name.
         student: the network to train.
         extra_students: further students that learn from the same teacher passes, each as if it were alone.
@@ -71,7 +71,6 @@ class DistillConfig:
         plugin: Python files with members of slots of your own.
     """
 
-    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
     teachers: tuple[str, ...] = field(
         default=("mae-stamps", "mocov3-stamps", "ibot-stamps"), metadata=COMMON | NO_EFFECT
     )

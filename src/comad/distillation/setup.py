@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from comad.data.identity import content_digest
 from comad.data.images import Splits
-from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distillation.cache import CacheSpec
@@ -206,7 +205,7 @@ def prepare(config: DistillConfig, fabric: Fabric, inputs: Inputs | None = None)
         ValueError: bad data, teachers or recipe, or an option that this machine cannot follow.
     """
     inputs = inputs or Inputs()
-    splits = inputs.splits or load_images(config.data)
+    splits = inputs.splits or config.load_images()
     config.check(len(splits.train))
     if config.compile:
         need_compiler()

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from comad.data.images import Splits
-from comad.data.load import load_images
+from comad.data.load import DataConfig, load_images
 from comad.evaluation.evaluation import Evaluation, choose
 from comad.evaluation.scoreboard import LABEL_SETS, Candidate, Scoreboard, score_all, shortage
 from comad.evaluation.views import device, load_one
@@ -23,12 +23,11 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(DataConfig):
     """Score a backbone by kNN and a linear probe on frozen features.
 
     Args:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
-        data: a folder of images with sub-folders as labels, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, the size an exported student was trained at, for others
             224, and on stamps as many as give 6 × 6 patches.
         precision: of the network: fp32, or bf16, which is faster where the hardware has it.
@@ -37,7 +36,6 @@ class EvaluateConfig:
     """
 
     backbone: str
-    data: str = "stamps"
     image_size: int | None = None
     precision: Precision = "fp32"
     evaluations: tuple[str, ...] = ()
@@ -53,7 +51,7 @@ def evaluate_command(config: EvaluateConfig) -> str:
     if config.out and Path(config.out).is_dir():
         raise ValueError(f"--out {config.out!r} is a folder; name a JSON file.")
     fabric = start_fabric(RunConfig())  # under torchrun or srun its processes share the images
-    chosen, splits = choose(config.evaluations or None), load_images(config.data)
+    chosen, splits = choose(config.evaluations or None), config.load_images()
     teacher = _load(config.backbone, config.data, config.image_size)
     with together():
         board = evaluate(teacher, splits, precision=config.precision, evaluations=chosen)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comad.data.images import ImageSet
-from comad.data.load import load_images
+from comad.data.load import DataConfig
 from comad.evaluation.knn import KNN
 from comad.evaluation.similarity import centred_rows, linear_cka
 from comad.evaluation.views import BATCH, device, load_many, readable, sample, token_batches, view_size
@@ -34,12 +34,11 @@ NEIGHBOURS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(DataConfig):
     """Compare teachers on images; labels, where there are some, tell what several teachers can add to the best one.
 
     Args:
         teachers: two or more, each NAME=FILE, a path, an exported folder, a bundled teacher, or a timm model name.
-        data: a folder of images, or the name of a bundled set.
         image_size: pixels on the side of the student's images, 224 by default, 48 on stamps. Its patches have 16
             pixels, 8 on stamps; every teacher is loaded for this grid of patches.
         images: at most so many.
@@ -47,7 +46,6 @@ class CompareConfig:
     """
 
     teachers: tyro.conf.Positional[tuple[str, ...]] = ()
-    data: str = "stamps"
     image_size: int | None = None
     images: int = 1000
     out: str | None = None
@@ -99,7 +97,7 @@ def compare(config: CompareConfig) -> str:
         raise ValueError("name two teachers or more: comad teachers compare A B; for one use comad teachers inspect.")
     if config.out and Path(config.out).is_dir():
         raise ValueError(f"--out {config.out} is a folder; name a file, such as {config.out}/compare.json.")
-    images, indices = sample(readable(load_images(config.data)), config.images)
+    images, indices = sample(readable(config.load_images()), config.images)
     teachers = load_many(config.teachers, config.data, config.image_size)
     pooled, pairs = _pairs(teachers, images, indices)
     labels = next(iter(images.labels.values()))[indices] if images.labels else None

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from comad.data.folders import FolderImages
 from comad.data.images import ImageSet, Splits, UnreadableImageError
-from comad.data.load import load_images
+from comad.data.load import DataConfig
 from comad.data.loader import LoaderConfig
 from comad.data.transforms import evaluation_view
 from comad.evaluation.features import evaluating, pool_tokens
@@ -42,12 +42,11 @@ COLUMNS = ("path", "split", "label", "coarse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
+class EmbedConfig(DataConfig):
     """Encode every image of a folder and write features, paths and labels. The same command again goes on.
 
     Args:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
-        data: a folder of images, with or without sub-folders as labels, or the name of a bundled set.
         out: the table: NAME.parquet; or NAME.npy, with paths and labels in NAME.csv.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         pool: what stands for an image, cls or patch (the mean patch token); left out, the class token if it was
@@ -59,7 +58,6 @@ class EmbedConfig:
     """
 
     backbone: str = ""
-    data: str = "stamps"
     out: str = "features.parquet"
     image_size: int | None = None
     pool: Literal["cls", "patch"] | None = None
@@ -103,7 +101,7 @@ def embed(config: EmbedConfig) -> str:
         raise ValueError("name what to encode with: comad embed BACKBONE --data FOLDER --out features.parquet.")
     out = check_place(config.out)
     photo = _one_image(config.nearest) if config.nearest else None
-    splits = load_images(config.data)
+    splits = config.load_images()
     teacher = load_one(config.backbone, config.data, config.image_size)
     pool, backbone = choose_pool(teacher.backbone, config.pool), teacher.backbone.to(device())
     done = embed_images(backbone, splits, out, pool=pool, config=config, name=_identity_of(teacher))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from comad.data.begin import begin_run
 from comad.data.images import ImageSet, Splits
-from comad.data.load import load_images
 from comad.data.loader import Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop, random_views
 from comad.evaluation.classifier import Classifier, correct_answers, cross_entropy, mix, mixed_labels, set_drop_path
@@ -98,7 +97,7 @@ def finetune(config: FinetuneConfig) -> str:
     """
     if not config.backbone:
         raise ValueError("name what to fine-tune: comad evaluate finetune BACKBONE --data FOLDER.")
-    splits = load_images(config.data)
+    splits = config.load_images()
     check(config, splits)
     teacher = load_one(config.backbone, config.data, config.image_size)
     build_classifier(teacher.backbone, splits, config.tuning)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from comad.data.images import Splits
-from comad.data.load import load_images
+from comad.data.load import DataConfig
 from comad.evaluation import sanity_checks
 from comad.evaluation.features import PIXELS, View, extract_many
 from comad.evaluation.intervals import paired_interval
@@ -51,12 +51,11 @@ class Counts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(DataConfig):
     """Look at one teacher before a run.
 
     Args:
         teacher: NAME=FILE, a path, an exported folder, a bundled teacher, or a timm model name.
-        data: a folder of images, with sub-folders as labels for the kNN part, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         images: at most so many validation images, and twice as many for training; none of the test part is read. Left
             out, as many as a small CPU computes in half a minute, 1000 beside a GPU. Where they take long, there are
@@ -64,7 +63,6 @@ class InspectConfig:
     """
 
     teacher: tyro.conf.Positional[str] = ""
-    data: str = "stamps"
     image_size: int | None = None
     images: int | None = None
 
@@ -78,7 +76,7 @@ def inspect(config: InspectConfig) -> str:
     if not config.teacher:
         raise ValueError("name a teacher: comad teachers inspect FILE_OR_NAME; `comad teachers list` shows names.")
     say(f"reading {config.data} and loading {config.teacher}")
-    splits = readable(load_images(config.data))
+    splits = readable(config.load_images())
     images, indices = sample(splits, MAX_IMAGES if config.images is None else config.images)
     teacher = load_one(config.teacher, config.data, config.image_size)
     for line in (card := _card(teacher)):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from comad.data.bundled import BUNDLED
+from comad.data.load import DataConfig
 from comad.data.loader import LoaderConfig
 from comad.evaluation.classifier import Pool
 from comad.runtime.optim import OptimConfig
@@ -72,12 +73,11 @@ RECIPES: dict[str, Tuning] = {"paper": PAPER, "small": SMALL}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(DataConfig):
     """Fine-tune a backbone with labels.
 
     Args:
         backbone: an exported folder, NAME=FILE, a bundled teacher, or a timm model name.
-        data: a folder of images with sub-folders as labels, or the name of a bundled set.
         image_size: pixels on the side of the view; left out, 224, and on stamps as many as give 6 × 6 patches.
         tuning: how it is trained.
         try_lr: values of --optim.base-lr to try; the one that is best on the validation images is reported.
@@ -88,7 +88,6 @@ class FinetuneConfig:
     """
 
     backbone: str = field(metadata=COMMON | NO_EFFECT)
-    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
     image_size: int | None = field(default=None, metadata=COMMON)
     tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     try_lr: tuple[float, ...] = field(default=(), metadata=COMMON | NO_EFFECT)

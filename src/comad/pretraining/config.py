@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from comad.data.load import DataConfig
 from comad.data.loader import LoaderConfig
 from comad.models.students import VitConfig
 from comad.pretraining.ibot import Ibot
@@ -18,12 +19,11 @@ Method = Mae | MoCoV3 | Ibot
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(DataConfig):
     """Train a teacher.
 
     Args:
         method: the objective and its settings.
-        data: a folder of images, or the name of a bundled set.
         init: weights to start from, named as a teacher is; None starts from scratch.
         vit: the network.
         loader: how images are read.
@@ -32,7 +32,6 @@ class PretrainConfig:
     """
 
     method: Method = field(default_factory=Mae)
-    data: str = field(default="stamps", metadata=COMMON | NO_EFFECT)
     init: str | None = field(default=None, metadata=COMMON | NO_EFFECT)
     vit: VitConfig = field(default_factory=lambda: VitConfig(image_size=48, patch_size=8, width=192, depth=6, heads=3))
     loader: LoaderConfig = field(default_factory=LoaderConfig)

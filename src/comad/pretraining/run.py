@@ -12,7 +12,6 @@ from lightning_fabric import Fabric
 
 from comad.data.begin import begin_run
 from comad.data.images import Splits
-from comad.data.load import load_images
 from comad.data.loader import TrainingBatches, ViewDataset
 from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import Scoreboard, rehearse, score
@@ -44,7 +43,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     """
     fabric = start_fabric(config.run, config.optim)
     fabric.seed_everything(config.run.seed, verbose=False)
-    splits = load_images(config.data)
+    splits = config.load_images()
     _check(config, splits)
     rehearse(splits)
     config = begin_run(config, fabric, splits).config

@@ -56,7 +56,9 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 
 def _has_common(kind: Any) -> bool:
-    return any(field.metadata.get("common") for field in dataclasses.fields(kind))
+    """Whether a config marks options of its own, beside those that it has in common with others."""
+    own = inspect.get_annotations(kind)
+    return any(field.metadata.get("common") for field in dataclasses.fields(kind) if field.name in own)
 
 
 def _common_only(info: Any) -> Any:
