@@ -318,16 +318,26 @@ def report_command(arguments: list[str]) -> None:
 
 
 def data_command(arguments: list[str]) -> None:
-    """Make data: comad data scenes --out FOLDER composes images of the bundled cut-outs, for segment and detect."""
-    from comad.data.scene_files import ScenesConfig, write_scenes
+    """Write data: comad data shard FOLDER --out DIR writes tar shards of images, for large sets and slow disks.
 
+    comad data scenes --out FOLDER composes images of the bundled cut-outs, for segment and detect.
+    """
     name, *rest = arguments or [""]
     if name in HELP:
         _print(_about(data_command))
-        return
-    if name != "scenes":
-        raise ValueError(f"no data {name!r}; say what to make: comad data scenes --out FOLDER.")
-    _print(write_scenes(parse(ScenesConfig, None, rest, "comad data scenes")))
+    elif name == "shard":
+        from comad.data.shard_files import ShardConfig, write_shards
+
+        rest = ["--data", *rest] if rest and not rest[0].startswith("-") else rest
+        _print(write_shards(parse(ShardConfig, None, rest, "comad data shard")))
+    elif name == "scenes":
+        from comad.data.scene_files import ScenesConfig, write_scenes
+
+        _print(write_scenes(parse(ScenesConfig, None, rest, "comad data scenes")))
+    else:
+        raise ValueError(
+            f"no data {name!r}; write comad data shard FOLDER --out FOLDER, or comad data scenes --out FOLDER."
+        )
 
 
 def teachers_command(arguments: list[str]) -> None:
@@ -358,7 +368,7 @@ VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "report": ("one HTML page about runs and comparisons", report_command),
     "export": ("write a student for other programs: timm, transformers, ONNX, 8 bits, ...", export_command),
     "embed": ("features of a folder of images as a table", embed_command),
-    "data": ("make images with many objects: scenes", data_command),
+    "data": ("tar shards of images, or images with many objects: shard, scenes", data_command),
     "completion": ("verbs and options for the tab key of bash, zsh or fish", completion_command),
 }
 GROUPS = {

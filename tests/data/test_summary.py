@@ -84,7 +84,7 @@ def test_how_the_parts_were_made_is_said(tmp_path, write_images, names, expected
 
 def test_folders_beside_the_parts_and_parts_that_are_classes_are_said(tmp_path, write_images):
     splits = load_images(str(write_images(tmp_path / "x", ["train/a/1.png", "test/a/2.png", "extra/3.png", "4.png"])))
-    assert "2 images outside of the parts are left out: 1 4.png, 1 extra." in splits.source.notes
+    assert "2 images outside of the parts are left out: 1 in no folder, 1 extra." in splits.source.notes
     splits = load_images(str(write_images(tmp_path / "y", ["train/1.png", "holdout/2.png"])))
     assert any("train/ counts as a class" in note for note in splits.source.notes)
 

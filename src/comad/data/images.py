@@ -72,6 +72,14 @@ class ImageSet(ABC):
         pixels = image if len(image) == 3 else paste(image, torch.full_like(image[:3], 255))
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
+    def content(self, index: int) -> bytes:
+        """The file of an image as it is, encoded.
+
+        Raises:
+            ValueError: the set has no files, or this one cannot be read.
+        """
+        raise ValueError(f"the images of {self.name} are no files; only those of folders, tables and shards are.")
+
     @abstractmethod
     def path(self, index: int) -> str:
         """Name one image in a message."""

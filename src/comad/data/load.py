@@ -1,4 +1,4 @@
-"""The one door to images: a bundled set by its name, a folder, tar shards, or what Python has."""
+"""The one door to images: a bundled set by its name, a folder, shards, tables, or what Python has."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from comad.data.bundled import BUNDLED
-from comad.data.folders import load_folder
+from comad.data.folders import load_folder, load_table
 from comad.data.images import Splits
 from comad.data.index import index_folder
 from comad.data.objects import load_objects
+from comad.data.parts import LabelOptions
 from comad.data.shards import expand, load_shards
+from comad.data.tables import load_tables
 from comad.runtime.options import COMMON, NO_EFFECT
+
+SHARDED = {".tar": load_shards, ".arrow": load_tables, ".parquet": load_tables}
+"""Ending of files that hold many images → what opens them."""
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class DataConfig:
     A run that goes on knows its images by names, sizes and labels, and not by these options: paths may be others.
 
     Args:
-        data: a folder of images, or the name of a bundled set.
+        data: a folder of images, tar shards, an arrow or parquet data set, a CSV file, or the name of a bundled set.
         label_depth: levels of sub-folders that make the label; of 2 or more, the first alone is the label set coarse.
         labels: CSV file with the columns path, relative to the folder, and label, in the place of sub-folders. Each
             further column is a label set of its own; an image without a row has no label.
@@ -58,8 +64,10 @@ def load_images(
     """Open the bundled set by its name (``stamps``), a folder of images by its path, or images that Python has.
 
     Args:
-        data: a name, the path of a folder, or that of tar shards such as ``train-{000..127}.tar``; see
-            `comad.data.folders.load_folder`. Or a dataset, or a dict of ``train`` and others to datasets; see
+        data: a name; or the path of a folder (`comad.data.folders.load_folder`), of tar shards such as
+            ``train-{000..127}.tar`` (`comad.data.shards.load_shards`), of arrow or parquet files
+            (`comad.data.tables.load_tables`), of a folder of such files, or of a CSV file
+            (`comad.data.folders.load_table`). Or a dataset, or a dict of ``train`` and others to datasets; see
             `comad.data.objects.load_objects`. Splits are taken as they are.
         label_depth: how many levels of sub-folders make the label.
         labels: CSV file with the columns ``path``, relative to the folder, and ``label``; a second column of labels is
@@ -76,21 +84,25 @@ def load_images(
             raise ValueError("label_depth and subset are options of folders; pass a dataset of the images wanted.")
         return load_objects(data, labels)
     if data not in BUNDLED:
-        return _load_path(Path(data).expanduser(), label_depth, labels, subset)
+        if label_depth < 1 or not (labels is None or isinstance(labels, (str, os.PathLike))):
+            raise ValueError("label_depth is 1 or more, and labels of a folder are the path of a CSV file.")
+        files = (None if file is None else Path(file) for file in (labels, subset))
+        return _load_path(Path(data).expanduser(), LabelOptions(label_depth, *files))
     if label_depth != 1 or labels is not None or subset is not None:
         raise ValueError(f"label_depth, labels and subset are options of own folders; leave them out for {data!r}.")
     return BUNDLED[os.fspath(data)]()
 
 
-def _load_path(root: Path, label_depth: int, labels: Any, subset: str | Path | None) -> Splits:
-    if label_depth < 1 or not (labels is None or isinstance(labels, (str, os.PathLike))):
-        raise ValueError("label_depth is 1 or more, and labels of a folder are the path of a CSV file.")
-    labels = None if labels is None else Path(labels)
-    if root.suffix == ".tar":
-        return load_shards(root.parent, expand(root), labels, subset)
+def _load_path(root: Path, options: LabelOptions) -> Splits:
+    if root.suffix in SHARDED:
+        return SHARDED[root.suffix](root.parent, expand(root), options)
+    if root.suffix in TABLES:
+        return load_table(root, options)
     if not root.is_dir():
         raise ValueError(f"no folder {str(root)!r}; pass --data FOLDER with images, or one of: {', '.join(BUNDLED)}.")
     index = index_folder(root)
-    if not index.files and ".tar" in index.left_out:
-        return load_shards(root, sorted(root.rglob("*.tar")), labels, subset)
-    return load_folder(root, label_depth, labels, subset, index)
+    ending = next((ending for ending in SHARDED if ending in index.left_out), None)
+    if index.files or ending is None:
+        return load_folder(root, options, index)
+    shards = [path for path in sorted(root.rglob(f"*{ending}")) if not path.name.startswith(("cache-", "."))]
+    return SHARDED[ending](root, shards, options)

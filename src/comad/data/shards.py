@@ -1,4 +1,8 @@
-"""Images in tar files, in the layout of webdataset: members ``KEY.jpg`` beside ``KEY.cls`` or ``KEY.json``."""
+"""Images in a few large files, read by their place in them: tar files in the layout of webdataset, and arrow files.
+
+Members of a tar file are ``KEY.jpg`` beside ``KEY.cls`` or ``KEY.json``; the key is what stands before the first dot of
+a name. An arrow file holds a column of encoded images, and they lie in it as they are in a tar file.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,35 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from comad.data.decoding import MAX_BYTES, decode_bytes, endings, naming
-from comad.data.folders import PART_NAMES, LabelOptions, split_files
 from comad.data.images import ImageSet, Splits
 from comad.data.index import PathTable, cache_file
+from comad.data.parts import LabelOptions, Labels, Listing, divide, labels_of, part_of
 from comad.runtime.progress import track
 
 LABEL_ENDINGS = (".cls", ".json")
 MAX_LABEL_BYTES = 1 << 20
-Entry = tuple[int, int, str | None]
-"""First byte of an image in its shard, number of bytes, label."""
+CLASS_NAMES = "classnames.txt"
+"""Beside tar files: the names of the numbers in ``.cls``, one a line."""
 
 
 class ShardImages(ImageSet):
-    """Images in tar files, read by their place in them: any order, no state, as quick as files.
+    """Images in shards, read by their place in them: any order, no state, as quick as files.
 
     Args:
         name: of the set.
-        shards: the tar files.
+        shards: the files.
         files: what each image is called.
-        places: int64 (n, 3): number of the shard, first byte, number of bytes.
+        places: int64 (n, 3): number of the shard, first byte, number of bytes; no bytes: there is no image.
         labels: label set → label of each image.
     """
 
@@ -56,26 +61,49 @@ class ShardImages(ImageSet):
         return f"{self.files[index]} in {self.shards[self.places[index, 0]]}"
 
     def key(self, index: int) -> str:
-        """See `ImageSet.key`: part, shard and member."""
+        """See `ImageSet.key`: shard and member, or what the image was called before it came there."""
         return self.files[index]
+
+    def content(self, index: int) -> bytes:
+        """See `ImageSet.content`."""
+        shard, start, length = self.places[index].tolist()
+        with naming(self.path(index)):
+            if not 0 < length <= MAX_BYTES:
+                raise ValueError(f"{length} bytes; an image has 1 to {MAX_BYTES}")
+            with open(self.shards[shard], "rb", buffering=0) as file:
+                file.seek(start)
+                return file.read(length) or b""
 
     def load(self, index: int, min_side: int = 0) -> Tensor:
         """See `ImageSet.load`."""
-        shard, start, length = self.places[index].tolist()
+        content = self.content(index)
         with naming(self.path(index)):
-            if length > MAX_BYTES:
-                raise ValueError(f"{length} bytes, more than {MAX_BYTES}")
-            with open(self.shards[shard], "rb", buffering=0) as file:
-                file.seek(start)
-                return decode_bytes(file.read(length) or b"", min_side)
+            return decode_bytes(content, min_side)
 
     def content_numbers(self) -> np.ndarray:
         """See `ImageSet.content_numbers`: sizes in bytes."""
-        return self.places[:, 2].copy()
+        return np.where(self.places[:, 2] > 0, self.places[:, 2], -1)
+
+
+class Member(NamedTuple):
+    """An image in a tar file.
+
+    Attributes:
+        name: of the member; or what the image was called before, if its ``.json`` has that under ``path``.
+        own: whether it is that of the member.
+        start, length: first byte, and number of bytes.
+        labels: label set → label.
+    """
+
+    name: str
+    own: bool
+    start: int
+    length: int
+    labels: dict[str, str]
 
 
 def expand(path: Path) -> list[Path]:
-    """The tar files of a name with a range such as ``train-{000..127}.tar``.
+    """The files of a name with a range such as ``train-{000..127}.tar``.
 
     Raises:
         ValueError: one of them is not there.
@@ -88,92 +116,128 @@ def expand(path: Path) -> list[Path]:
         names = [path.name]
     shards = [path.with_name(name) for name in names]
     if missing := [shard for shard in shards if not shard.is_file()]:
-        raise ValueError(f"{len(missing)} tar files are not there, such as {str(missing[0])!r}; correct --data.")
+        kind = path.suffix.removeprefix(".")
+        raise ValueError(f"{len(missing)} {kind} files are not there, such as {str(missing[0])!r}; correct --data.")
     if not shards:
         raise ValueError(f"{str(path)!r} names no file; the range goes up.")
     return shards
 
 
-def load_shards(root: Path, shards: Sequence[Path], labels: Any = None, subset: str | Path | None = None) -> Splits:
+def load_shards(root: Path, shards: Sequence[Path], options: LabelOptions | None = None) -> Splits:
     """Open tar files. A shard belongs to a part if one word of its path below ``root`` names it, see `PART_NAMES`.
 
-    What holds of folders holds of them: `comad.data.folders.load_folder`. Labels are the numbers of ``.cls``, or
-    ``label`` or ``cls`` of ``.json``.
+    What holds of folders holds of them: `comad.data.folders.load_folder`. Images come in the order of the members.
+    Labels are those under ``labels`` of ``.json``, else its ``label`` or ``cls``, else the number in ``.cls``, which
+    a file `CLASS_NAMES` beside the shards gives a name. Labels that are numbers stand in their order.
 
     Raises:
         ValueError: a file is no tar file, or no image is in them.
     """
-    places: dict[str, tuple[int, int, int]] = {}
-    table: dict[str, str] = {}
+    names: list[str] = []
+    parts: list[str] = []
+    words: list[dict[str, str]] = []
+    places: list[tuple[int, int, int]] = []
+    left_out: Counter[str] = Counter()
     for number, shard in enumerate(track(shards, f"indexing {root}", "tar files")):
-        name = shard.relative_to(root).as_posix()
-        part = next((PART_NAMES[word] for word in re.split(r"[^a-z]+", name.lower()) if word in PART_NAMES), "")
-        for member, (start, length, label) in _read_index(shard).items():
-            file = f"{part}/{name}/{member}".lstrip("/")
-            places[file] = (number, start, length)
-            if label is not None:
-                table[file] = label.zfill(6) if label.isdigit() else label
-    if not places:
+        called = shard.relative_to(root).as_posix()
+        members, others = _read_index(shard)
+        left_out.update(others)
+        for member in members:
+            names.append(f"{called}/{member.name}" if member.own else member.name)
+            places.append((number, member.start, member.length))
+            words.append(member.labels)
+        parts += [part_of(called)] * len(members)
+    if not names:
         raise ValueError(f"no images in the {len(shards)} tar files of {str(root)!r}; members are KEY.jpg and KEY.cls.")
+    listing = Listing(names, _label_sets(words, root / CLASS_NAMES), parts, dict(left_out.most_common()))
+    table = np.array(places, dtype=np.int64)
 
-    def build(part: str, files: list[str], numbered: dict[str, Tensor]) -> ShardImages:
-        rows = np.array([places[file] for file in files], dtype=np.int64).reshape(-1, 3)
-        return ShardImages(f"{root.name}/{part}", shards, files, rows, numbered)
+    def build(part: str, rows: np.ndarray, numbered: dict[str, Tensor]) -> ShardImages:
+        return ShardImages(f"{root.name}/{part}", shards, (names[row] for row in rows.tolist()), table[rows], numbered)
 
-    return split_files(root, sorted(places), build, LabelOptions(1, table if labels is None else labels, subset))
+    return divide(root, listing, options or LabelOptions(), build)
 
 
-def _read_index(shard: Path) -> dict[str, Entry]:
-    """Member → its place and label; kept until the shard changes, for a large one takes a while to walk through."""
+def _label_sets(words: Sequence[dict[str, str]], class_names: Path) -> dict[str, Labels]:
+    """Label set → labels; numbers are filled with zeros, so that they stand in their order, or get their names."""
+    found = {name: labels_of(own.get(name) for own in words) for name in dict.fromkeys(k for own in words for k in own)}
+    for name, labels in found.items():
+        if labels.names and all(word.isdigit() for word in labels.names):
+            found[name] = labels._replace(names=[word.zfill(6) for word in labels.names])
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        listed = class_names.read_text(encoding="utf-8").splitlines()
+        fine = found.get("fine")
+        if fine and all(word.isdigit() and int(word) < len(listed) for word in fine.names):
+            new = np.array([*map(int, fine.names), -1])
+            found["fine"] = Labels(new[fine.numbers], listed, in_order=True)
+    return found
+
+
+def _read_index(shard: Path) -> tuple[list[Member], dict[str, int]]:
+    """Images, and ending → number of others; kept until the shard changes, for a large one takes long to walk."""
     status = shard.stat()
-    cache = cache_file("shard", shard)
+    cache, identity = cache_file("shard", shard), [2, status.st_size, status.st_mtime_ns, *endings()]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(cache.read_text())
-        if stored["of"] == [status.st_size, status.st_mtime_ns, *endings()]:
-            return {
-                name: (int(start), int(length), label) for name, (start, length, label) in stored["members"].items()
-            }
-    members = _walk(shard)
+        if stored["of"] == identity:
+            members = [Member(str(m[0]), bool(m[1]), int(m[2]), int(m[3]), dict(m[4])) for m in stored["members"]]
+            return members, {str(ending): int(count) for ending, count in stored["left_out"].items()}
+    members, left_out = _walk(shard)
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"of": [status.st_size, status.st_mtime_ns, *endings()], "members": members}))
+        temporary.write_text(json.dumps({"of": identity, "members": members, "left_out": left_out}))
         temporary.replace(cache)
-    return members
+    return members, left_out
 
 
-def _walk(shard: Path) -> dict[str, Entry]:
+def _walk(shard: Path) -> tuple[list[Member], dict[str, int]]:
     """Read the headers of a tar file and its labels; images stay where they are.
 
     Raises:
         ValueError: it is no tar file, is compressed, or ends too early.
     """
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, str | None] = {}
+    images: list[tuple[str, str, int, int]] = []
+    told: dict[str, dict[str, Any]] = {}
+    left_out: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                stem, ending = os.path.splitext(member.name)
-                if not member.isreg() or os.path.basename(stem).startswith("."):
+                folder, _, name = member.name.rpartition("/")
+                key, dot, ending = name.partition(".")
+                if not member.isreg() or not key:
                     continue
-                if ending.lower() in endings():
-                    images[member.name] = (member.offset_data, member.size)
-                elif (
-                    ending in LABEL_ENDINGS and member.size <= MAX_LABEL_BYTES and (file := archive.extractfile(member))
-                ):
-                    labels[stem] = _label(file.read(), ending) or labels.get(stem)
+                key, ending = f"{folder}/{key}", (dot + ending).lower()
+                if ending in endings():
+                    images.append((key, member.name, member.offset_data, member.size))
+                elif ending not in LABEL_ENDINGS:
+                    left_out[ending or "no ending"] += 1
+                elif member.size <= MAX_LABEL_BYTES and (file := archive.extractfile(member)):
+                    told.setdefault(key, {}).update(_told(file.read(), ending))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{shard} cannot be read as a tar file that is not compressed; restore it: {error}") from error
-    return {name: (*place, labels.get(os.path.splitext(name)[0])) for name, place in images.items()}
+    members = []
+    for key, name, start, size in images:
+        own = told.get(key, {})
+        labels = own.get("labels") or ({"fine": own["label"]} if own.get("label") else {})
+        members.append(Member(own.get("path", name), "path" not in own, start, size, labels))
+    return members, dict(left_out)
 
 
-def _label(content: bytes, ending: str) -> str | None:
-    """A label as text; None if there is none in it."""
+def _told(content: bytes, ending: str) -> dict[str, Any]:
+    """What the file beside an image says: ``label``, ``labels`` of several sets, and the ``path`` of before."""
     text = content.decode("utf-8", errors="replace").strip()
     if ending == ".cls":
-        return text or None
+        return {"label": text}
+    found: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(text)
-        found = values.get("label", values.get("cls")) if isinstance(values, dict) else None
-        return str(found) if isinstance(found, (int, str)) else None
-    return None
+        if isinstance(values, dict):
+            label, labels, path = values.get("label", values.get("cls")), values.get("labels"), values.get("path")
+            if isinstance(label, (int, str)):
+                found["label"] = str(label)
+            if isinstance(labels, dict):
+                found["labels"] = {str(name): str(word) for name, word in labels.items() if word is not None}
+            if isinstance(path, str) and path:
+                found["path"] = path
+    return found
