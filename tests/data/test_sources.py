@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from PIL import Image
 
 from comad.data.images import UnreadableImageError
 from comad.data.load import load_images
-from comad.data.loader import LoaderConfig, TrainingBatches, ViewDataset
+from comad.data.loader import LoaderConfig, TrainingBatches, ViewDataset, check_order, shard_order
 from comad.data.transforms import Crop
 
 CLASSES = ("cat", "dog", "owl")
@@ -249,3 +250,46 @@ def test_other_members_than_images_are_counted_and_masks_are_none(folder, tmp_pa
     assert splits.source.left_out == {".seg.png": 1, ".txt": 1}
     with pytest.raises(ValueError, match="brings labels of its own; leave out --label-depth"):
         load_images(str(tmp_path / "0.tar"), label_depth=2)
+
+
+@pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])
+def test_shards_are_read_one_after_another_and_a_run_resumes_in_the_middle(folder, tmp_path, kind):
+    WRITERS[kind](folder, tmp_path)
+    images = load_images(str(tmp_path)).train
+    shards = images.shard_numbers()
+    assert len(set(shards.tolist())) > 1 and (np.diff(shards) >= 0).all()
+    config = LoaderConfig(workers=0, shuffle_buffer=5)
+    data = TrainingBatches(ViewDataset(images, Views(), 3, 0), len(images), images.path, 4, 3, config)
+    steps = 3 * (len(images) // 4)
+    whole = list(data.load(0, steps))
+    assert images.ahead > 0  # the disk is asked for what comes
+    epochs = [torch.cat([b.image for b in whole[i * steps // 3 : (i + 1) * steps // 3]]).tolist() for i in range(3)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs) and epochs[0] != epochs[1]
+    for middle in (1, steps // 2):
+        rest = list(replace(data, config=replace(config, workers=1)).load(middle, steps))
+        assert all(torch.equal(a.views[0], b.views[0]) for a, b in zip(rest, whole[middle:], strict=True))
+    shares = [list(data.load(0, steps, rank, 2)) for rank in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.stack([part.image for part in parts], 1).flatten(), batch.image)
+
+
+def test_no_image_is_read_long_before_the_shard_is_at_it(folder, tmp_path):
+    shards = np.repeat([3, 0, 7, 1], [50, 10, 100, 40])
+    for buffer in (1, 8, 500):
+        order = shard_order(shards, buffer, torch.Generator().manual_seed(0))
+        assert sorted(order) == list(range(200))
+        begun = list(dict.fromkeys(shards[order].tolist()))
+        stream = np.concatenate([np.flatnonzero(shards == shard) for shard in begun]).tolist()
+        if buffer < 10:  # no shard is passed over in the buffer
+            lead = [stream.index(image) - place for place, image in enumerate(order)]
+            assert max(lead) <= buffer and (buffer == 1) == (order == stream)
+    orders = {tuple(shard_order(shards, 8, torch.Generator().manual_seed(seed))) for seed in range(5)}
+    assert len(orders) == 5
+
+
+def test_files_of_their_own_have_no_shards_to_read(folder, tmp_path):
+    config, images = LoaderConfig(shuffle_buffer=5), load_images(str(folder)).train
+    with pytest.raises(ValueError, match=r"--loader\.shuffle-buffer reads shards in their order.*comad data shard"):
+        check_order(config, images)
+    with pytest.raises(ValueError, match=r"--loader\.shuffle-buffer -1 is too small"):
+        LoaderConfig(shuffle_buffer=-1)

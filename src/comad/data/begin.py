@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from lightning_fabric import Fabric
 
 from comad.data.identity import Listed, check_manifest
+from comad.data.loader import check_order
 from comad.data.summary import Summary
 from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
@@ -61,8 +62,10 @@ def begin_run(
         about: whether it goes on → what else to tell, before the data.
 
     Raises:
-        ValueError: the folder is in use or another's, there is nothing to resume, or the images changed.
+        ValueError: the folder is in use or another's, there is nothing to resume, the images changed, or they
+            cannot be read in the order that is asked for.
     """
+    check_order(config.loader, data.train)
     runs = open_runs(config.run, parts, fabric)
     config = replace(config, run=replace(config.run, resume=any(run.resume for run in runs)))
     out, resumed, summary = Path(config.run.out), bool(config.run.resume), data.summary()

@@ -37,6 +37,8 @@ class ImageSet(ABC):
     labels: dict[str, Tensor]
     groups: Tensor
     eval_crop: float = 0.875
+    ahead: int = 0
+    """Bytes that the disk is asked for ahead of each image, where images lie one behind another in shards."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -71,6 +73,10 @@ class ImageSet(ABC):
         image = self.load(index)
         pixels = image if len(image) == 3 else paste(image, torch.full_like(image[:3], 255))
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    def shard_numbers(self) -> np.ndarray | None:
+        """int64 (n,): the shard in which each image lies, behind those before it; None: they are files of their own."""
+        return None
 
     def content(self, index: int) -> bytes:
         """The file of an image as it is, encoded.

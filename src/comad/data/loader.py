@@ -8,10 +8,11 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -23,6 +24,8 @@ from comad.runtime.progress import warn, working
 
 AHEAD = 4
 """Batches that each process reads ahead."""
+READ_AHEAD = 4 << 20
+"""Bytes that the disk is asked for at a time, where shards are read one after another."""
 SHARED = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
 MAX_UNREADABLE_RUN = 100
@@ -65,17 +68,22 @@ class LoaderConfig:
             training processes of this machine leave free: each at least one, at most eight.
         deadline: seconds that a batch may take a worker, before the run ends with a word; 0: it waits for ever.
         fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
+        shuffle_buffer: for shards on slow disks: they are read one after another in random order, and so many images
+            mix; 0: each epoch is a permutation of all images, read in any order.
     """
 
     workers: int = field(default=-1, metadata=NO_EFFECT)
     deadline: float = field(default=900.0, metadata=NO_EFFECT)
     fixed_views: int = field(default=0, metadata=COMMON)
+    shuffle_buffer: int = 0
 
     def __post_init__(self) -> None:
         if self.deadline < 0:
             raise ValueError(f"--loader.deadline {self.deadline:g} is too small; use 0 or more.")
-        if self.fixed_views < 0:
-            raise ValueError(f"--loader.fixed-views {self.fixed_views} is too small; use 0 or more.")
+        for name in ("fixed_views", "shuffle_buffer"):
+            if getattr(self, name) < 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--loader.{flag} {getattr(self, name)} is too small; use 0 or more.")
 
     @property
     def num_workers(self) -> int:
@@ -148,8 +156,45 @@ class ViewDataset(Dataset[Batch]):
         )
 
 
+def shard_order(shards: np.ndarray, buffer: int, generator: torch.Generator) -> list[int]:
+    """An order of all images that reads shards one after another, in random order, and mixes ``buffer`` images.
+
+    A function of the generator's seed alone, so a run resumes in the middle of it as in any other order. The image at a
+    place of the order lies at most ``buffer`` images further on in the reading than that place.
+
+    Args:
+        shards: shard of each image.
+        buffer: images that wait; each place is given to one of them, drawn evenly.
+        generator: to draw with.
+    """
+    numbers, where = np.unique(shards, return_inverse=True)
+    rank = torch.randperm(len(numbers), generator=generator).numpy()
+    stream = np.argsort(rank[where.reshape(-1)], kind="stable").tolist()
+    waiting, coming = stream[:buffer], stream[buffer:]
+    order = []
+    drawn = torch.randint(max(1, len(waiting)), (len(coming),), generator=generator).tolist()
+    for image, place in zip(coming, drawn, strict=True):
+        order.append(waiting[place])
+        waiting[place] = image
+    return order + [waiting[place] for place in torch.randperm(len(waiting), generator=generator).tolist()]
+
+
+def check_order(config: LoaderConfig, images: Any) -> None:
+    """Say that the order of a run cannot be followed, before the run begins.
+
+    Raises:
+        ValueError: images that lie in files of their own are to be read by shards.
+    """
+    numbers = getattr(images, "shard_numbers", None)
+    if config.shuffle_buffer and (numbers is None or numbers() is None):
+        raise ValueError(
+            "--loader.shuffle-buffer reads shards in their order, and these images are files of their own; leave it "
+            "out, or write shards: comad data shard FOLDER --out FOLDER."
+        )
+
+
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (view number, image); every epoch is a permutation drawn from the seed.
+    """Batches of (view number, image); every epoch is an order drawn from the seed, see `shard_order`.
 
     Args:
         num_images, batch_size: over all processes.
@@ -157,6 +202,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         span: first batch, and the one to stop before, counted from the start of the run.
         fixed_views: view numbers repeat after so many epochs; 0: never.
         share: number of this process and of all processes; each takes its part of every batch.
+        draw: generator → an order of all images; None: a permutation.
     """
 
     def __init__(
@@ -168,7 +214,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         *,
         fixed_views: int = 0,
         share: tuple[int, int] = (0, 1),
+        draw: Callable[[torch.Generator], list[int]] | None = None,
     ):
+        self.draw = draw or self._permutation
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
@@ -186,11 +234,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             if number // per_epoch != epoch:
                 epoch = number // per_epoch
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.num_images, generator=generator).tolist()
+                order = self.draw(generator)
             first = (number % per_epoch) * self.batch_size
             chosen = order[first : first + self.batch_size]
             view = epoch % self.fixed_views if self.fixed_views else epoch
             yield [(view, index) for index in chosen[self.process :: self.num_processes]]
+
+    def _permutation(self, generator: torch.Generator) -> list[int]:
+        return torch.randperm(self.num_images, generator=generator).tolist()
 
 
 def training_batches(
@@ -330,5 +381,15 @@ class TrainingBatches:
             (first, last),
             fixed_views=self.config.fixed_views,
             share=(rank, world_size),
+            draw=self._by_shards(),
         )
         return training_batches(self.dataset, order, self.config, self.collate)
+
+    def _by_shards(self) -> Callable[[torch.Generator], list[int]] | None:
+        """The order of ``shuffle_buffer``; the images are told to read ahead."""
+        images = getattr(self.dataset, "images", None)
+        if not self.config.shuffle_buffer:
+            return None
+        check_order(self.config, images)
+        images.ahead = READ_AHEAD
+        return partial(shard_order, images.shard_numbers(), self.config.shuffle_buffer)

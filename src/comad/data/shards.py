@@ -71,6 +71,8 @@ class ShardImages(ImageSet):
             if not 0 < length <= MAX_BYTES:
                 raise ValueError(f"{length} bytes; an image has 1 to {MAX_BYTES}")
             with open(self.shards[shard], "rb", buffering=0) as file:
+                if self.ahead and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), start, self.ahead, os.POSIX_FADV_WILLNEED)
                 file.seek(start)
                 return file.read(length) or b""
 
@@ -79,6 +81,10 @@ class ShardImages(ImageSet):
         content = self.content(index)
         with naming(self.path(index)):
             return decode_bytes(content, min_side)
+
+    def shard_numbers(self) -> np.ndarray:
+        """See `ImageSet.shard_numbers`."""
+        return self.places[:, 0]
 
     def content_numbers(self) -> np.ndarray:
         """See `ImageSet.content_numbers`: sizes in bytes."""

@@ -108,6 +108,10 @@ class ParquetImages(ImageSet):
         self._kept.move_to_end((table, group))
         return self._kept[table, group]
 
+    def shard_numbers(self) -> np.ndarray:
+        """See `ImageSet.shard_numbers`: row groups."""
+        return np.unique(self.places[:, :2], axis=0, return_inverse=True)[1].reshape(-1)
+
     def content_numbers(self) -> np.ndarray:
         """See `ImageSet.content_numbers`: of the group in which an image lies."""
         return self.numbers.copy()
