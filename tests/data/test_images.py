@@ -1,4 +1,3 @@
-import json
 import os
 import struct
 import time
@@ -280,14 +279,18 @@ def test_two_folders_do_not_share_a_cache(tmp_path, write_images):
     assert index_folder(second) == ["2.png"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', "[[1, 2]]\nx", "cut", "cut" * 20])
 def test_a_damaged_cache_is_written_anew(tmp_path, write_images, content):
     write_images(tmp_path / "x", ["1.png"])
     index_folder(tmp_path / "x")
     (cache,) = (Path(os.environ["XDG_CACHE_HOME"]) / "comad").iterdir()
-    cache.write_text(content)
+    good = cache.read_bytes()
+    cache.write_bytes(good[: len(content)] if content.startswith("cut") else content.encode())
     assert index_folder(tmp_path / "x") == ["1.png"]
-    assert json.loads(cache.read_text())["files"] == ["1.png"]
+    assert cache.read_bytes() == good
+    for position in range(len(good)):  # one bit of each byte
+        cache.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        assert index_folder(tmp_path / "x") == ["1.png"]
 
 
 def test_a_place_where_no_cache_can_be_written_does_not_matter(tmp_path, write_images, monkeypatch):

@@ -39,8 +39,8 @@ def test_they_read_back_as_the_same_data_set(tmp_path, write_images, capsys):
     with tarfile.open(out / "train-000000.tar") as archive:
         members = archive.getnames()
         assert members[:3] == ["000000000.png", "000000000.cls", "000000000.json"] and len(members) == 21
-        about = json.load(archive.extractfile("000000000.json"))
-        number = int(archive.extractfile("000000000.cls").read())
+        beside = [archive.extractfile(f"000000000.{ending}") for ending in ("json", "cls")]
+        about, number = (json.loads(file.read()) for file in beside if file)
     assert about["path"] == plain.train.key(0)
     assert about["labels"]["fine"] == (out / "classnames.txt").read_text().splitlines()[number]
     again = write_shards(ShardConfig(data=str(out), out=str(tmp_path / "again"), per_shard=9))  # shards of shards

@@ -107,7 +107,7 @@ def load_table(path: Path, options: LabelOptions | None = None) -> Splits:
 
 def _divide(root: Path, name: str, listing: Listing, options: LabelOptions | None) -> Splits:
     def build(part: str, rows: np.ndarray, labels: dict[str, Tensor]) -> FolderImages:
-        return FolderImages(f"{name}/{part}", root, (listing.names[row] for row in rows.tolist()), labels)
+        return FolderImages(f"{name}/{part}", root, (listing.names[int(row)] for row in rows), labels)
 
     return divide(root, listing, options or LabelOptions(), build)
 

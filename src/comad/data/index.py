@@ -6,12 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from operator import eq
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
+
+import numpy as np
 
 from comad.data.decoding import endings
 from comad.data.identity import normalised
@@ -34,7 +38,7 @@ class FolderIndex(NamedTuple):
         ignored: system folders that were not entered, relative paths.
     """
 
-    files: list[str]
+    files: PathTable
     left_out: dict[str, int]
     ignored: list[str]
 
@@ -43,16 +47,42 @@ class PathTable(Sequence[str]):
     """Many paths in two blocks of memory, cheap to share with worker processes; a long one costs its own length."""
 
     def __init__(self, paths: Iterable[str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = b"".join(encoded)
-        self._ends = array("q", accumulate(map(len, encoded), initial=0))
+        joined, self._ends = bytearray(), array("q", [0])
+        for path in paths:
+            joined += os.fsencode(path)
+            self._ends.append(len(joined))
+        self._bytes = bytes(joined)
+
+    @classmethod
+    def read(cls, lengths: bytes, joined: bytes) -> PathTable:
+        """What `lengths` and `joined` gave."""
+        table, counts = cls(()), np.frombuffer(lengths, dtype="<u4")
+        table._bytes = joined
+        table._ends.frombytes(np.cumsum(counts, dtype=np.int64).tobytes())
+        return table
+
+    @property
+    def lengths(self) -> bytes:
+        """The number of bytes of each path, four bytes each."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64)).astype("<u4").tobytes()
+
+    @property
+    def joined(self) -> bytes:
+        """The bytes of all."""
+        return self._bytes
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def __iter__(self) -> Iterator[str]:
+        return (os.fsdecode(self._bytes[start:end]) for start, end in pairwise(self._ends))
+
     def __getitem__(self, index: SupportsIndex) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] no slices
         index = range(len(self))[index]
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
 
 def index_folder(root: Path) -> FolderIndex:
@@ -60,17 +90,22 @@ def index_folder(root: Path) -> FolderIndex:
 
     The cache holds each directory's modification time, so that a changed tree is read anew.
     """
-    cache = cache_file("index", root)
+    cache = cache_file("index", root).with_suffix(".paths")
     stored = _read_index(root, cache)
     if stored is not None:
         return stored
-    folders: dict[str, int] = {}
     with working(f"indexing {root}", unit="files") as told:
-        index = _walk(root, folders, told)
+        walk = _Walk(root, told)
+        files = PathTable(walk.files())
+    index = FolderIndex(files, dict(walk.left_out.most_common()), sorted(walk.ignored))
     with contextlib.suppress(OSError):  # without a place for the cache the folder is read every time
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"endings": endings(), "folders": folders, **index._asdict()}))
+        about = {"endings": endings(), "folders": walk.folders, "left_out": index.left_out, "ignored": index.ignored}
+        blocks = [json.dumps(about).encode(), index.files.lengths, index.files.joined]
+        with temporary.open("wb") as file:
+            file.write(json.dumps([[len(block), zlib.crc32(block)] for block in blocks]).encode() + b"\n")
+            file.writelines(blocks)
         temporary.replace(cache)
     return index
 
@@ -81,40 +116,61 @@ def cache_file(kind: str, path: Path) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"{kind}-{key}.json"
 
 
-def _walk(root: Path, folders: dict[str, int], told: working) -> FolderIndex:
-    """Read the tree; ``folders`` gets the modification time of each directory."""
-    files: list[str] = []
-    left_out: Counter[str] = Counter()
-    ignored: list[str] = []
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
+class _Walk:
+    """A walk through a tree in the order of the paths, as a sort of them all would have it.
+
+    Attributes:
+        folders: each directory → its modification time.
+        left_out, ignored: see `FolderIndex`.
+    """
+
+    def __init__(self, root: Path, told: working):
+        self.root, self.told = root, told
+        self.folders: dict[str, int] = {}
+        self.left_out: Counter[str] = Counter()
+        self.ignored: list[str] = []
+
+    def files(self) -> Iterator[str]:
+        """Paths of image files, relative to the root."""
+        waiting = [iter(self._listed(""))]
+        while waiting:
+            name = next(waiting[-1], None)
+            if name is None:
+                waiting.pop()
+            elif name.endswith("/"):
+                waiting.append(iter(self._listed(name)))
+            else:
+                yield name
+
+    def _listed(self, prefix: str) -> list[str]:
+        """Files and folders in a directory, in order; folders end in ``/``."""
         try:
-            folders[prefix] = os.stat(root / prefix).st_mtime_ns
-            with os.scandir(root / prefix) as entries:
-                listed = list(entries)
+            self.folders[prefix] = os.stat(self.root / prefix).st_mtime_ns
+            with os.scandir(self.root / prefix) as entries:
+                seen = list(entries)
         except OSError:
-            left_out[NOT_READABLE] += 1
-            continue
-        told.advance(len(listed))
-        for entry in listed:
+            self.left_out[NOT_READABLE] += 1
+            return []
+        self.told.advance(len(seen))
+        names: list[str] = []
+        for entry in seen:
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                 continue
             if _holds(entry.is_dir):
-                _enter(entry, prefix, waiting, ignored)
+                _enter(entry, prefix, names, self.ignored)
             elif reason := _fault(entry):
-                left_out[reason] += 1
+                self.left_out[reason] += 1
             else:
-                files.append(prefix + entry.name)
-    return FolderIndex(sorted(files, key=normalised), dict(left_out.most_common()), sorted(ignored))
+                names.append(prefix + entry.name)
+        return sorted(names, key=lambda name: (normalised(name), name))
 
 
-def _enter(entry: os.DirEntry[str], prefix: str, waiting: list[str], ignored: list[str]) -> None:
+def _enter(entry: os.DirEntry[str], prefix: str, names: list[str], ignored: list[str]) -> None:
     """Put a sub-folder on the list, unless it is a system's or a link to one that it lies in."""
     if entry.name.lower() in SYSTEM_FOLDERS:
         ignored.append(prefix + entry.name)
     elif not (entry.is_symlink() and _leads_back(entry.path)):
-        waiting.append(f"{prefix}{entry.name}/")
+        names.append(f"{prefix}{entry.name}/")
 
 
 def _fault(entry: os.DirEntry[str]) -> str:
@@ -141,10 +197,15 @@ def _leads_back(path: str) -> bool:
 def _read_index(root: Path, cache: Path) -> FolderIndex | None:
     """The cached list; None if there is none, if it is damaged, or if a folder has changed since."""
     try:
-        stored = json.loads(cache.read_text())
-        index = FolderIndex(stored["files"], stored["left_out"], stored["ignored"])
-        current = all(os.stat(root / folder).st_mtime_ns == time for folder, time in stored["folders"].items())
-        sound = all(isinstance(file, str) for file in index.files) and isinstance(index.left_out, dict)
-        return index if current and sound and tuple(stored["endings"]) == endings() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with cache.open("rb") as file:
+            sizes = json.loads(file.readline(1000))
+            blocks = [file.read(min(int(size), cache.stat().st_size)) for size, _ in sizes]
+        if [zlib.crc32(block) for block in blocks] != [check for _, check in sizes]:
+            return None
+        about, lengths, joined = json.loads(blocks[0]), *blocks[1:]
+        current = all(os.stat(root / folder).st_mtime_ns == time for folder, time in about["folders"].items())
+        if not current or tuple(about["endings"]) != endings():
+            return None
+        return FolderIndex(PathTable.read(lengths, joined), about["left_out"], about["ignored"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

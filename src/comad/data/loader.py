@@ -387,7 +387,7 @@ class TrainingBatches:
 
     def _by_shards(self) -> Callable[[torch.Generator], list[int]] | None:
         """The order of ``shuffle_buffer``; the images are told to read ahead."""
-        images = getattr(self.dataset, "images", None)
+        images: Any = getattr(self.dataset, "images", None)
         if not self.config.shuffle_buffer:
             return None
         check_order(self.config, images)

@@ -71,8 +71,8 @@ class LabelOptions(NamedTuple):
 def labels_of(words: Iterable[str | None]) -> Labels:
     """Labels of words, None where there is none."""
     known: dict[str, int] = {}
-    numbers = [-1 if word is None else known.setdefault(word, len(known)) for word in words]
-    return Labels(np.array(numbers, dtype=np.int64), list(known))
+    numbers = (-1 if word is None else known.setdefault(word, len(known)) for word in words)
+    return Labels(np.fromiter(numbers, dtype=np.int64), list(known))
 
 
 def part_of(name: str) -> str:
@@ -129,7 +129,7 @@ def _number(
     class_names = {}
     for name, (numbers, names, in_order) in labels.items():
         seen = np.unique(numbers[np.concatenate(parts)])
-        known = list(range(len(names))) if in_order else sorted(seen[seen >= 0].tolist(), key=lambda i: names[i])
+        known = list(range(len(names))) if in_order else sorted(seen[seen >= 0].tolist(), key=lambda i: names[int(i)])
         class_names[name] = tuple(names[i] for i in known)
         new = np.full(len(names) + 1, -1, dtype=np.int64)  # the last one is that of -1
         new[known] = np.arange(len(known))
@@ -214,7 +214,7 @@ def _hash_split(rows: np.ndarray, names: Sequence[str], labelled: bool) -> list[
 
 def _buckets(names: Sequence[str], rows: np.ndarray) -> np.ndarray:
     """A number in [0, 1) for each image, that its name alone decides."""
-    hashes = (hashlib.blake2b(os.fsencode(normalised(names[row])), digest_size=4).digest() for row in rows.tolist())
+    hashes = (hashlib.blake2b(os.fsencode(normalised(names[int(row)])), digest_size=4).digest() for row in rows)
     return np.frombuffer(b"".join(hashes), dtype=">u4") / 2**32
 
 
@@ -321,7 +321,7 @@ def _read_subset(path: Path, names: Sequence[str], parts: _Parts, notes: list[st
         raise ValueError(f"{path} cannot be read as a list of paths in UTF-8; correct it: {error}") from error
     wanted = {normalised(line.strip()).removeprefix("./") for line in lines} - {""}
     kept = [
-        part[[not wanted.isdisjoint(_forms(names[row], parts.depth)) for row in part.tolist()]] if len(part) else part
+        part[[not wanted.isdisjoint(_forms(names[int(row)], parts.depth)) for row in part]] if len(part) else part
         for part in parts.rows
     ]
     found = sum(map(len, kept))

@@ -159,7 +159,7 @@ def load_shards(root: Path, shards: Sequence[Path], options: LabelOptions | None
     table = np.array(places, dtype=np.int64)
 
     def build(part: str, rows: np.ndarray, numbered: dict[str, Tensor]) -> ShardImages:
-        return ShardImages(f"{root.name}/{part}", shards, (names[row] for row in rows.tolist()), table[rows], numbered)
+        return ShardImages(f"{root.name}/{part}", shards, (names[int(row)] for row in rows), table[rows], numbered)
 
     return divide(root, listing, options or LabelOptions(), build)
 

@@ -150,7 +150,8 @@ def load_tables(root: Path, tables: Sequence[Path], options: LabelOptions | None
     parts = [part_of(file) for file, own in zip(called, found, strict=True) for _ in range(len(own.places))]
     if not len(names):
         raise ValueError(f"no images in the {len(tables)} files of {str(root)!r}.")
-    places, numbers = (np.concatenate([own[i] for own in found]) for i in (0, 1))
+    places = np.concatenate([own.places for own in found])
+    numbers = np.concatenate([own.numbers for own in found])
     notes = list[str]()
     labels = _labels(found, notes)
     if kind == ".parquet":
@@ -161,7 +162,7 @@ def load_tables(root: Path, tables: Sequence[Path], options: LabelOptions | None
         )
 
     def build(part: str, rows: np.ndarray, numbered: dict[str, Tensor]) -> ImageSet:
-        name, files = f"{root.name}/{part}", (names[row] for row in rows.tolist())
+        name, files = f"{root.name}/{part}", (names[int(row)] for row in rows)
         if kind == ".arrow":
             return ShardImages(name, shards, files, places[rows], numbered)
         return ParquetImages(name, tables, files, places[rows], numbers[rows], numbered)
