@@ -17,7 +17,8 @@ import comad
 from comad.cli import main
 from comad.distillation import results as results_module
 from comad.distillation.distiller import Distiller
-from comad.exporting.command import ExportConfig, export
+from comad.exporting.command import export
+from comad.exporting.config import ExportConfig
 from comad.models.students import VitConfig, to_be_trained
 from comad.models.teachers import load_teacher
 from comad.presets import METHODS

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from comad.exporting import programs
 from comad.exporting.card import ModelCard, model_card
-from comad.exporting.encoder import Pool, Preprocessing, pool_of, pooled, preprocessing_of
+from comad.exporting.encoder import Preprocessing, pool_of, preprocessing_of
 from comad.exporting.formats import Graph
-from comad.models.backbone import Backbone
+from comad.models.backbone import Backbone, Pool, pooled
 from comad.models.feature_map_backbone import FeatureMapBackbone
 from comad.models.files import read_json, sha256
 from comad.models.huggingface import TransformersFeatures, weights_file
@@ -164,7 +164,10 @@ def write_timm(
     Raises:
         ValueError: the network has no place for this head.
     """
-    network = _save(backbone, folder, model_args, dtype, head)
+    network = timm_network(backbone, head)
+    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    arguments = timm_arguments(backbone, model_args, head[1] if head else pool_of(backbone))
+    save_for_hf(network, str(folder), model_args=arguments, safe_serialization=True)
     card = replace(card, sha256=sha256(folder / "model.safetensors"))
     _complete_config(folder / "config.json", _pretrained_cfg(backbone, network, card), card)
     return card
@@ -253,33 +256,37 @@ def check_place(folder: Path) -> None:
     raise ValueError(f"{folder} exists and is not an export of comad; name another folder.")
 
 
-def _save(
-    backbone: Backbone,
-    folder: Path,
-    model_args: dict[str, Any],
-    dtype: torch.dtype,
-    head: tuple[nn.Linear, Pool] | None,
-) -> nn.Module:
-    """Save weights and config by timm, from a copy that pools what carries meaning."""
+TIMM_POOL: dict[Pool, str] = {"cls": "token", "patch": "avg"}
+
+
+def timm_network(backbone: Backbone, head: tuple[nn.Linear, Pool] | None = None) -> Any:
+    """A copy of timm's network that pools what carries meaning, with a head in the place of its own.
+
+    Raises:
+        ValueError: it has no place for this head.
+    """
     network = cast(Any, copy.deepcopy(next(backbone.children()))).cpu()
-    linear, chosen = head or (None, pool_of(backbone))
+    linear, pool = head or (None, pool_of(backbone))
     classes = 0 if linear is None else linear.out_features
-    model_args = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
     if isinstance(network, VisionTransformer):
-        pool = "token" if chosen == "cls" else "avg"
-        if network.global_pool != pool:
-            model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
-        network.reset_classifier(classes, pool)
+        network.reset_classifier(classes, TIMM_POOL[pool])
     else:
         network.reset_classifier(classes)
     if linear is not None:
         own = network.get_classifier()
         if not isinstance(own, nn.Linear) or own.weight.shape != linear.weight.shape or linear.bias is None:
-            raise ValueError(f"{type(network).__name__} has no linear classifier in timm; export it --to onnx.")
+            raise ValueError(f"{type(network).__name__} has no such linear classifier in timm.")
         own.load_state_dict(linear.state_dict())
-    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
-    save_for_hf(network, str(folder), model_args=model_args, safe_serialization=True)
     return network
+
+
+def timm_arguments(backbone: Backbone, model_args: dict[str, Any], pool: Pool) -> dict[str, Any]:
+    """Timm's arguments of a network that pools so; the norm stays before the pool, as in the backbone."""
+    network = next(backbone.children())
+    arguments = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
+    if isinstance(network, VisionTransformer) and network.global_pool != TIMM_POOL[pool]:
+        arguments |= {"global_pool": TIMM_POOL[pool], "fc_norm": False}
+    return arguments
 
 
 def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible, visible_map
+from comad.models.backbone import Backbone, Hidden, Pool, Tokens, check_blocks, take_visible, visible_map
 from comad.models.networks import OWN_SIZE, gives_tokens
 
 
@@ -118,6 +118,15 @@ class FeatureMapBackbone(Backbone):
             return patches.mean(dim=(2, 3)), patches
         mean = patches.mean(dim=(2, 3), keepdim=True)
         return self.norm(mean).flatten(1), self.norm(patches)
+
+    def pooled(self, images: Float[Tensor, "B 3 H W"], pool: Pool) -> Float[Tensor, "B F"]:
+        """What a head sees; of timm's networks without tokens what their own does, which may have layers before it."""
+        network = cast(Any, self.network)
+        if not gives_tokens(network) and hasattr(network, "forward_head"):
+            vectors = network.forward_head(network.forward_features(self._normalised(images)), pre_logits=True)
+            if isinstance(vectors, Tensor) and vectors.ndim == 2:
+                return vectors.float()
+        return super().pooled(images, pool)
 
     def _split(self, tokens: Float[Tensor, "B n E"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
         """Class token and map of a sequence."""
