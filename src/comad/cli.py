@@ -336,6 +336,10 @@ def teachers_command(arguments: list[str]) -> None:
     if HELP & set(arguments[:1]):
         _print(f"{_about(teachers_command)}\n\n`comad teachers inspect --help` lists the options of inspect.")
         return
+    if arguments[:1] in (["inspect"], ["compare"]) and len(arguments) > 1 and not HELP & set(arguments):
+        from comad.runtime.progress import say
+
+        say("loading PyTorch and timm")  # seconds, in which nothing else can be said
     from comad.evaluation.teachers import COMMANDS
 
     name, *rest = arguments or [""]

@@ -67,15 +67,15 @@ def same_everywhere(folder, done, data, size):
     return wanted
 
 
-def said_by_all(folder, wanted, data, tmp_path, run_without):
+def said_by_all(folder, wanted, data, run_without):
     """Each program of the card prints the class that the classifier is surest of; ONNX's needs no torch."""
     ordered, splits = np.sort(wanted, axis=1), load_images(data)
     surest = int((ordered[:, -1] - ordered[:, -2]).argmax())
-    splits.val.pil(surest).save(tmp_path / "photo.jpg", format="PNG")
+    splits.val.pil(surest).save(folder.parent / "photo.jpg", format="PNG")
     code = programs(folder)
     assert list(code) == ["With timm", "With transformers", "With state-dict", "With onnx"]
-    printed = run_without(code.pop("With onnx"), tmp_path, ("comad", "torch", "timm"))
-    said = run_without("\nprint('//')\n".join(code.values()), tmp_path, ("comad",)).split("//\n")
+    printed = run_without(code.pop("With onnx"), folder.parent, ("comad", "torch", "timm"))
+    said = run_without("\nprint('//')\n".join(code.values()), folder.parent, ("comad",)).split("//\n")
     answers = [*(text.split("\n")[0] for text in said), printed.strip()]
     assert len(answers) == 4 and answers.pop(1).startswith(f"{answers[0]} 0.")  # the pipeline adds how sure it is
     assert set(answers) == {splits.class_names["fine"][int(wanted[surest].argmax())]}
@@ -95,7 +95,7 @@ def test_a_student_that_learnt_labels_says_them_everywhere(tiny_run, tmp_path, r
     assert done.exported == tmp_path / "tuned" / "export"
     wanted = same_everywhere(done.exported, done, tiny_run.data, 16)
     if pool == "patch":
-        said_by_all(done.exported, wanted, tiny_run.data, tmp_path, run_without)
+        said_by_all(done.exported, wanted, tiny_run.data, run_without)
     card = huggingface_hub.ModelCard((done.exported / "README.md").read_text())
     assert card.data.pipeline_tag == "image-classification" and "Fine-tuned with the labels of" in card.text
     rows = json.loads((done.exported / "exports.json").read_text())["exports"]
@@ -112,7 +112,7 @@ def test_a_cnn_learns_with_the_head_of_its_authors(labelled_folder, tmp_path, ru
     assert done.exported
     wanted = same_everywhere(done.exported, done, data, 32)
     if name == "mobilenetv3_small_050":
-        said_by_all(done.exported, wanted, data, tmp_path, run_without)
+        said_by_all(done.exported, wanted, data, run_without)
 
 
 def test_the_command_exports_also_when_nothing_is_left_to_train(tiny_run, tmp_path, capfd):

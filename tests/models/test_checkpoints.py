@@ -316,11 +316,29 @@ def test_student_alone_is_refused(tmp_path: Path):
     )
 
 
-def test_finetuned_mae_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("learnt", [False, True])
+def test_what_stands_for_an_image_in_a_finetuned_mae_is_what_its_classifier_sees(tmp_path: Path, learnt: bool):
     state, _ = mae()
     state |= {"fc_norm.weight": state.pop("norm.weight"), "fc_norm.bias": state.pop("norm.bias")}
+    if learnt:
+        state["pos_embed"] = state["pos_embed"] + 0.1 * torch.randn_like(state["pos_embed"])
     content = {"model": {**state, **noise("head.weight", "head.bias")}}
-    refusal(save(tmp_path / "mae_finetuned_vit_base.pth", content), "supervised", "mae_pretrain_vit")
+    teacher = load_teacher(save(tmp_path / "mae_finetuned_vit_base.pth", content), SIZE)
+    network = VisionTransformer(img_size=SIZE, **SHAPE, global_pool="avg").eval()
+    network.load_state_dict(state)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    pixels = (images - teacher.backbone.pixel_mean) / teacher.backbone.pixel_std
+    with torch.no_grad():
+        features = network.forward_features(pixels)
+        wanted, tokens = network.forward_head(features, pre_logits=True), teacher.backbone(images)
+        seen = torch.tensor([[0, 2]]).expand(2, -1)
+        part = teacher.backbone(images, seen)
+        blocks = teacher.backbone(images, intermediates=[1]).intermediates[0]
+    assert teacher.card.format == "mae-finetuned" and teacher.card.token_types == ("cls", "patch")
+    assert (tokens.cls - wanted).norm() <= 1e-5 * wanted.norm()
+    torch.testing.assert_close(tokens.patches, network.fc_norm(features[:, 1:]), atol=1e-5, rtol=1e-5)
+    assert part.patches.shape[1] == 2 and not torch.allclose(part.cls, tokens.cls)
+    torch.testing.assert_close(blocks.cls, blocks.patches.mean(dim=1))  # of blocks before the norm too
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

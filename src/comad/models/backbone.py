@@ -48,9 +48,11 @@ class Backbone(nn.Module, ABC):
         pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
         has_cls: it gives a token for the whole image: its class token, or the mean of its map in the place of one.
         supports_masking: hidden patches can be left out; if not, it computes on whole images in any case.
+        pools: what stands for a class token is what the classifier of its authors sees, behind a norm.
     """
 
     supports_masking: bool = True
+    pools: bool = False
     own_grid: tuple[int, int]
 
     width: int
@@ -94,7 +96,7 @@ class Backbone(nn.Module, ABC):
 
     def pooled(self, images: Float[Tensor, "B 3 H W"], pool: Pool) -> Float[Tensor, "B F"]:
         """What a classifier's head sees of images with pixel values in [0, 1], in float32."""
-        return pooled(self(images), pool)
+        return pooled(self(images), "cls" if self.pools else pool)
 
     @abstractmethod
     def forward(
