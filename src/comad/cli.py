@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Run a verb, and tell what went wrong in one line."""
+    if verb == "teachers" and arguments[:1] in (["inspect"], ["compare"]) and not HELP & set(arguments):
+        from comad.runtime.progress import say
+
+        say("loading PyTorch and timm")  # seconds, in which nothing else can be said
     from comad.runtime.run import INTERRUPTS, Interrupted, interrupt
 
     given = list(arguments)
@@ -336,10 +340,6 @@ def teachers_command(arguments: list[str]) -> None:
     if HELP & set(arguments[:1]):
         _print(f"{_about(teachers_command)}\n\n`comad teachers inspect --help` lists the options of inspect.")
         return
-    if arguments[:1] in (["inspect"], ["compare"]) and len(arguments) > 1 and not HELP & set(arguments):
-        from comad.runtime.progress import say
-
-        say("loading PyTorch and timm")  # seconds, in which nothing else can be said
     from comad.evaluation.teachers import COMMANDS
 
     name, *rest = arguments or [""]
