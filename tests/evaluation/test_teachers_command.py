@@ -486,20 +486,20 @@ def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folde
 
 def test_inspect_computes_as_much_as_a_small_cpu_can(teacher_specs, labelled_folder):
     backbone = load_one(teacher_specs[0], str(labelled_folder), 16).backbone
-    assert inspection._affordable(backbone, None) == (64, 2000, 1000, 1000)
-    assert inspection._affordable(backbone, 30) == (64, 60, 30, 30)
+    assert inspection._affordable(backbone, None) == (2000, 1000, 1000)
+    assert inspection._affordable(backbone, 30) == (60, 30, 30)
     large = load_one("vit_base_patch16_224:random", str(labelled_folder)).backbone
-    num_tokens, bank, limit, twin = inspection._affordable(large, None)  # 35 GFLOP an image
-    assert (num_tokens + 6 * limit) * 34e9 < inspection.CPU_FLOPS and bank == 2 * limit == 2 * twin >= 16
-    assert inspection._affordable(large, 400) == (64, 400, 400, 64)
+    bank, limit, twin = inspection._affordable(large, None)  # 35 GFLOP an image
+    assert 6 * limit * 34e9 < inspection.CPU_FLOPS and bank == 2 * limit == 2 * twin >= 16
+    assert inspection._affordable(large, 400) == (400, 400, 64)
 
 
 def test_random_weights_are_scored_on_fewer_images_of_a_large_network(teacher_specs, labelled_folder, monkeypatch):
     told, config = [], InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16)
     monkeypatch.setattr(inspection, "say", told.append)
-    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 5))
+    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(10, 5, 5))
     whole = inspect(config)
-    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 3))
+    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(10, 5, 3))
     monkeypatch.setattr(inspection, "MIN_BANK", 1)
     part = inspect(replace(config, images=None))
     assert "of them" not in whole and "kNN on 3 of them, with 6" in part and "random weights" in part

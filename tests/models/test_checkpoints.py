@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from comad.models.checkpoints import Checkpoint, num_heads, position_layout
@@ -198,7 +199,7 @@ def test_features_are_those_of_a_plain_vision_transformer(name: str, tmp_path: P
 
 
 def test_every_format_is_tested():
-    elsewhere = {"efficientnet-lite", "dinov3-convnext", *ORIGINALS}  # test_feature_map_backbone.py, ...
+    elsewhere = {"efficientnet-lite", "dinov3-convnext", "mae-finetuned", *ORIGINALS}  # test_original_layouts.py, ...
     assert set(LAYOUTS) | elsewhere | {name for name, layout in FORMATS.items() if layout.refusal} == set(FORMATS)
 
 
@@ -324,7 +325,9 @@ def test_what_stands_for_an_image_in_a_finetuned_mae_is_what_its_classifier_sees
         state["pos_embed"] = state["pos_embed"] + 0.1 * torch.randn_like(state["pos_embed"])
     content = {"model": {**state, **noise("head.weight", "head.bias")}}
     teacher = load_teacher(save(tmp_path / "mae_finetuned_vit_base.pth", content), SIZE)
-    network = VisionTransformer(img_size=SIZE, **SHAPE, global_pool="avg").eval()
+    network = VisionTransformer(
+        SIZE, PATCH, embed_dim=128, depth=2, num_heads=2, num_classes=0, global_pool="avg"
+    ).eval()
     network.load_state_dict(state)
     images = torch.rand(2, 3, SIZE, SIZE)
     pixels = (images - teacher.backbone.pixel_mean) / teacher.backbone.pixel_std

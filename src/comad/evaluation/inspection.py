@@ -97,7 +97,7 @@ def inspect(config: InspectConfig) -> str:
     else:
         room = counts.bank + counts.queries - len(probe.queries)  # what few validation images leave
         images, looked = splits.val, Looked(probe.bank[_spread(len(probe.bank), room)], probe.queries)
-        say(f"{len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
+        say(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by {teacher.name}")
         own = look(teacher.backbone, images, looked.queries, keep=TOKEN_IMAGES)
         bank = look(teacher.backbone, splits.train, looked.bank)
         scores, more = _neighbours(teacher, twin, splits, looked, (bank, own), counts.twin)
@@ -243,7 +243,7 @@ def _neighbours(
         score = _hits(*few, splits, looked)
         lines += [f"kNN on {len(looked.queries)} of them, with {len(looked.bank)}"]
         lines += _rows({teacher.name: _percent(score)})
-    say(f"{len(looked.bank)} + {len(looked.queries)} images by random weights")
+    say(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by random weights")
     parts = zip((splits.train, splits.val), looked, strict=True)
     untrained = _hits(*(look(twin, images, x, blocks=False).last for images, x in parts), splits, looked)
     gain = paired_interval(score, untrained, splits.val.groups[looked.queries])
