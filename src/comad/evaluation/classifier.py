@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         if pool == "cls" and "cls" not in backbone.token_types:
             raise ValueError("this backbone has no trained class token; leave out --pool, or pass --pool patch.")
         self.backbone = backbone.requires_grad_(True).train()
-        self.pool = pool
+        self.pool: Pool = pool
         side = backbone.image_size
         with evaluating(backbone) as place, torch.no_grad():
             width = backbone.pooled(torch.zeros(1, 3, side, side, device=place), pool).shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -226,8 +227,8 @@ def _neighbours(
         limit: validation images that random weights see, at most.
     """
     bank, queries = seen
-    pixels = _hits({"pixels": bank.pixels}, {"pixels": queries.pixels}, splits, looked)
-    score = _hits(bank.last, queries.last, splits, looked)
+    pixels = _hits(({"pixels": bank.pixels}, {"pixels": queries.pixels}), splits, looked)
+    score = _hits((bank.last, queries.last), splits, looked)
     title = f"kNN on {len(looked.queries)} images of {splits.val.name}"
     lines = [f"{title}, with {len(looked.bank)} of {splits.train.name}"]
     lines += _rows({"pixels": _percent(pixels), teacher.name: _percent(score)})
@@ -240,12 +241,12 @@ def _neighbours(
         places = _spread(len(looked.bank), 2 * limit), _spread(len(looked.queries), limit)
         looked = Looked(looked.bank[places[0]], looked.queries[places[1]])
         few = [{pool: x[place] for pool, x in part.items()} for part, place in zip(mine, places, strict=True)]
-        score = _hits(*few, splits, looked)
+        score = _hits(few, splits, looked)
         lines += [f"kNN on {len(looked.queries)} of them, with {len(looked.bank)}"]
         lines += _rows({teacher.name: _percent(score)})
     say(f"kNN: {len(looked.bank)} + {len(looked.queries)} images by random weights")
     parts = zip((splits.train, splits.val), looked, strict=True)
-    untrained = _hits(*(look(twin, images, x, blocks=False).last for images, x in parts), splits, looked)
+    untrained = _hits([look(twin, images, x, blocks=False).last for images, x in parts], splits, looked)
     gain = paired_interval(score, untrained, splits.val.groups[looked.queries])
     span = f"{gain.difference:+.1f} points, 95 % interval {gain.low:.1f} to {gain.high:.1f}"
     lines += [*_rows({"random weights": _percent(untrained)}), f"  above random weights    {span}"]
@@ -259,7 +260,7 @@ def _neighbours(
 def _by_block(bank: Seen, queries: Seen, splits: Splits, looked: Looked, last: Tensor) -> list[str]:
     """kNN after each block, and whether one is surely better than the last."""
     pairs = zip(bank.blocks, queries.blocks, strict=True)
-    scores = [_hits(*pair, splits, looked) for pair in pairs]
+    scores = [_hits(pair, splits, looked) for pair in pairs]
     if len(scores) < 2:
         return []
     rows = _rows({f"block {number}": _percent(hits) for number, hits in enumerate(scores, start=1)})
@@ -274,10 +275,10 @@ def _by_block(bank: Seen, queries: Seen, splits: Splits, looked: Looked, last: T
     return [*rows, "  no block is surely better than the last on these images"]
 
 
-def _hits(bank: dict[str, Tensor], queries: dict[str, Tensor], splits: Splits, looked: Looked) -> Bool[Tensor, " n"]:
+def _hits(found: Sequence[dict[str, Tensor]], splits: Splits, looked: Looked) -> Bool[Tensor, " n"]:
     """Whether each query's label was found, by the better pool."""
     labels, truth = (part.labels["fine"][x] for part, x in zip((splits.train, splits.val), looked, strict=True))
-    knn = KNN(neighbours=NEIGHBOURS)
+    (bank, queries), knn = found, KNN(neighbours=NEIGHBOURS)
     return max((knn.classify(bank[pool], labels, queries[pool])[0] == truth for pool in bank), key=_percent)
 
 

@@ -102,7 +102,8 @@ class ClassScorer(nn.Module):
 
     def __init__(self, encoder: Encoder, head: nn.Linear, pool: Pool):
         super().__init__()
-        self.encoder, self.pool = encoder, pool
+        self.encoder = encoder
+        self.pool: Pool = pool
         self.head = copy.deepcopy(head).cpu().float().requires_grad_(False)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ class Source(NamedTuple):
         try:
             timm_network(self.backbone, self.head)
         except ValueError as error:
-            return str(error)
+            return str(error).rstrip(".")
         return ""
 
 
