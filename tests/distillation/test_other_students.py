@@ -175,6 +175,19 @@ def test_what_no_feature_depends_on_is_not_trained():
     assert student.training and all(x.sum() == 0 for n, x in student.named_buffers() if "batches_tracked" in n)
 
 
+def test_a_strided_convolution_of_single_pixels_is_trained_without_harm():
+    """FastViT's stem has one; with channels last torch 2.15 writes beyond its memory, and the process dies."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 1, stride=2), nn.Conv2d(16, 8, 2, stride=2))
+    student = to_be_trained(network, "mine", 32)
+    images = torch.rand(2, 3, 32, 32)
+    for _ in range(3):
+        student(images).patches.sum().backward()
+    expected = nn.Sequential(nn.Conv2d(3, 16, 1, stride=2), nn.Conv2d(16, 8, 2, stride=2)).double()
+    expected.load_state_dict(network.state_dict())
+    (3 * expected(((images - student.pixel_mean) / student.pixel_std).double()).sum()).backward()
+    torch.testing.assert_close(network[0].weight.grad.double(), expected[0].weight.grad, rtol=1e-4, atol=1e-3)
+
+
 def test_statistics_follow_the_batches_and_scores_leave_them(small_distillation):
     small = small_distillation(METHODS["radio"])
     torch.manual_seed(0)
