@@ -216,8 +216,8 @@ def _as_rows(features: Float[Tensor, "B E rows columns"]) -> Float[Tensor, "B n 
 def _may_be_channels_last(network: nn.Module) -> bool:
     """Whether a network can compute with the channels of a place side by side, which is twice as fast on the CPU.
 
-    Not with weights of five axes; and with so few channels a strided convolution of single places, as in FastViT's stem,
-    writes beyond its memory in torch 2.15 when its gradient is computed.
+    Not with weights of five axes. And of fewer than 8 channels the gradient of a strided convolution of single places,
+    as in FastViT's stem, writes beyond its memory in torch 2.15.
     """
     convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     breaks = any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 8 for c in convolutions)
