@@ -75,7 +75,8 @@ PUBLIC = {
     "comad.evaluation.command": ("evaluate",),
     "comad.evaluation.embed": ("EmbedConfig", "embed"),
     "comad.evaluation.evaluation": ("Evaluation",),
-    "comad.exporting.command": ("ExportConfig", "export_model"),
+    "comad.exporting.command": ("export_model",),
+    "comad.exporting.config": ("ExportConfig",),
     "comad.models.backbone": ("Backbone", "Tokens"),
     "comad.models.students": ("VitConfig",),
     "comad.models.teachers": ("Teacher", "TeacherCard", "load_teacher"),
@@ -148,8 +149,8 @@ if TYPE_CHECKING:
     from comad.evaluation.embed import EmbedConfig as EmbedConfig
     from comad.evaluation.embed import embed as embed
     from comad.evaluation.evaluation import Evaluation as Evaluation
-    from comad.exporting.command import ExportConfig as ExportConfig
     from comad.exporting.command import export_model as export_model
+    from comad.exporting.config import ExportConfig as ExportConfig
     from comad.models.backbone import Backbone as Backbone
     from comad.models.backbone import Tokens as Tokens
     from comad.models.students import VitConfig as VitConfig

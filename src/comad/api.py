@@ -25,13 +25,13 @@ from comad.distillation.method import Method
 from comad.distillation.results import DistillResult
 from comad.distillation.run import distill as run_distillation
 from comad.distillation.setup import Inputs
-from comad.evaluation.finetune import Finetuned, PretrainedModel, finetune_backbone
+from comad.evaluation.finetune import Finetuned
 from comad.evaluation.finetune import check as check_finetune
 from comad.evaluation.tuning import FinetuneConfig
 from comad.evaluation.tuning import recipe as tuning_recipe
 from comad.evaluation.views import load_one
+from comad.exporting.finetuned import finetune_teacher
 from comad.models.backbone import Backbone
-from comad.models.files import sha256_of
 from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.planning.budget import within_budget
@@ -259,10 +259,10 @@ def finetune(
         backbone: a name, or a network, of which a copy learns.
         data: a folder with one sub-folder per label, a bundled name, a `Dataset`, or `Splits`.
         out: folder of the run.
-        overrides: any option of the command by its name.
+        overrides: any option of the command by its name; ``export=("timm", "onnx")`` writes files of the classifier.
 
     Returns:
-        The score, and the classifier that was chosen.
+        The score, the classifier that was chosen, and the folder with its files.
 
     Raises:
         ValueError: the data has no labels, or an option is wrong.
@@ -273,12 +273,9 @@ def finetune(
     splits = data if isinstance(data, Splits) else config.load_images() if named else load_images(data)
     check_finetune(config, splits)
     if isinstance(backbone, str):
+        config = replace(config, backbone=backbone)
         backbone = load_one(backbone, named, config.image_size)
-    network = backbone.backbone if isinstance(backbone, Teacher) else backbone
-    name = backbone.name if isinstance(backbone, Teacher) else type(backbone).__name__
-    done = finetune_backbone(
-        config, PretrainedModel(name, "teacher", network, {"sha256": sha256_of(network.state_dict())}), splits
-    )
+    done, _ = finetune_teacher(config, backbone, splits)
     assert done is not None, "only the first of several processes has a result"
     return done
 

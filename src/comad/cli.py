@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     """Run a verb, and tell what went wrong in one line."""
+    if verb == "teachers" and arguments[:1] in (["inspect"], ["compare"]) and not HELP & set(arguments):
+        from comad.runtime.progress import say
+
+        say("loading PyTorch and timm")  # seconds, in which nothing else can be said
     from comad.runtime.run import INTERRUPTS, Interrupted, interrupt
 
     given = list(arguments)
@@ -180,9 +184,9 @@ def evaluate_command(arguments: list[str]) -> None:
 
 
 def finetune_command(arguments: list[str]) -> None:
-    """Fine-tune a backbone with labels: comad evaluate finetune BACKBONE --data FOLDER."""
-    from comad.evaluation.finetune import finetune
+    """Fine-tune a backbone with labels: comad evaluate finetune BACKBONE --data FOLDER [--export timm onnx]."""
     from comad.evaluation.tuning import RECIPES, FinetuneConfig, recipe
+    from comad.exporting.finetuned import finetune
 
     tuning = recipe(pop_flag(arguments, "--preset") or "", get_flag(arguments, "--data") or "stamps")
     default = FinetuneConfig(backbone="", tuning=tuning)
@@ -269,7 +273,8 @@ def export_command(arguments: list[str]) -> None:
 
     Each file is opened by its own runtime and compared with the student on real images.
     """
-    from comad.exporting.command import ExportConfig, export
+    from comad.exporting.command import export
+    from comad.exporting.config import ExportConfig
 
     _print(export(parse(ExportConfig, None, _backbone_first(arguments), "comad export", _about(export_command))))
 

@@ -17,7 +17,8 @@ import comad
 from comad.cli import main
 from comad.distillation import results as results_module
 from comad.distillation.distiller import Distiller
-from comad.exporting.command import ExportConfig, export
+from comad.exporting.command import export
+from comad.exporting.config import ExportConfig
 from comad.models.students import VitConfig, to_be_trained
 from comad.models.teachers import load_teacher
 from comad.presets import METHODS
@@ -70,6 +71,8 @@ def learns_and_goes_on(command, out, name, *more, **options):
     assert all(torch.equal(value, before[key]) for key, value in weights(out).items())
     rows = json.loads((out / "scoreboard.json").read_text())["rows"]
     assert {row["role"] for row in rows} >= {"teacher", "init_only", "student"} and rows[-1]["knn"] is not None
+    if not timm.is_model(name):
+        return
     start = timm.create_model(name, num_classes=0).state_dict()
     assert any(not torch.equal(value, start[key]) for key, value in before.items() if "running" not in key)
     student = timm.create_model(f"local-dir:{out / 'student'}", pretrained=True).eval()
@@ -87,6 +90,34 @@ def learns_and_goes_on(command, out, name, *more, **options):
 )
 def test_a_cnn_learns_goes_on_and_leaves(command, tmp_path, name, preset, more):
     learns_and_goes_on(command, tmp_path / "run", name, "--preset", preset, *more)
+
+
+FAMILIES = {
+    "resnet18": 64,
+    "mobilenetv3_small_100": 64,
+    "mobilenetv4_conv_small": 64,
+    "efficientnet_b0": 64,
+    "convnext_atto": 64,
+    "fastvit_t8": 64,
+    "efficientvit_b0": 64,
+    "swin_tiny_patch4_window7_224": 64,
+    "hiera_tiny_224": 64,
+    "poolformer_s12": 64,
+    "vit_small_patch16_dinov3": 64,
+    "torchvision:shufflenet_v2_x0_5": 64,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_learns_goes_on_and_leaves_for_other_programs(command, tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    size = FAMILIES[name]
+    learns_and_goes_on(command, tmp_path / "run", name, "--preset", "mean", "--optim.epochs=0.5", size=size)
+    formats = ("timm", "transformers", "onnx") if timm.is_model(name) else ("onnx",)
+    export(ExportConfig(backbone=str(tmp_path / "run"), to=formats, images=4))
+    rows = json.loads((tmp_path / "run" / "export" / "exports.json").read_text())["exports"]
+    assert {row["format"] for row in rows} == set(formats) and all(row["max_difference"] <= 1e-4 for row in rows)
 
 
 @pytest.mark.slow
@@ -142,6 +173,19 @@ def test_what_no_feature_depends_on_is_not_trained():
     student = VitConfig(name="mobilenetv3_small_050", image_size=32).build()
     assert {n.split(".")[1] for n, p in student.named_parameters() if not p.requires_grad} == {"conv_head"}
     assert student.training and all(x.sum() == 0 for n, x in student.named_buffers() if "batches_tracked" in n)
+
+
+def test_a_strided_convolution_of_single_pixels_is_trained_without_harm():
+    """FastViT's stem has one; with channels last torch 2.15 writes beyond its memory, and the process dies."""
+    network = nn.Sequential(nn.Conv2d(3, 16, 1, stride=2), nn.Conv2d(16, 8, 2, stride=2))
+    student = to_be_trained(network, "mine", 32)
+    images = torch.rand(2, 3, 32, 32)
+    for _ in range(3):
+        student(images).patches.sum().backward()
+    expected = nn.Sequential(nn.Conv2d(3, 16, 1, stride=2), nn.Conv2d(16, 8, 2, stride=2)).double()
+    expected.load_state_dict(network.state_dict())
+    (3 * expected(((images - student.pixel_mean) / student.pixel_std).double()).sum()).backward()
+    torch.testing.assert_close(network[0].weight.grad.double(), expected[0].weight.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_statistics_follow_the_batches_and_scores_leave_them(small_distillation):
@@ -231,6 +275,7 @@ def test_a_module_at_hand_is_trained_in_place_and_leaves(kind, labelled_folder, 
     module = MODULES[kind]()
     before = copy.deepcopy(module.state_dict())
     options = {"image_size": 64, "batch_size": 11, "warmup_epochs": 0, "epochs": 1, "workers": 0, "split": "none"}
+    options |= {"checkpoint_every": 2}
     result = comad.distill(str(labelled_folder), list(teacher_specs), module, "radio", tmp_path / "run", **options)
     assert any(key in before and not torch.equal(x, before[key]) for key, x in module.state_dict().items())
     image = result.transform(Image.new("RGB", (80, 70), "red"))
@@ -238,6 +283,12 @@ def test_a_module_at_hand_is_trained_in_place_and_leaves(kind, labelled_folder, 
     state = weights(tmp_path / "run")
     if kind != "timm":
         assert all(torch.equal(x, state[key]) for key, x in result.student.state_dict().items())
+    if kind.startswith("transformers"):
+        checkpoints(tmp_path / "run" / "checkpoints")[-1].unlink()
+        options |= {"resume": True}
+        torch.manual_seed(0)
+        comad.distill(str(labelled_folder), list(teacher_specs), MODULES[kind](), "radio", tmp_path / "run", **options)
+        assert all(torch.equal(x, state[key]) for key, x in weights(tmp_path / "run").items())
     if kind not in ("own", "torchvision"):
         assert torch.isfinite(loaded(tmp_path, f"it={result.student_folder}")).all()
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import comad
 from comad.cli import main
 from comad.data.load import load_images
 from comad.evaluation import comparison, inspection
 from comad.evaluation.catalogue import ListConfig, list_teachers
 from comad.evaluation.comparison import CompareConfig, Pair, compare
 from comad.evaluation.inspection import InspectConfig, inspect
+from comad.evaluation.probe import KnnProbe
 from comad.evaluation.sanity_checks import (
     gain_warnings,
     reinitialised_copy,
@@ -122,6 +130,42 @@ def test_inspect_warns_about_random_weights_and_compares_with_a_twin(teacher_spe
     for word in ("pixels   ", "first   ", "random weights   ", "above random weights", "apache-2.0", "16 × 16 pixels"):
         assert f"\n  {word}" in report or word in report
     assert "\n  heads                   2\n" in report
+
+
+def test_every_block_is_scored_as_a_teacher_read_there_in_one_pass(teacher_specs, labelled_folder, monkeypatch):
+    splits, read = load_images(str(labelled_folder)), []
+    for part in splits[:3]:
+        load = part.load
+        monkeypatch.setattr(part, "load", lambda i, s=0, p=part, load=load: read.append((p.name, i)) or load(i, s))
+    monkeypatch.setattr(inspection, "load_images", lambda data: splits)
+    report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
+    assert len(read) == 2 * len(set(read)) == 2 * (len(splits.train) + len(splits.val))  # the network, random weights
+    found = dict(re.findall(r"  (block \d) +([\d.]+) %", report))
+    probe = KnnProbe(splits, 16)
+    wanted = {n: probe(load_teacher(f"{teacher_specs[0]}:depth={n}", 16).backbone)["knn"] for n in (1, 2)}
+    assert found == {f"block {number}": f"{score:.1f}" for number, score in wanted.items()}
+    assert found["block 2"] == re.search(r"\n  first +([\d.]+) %", report)[1]  # read with its name, the last block
+    assert "no block is surely better" in report or ":depth=1" in report
+
+
+def test_a_block_that_is_surely_better_is_named():
+    labels = torch.arange(40) % 4
+    known = {"patch": torch.eye(4)[labels]}
+    noise = {"patch": draw(40, 4)}
+    seen = inspection.Seen(noise["patch"], noise, (known, noise), torch.empty(0))
+    part = SimpleNamespace(labels={"fine": labels}, groups=torch.arange(40), name="x")
+    splits, looked = SimpleNamespace(train=part, val=part), inspection.Looked(torch.arange(40), torch.arange(40))
+    last = torch.zeros(40, dtype=torch.bool)
+    lines = inspection._by_block(seen, seen, splits, looked, last)
+    assert lines[0].split() == ["block", "1", "100.0", "%"]
+    assert lines[-1].startswith("  block 1 is better than the last by 100.0 points") and ":depth=1" in lines[-1]
+
+
+def test_the_first_line_comes_before_torch_is_imported():
+    code = "import sys; sys.modules['torch'] = None; from comad.cli import main; main(['teachers', 'inspect', 'x'])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(comad.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stderr.splitlines()[0] == "loading PyTorch and timm"
 
 
 def test_inspect_is_deterministic_and_leaves_the_random_state_alone(teacher_specs, labelled_folder):
@@ -442,20 +486,20 @@ def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folde
 
 def test_inspect_computes_as_much_as_a_small_cpu_can(teacher_specs, labelled_folder):
     backbone = load_one(teacher_specs[0], str(labelled_folder), 16).backbone
-    assert inspection._affordable(backbone, None) == (64, 2000, 1000, 1000)
-    assert inspection._affordable(backbone, 30) == (64, 60, 30, 30)
+    assert inspection._affordable(backbone, None) == (2000, 1000, 1000)
+    assert inspection._affordable(backbone, 30) == (60, 30, 30)
     large = load_one("vit_base_patch16_224:random", str(labelled_folder)).backbone
-    num_tokens, bank, limit, twin = inspection._affordable(large, None)  # 35 GFLOP an image
-    assert (num_tokens + 6 * limit) * 34e9 < inspection.CPU_FLOPS and bank == 2 * limit == 2 * twin >= 16
-    assert inspection._affordable(large, 400) == (64, 400, 400, 64)
+    bank, limit, twin = inspection._affordable(large, None)  # 35 GFLOP an image
+    assert 6 * limit * 34e9 < inspection.CPU_FLOPS and bank == 2 * limit == 2 * twin >= 16
+    assert inspection._affordable(large, 400) == (400, 400, 64)
 
 
 def test_random_weights_are_scored_on_fewer_images_of_a_large_network(teacher_specs, labelled_folder, monkeypatch):
     told, config = [], InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16)
     monkeypatch.setattr(inspection, "say", told.append)
-    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 5))
+    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(10, 5, 5))
     whole = inspect(config)
-    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(8, 10, 5, 3))
+    monkeypatch.setattr(inspection, "_affordable", lambda backbone, wanted: inspection.Counts(10, 5, 3))
     monkeypatch.setattr(inspection, "MIN_BANK", 1)
     part = inspect(replace(config, images=None))
     assert "of them" not in whole and "kNN on 3 of them, with 6" in part and "random weights" in part

@@ -17,8 +17,11 @@ import comad
 from comad.data.folders import FolderImages
 from comad.data.load import load_images
 from comad.data.transforms import evaluation_view
-from comad.exporting import command, fidelity, formats
-from comad.exporting.command import ExportConfig, export, export_classifier, export_model
+from comad.exporting import fidelity, formats
+from comad.exporting.command import export, export_model
+from comad.exporting.config import ExportConfig
+from comad.exporting.encoder import Encoder
+from comad.exporting.finetuned import export_classifier
 from comad.exporting.formats import FORMATS
 from comad.exporting.source import Source
 from comad.models.teachers import load_teacher
@@ -190,7 +193,7 @@ def test_an_export_that_gives_other_features_is_refused(tiny_run, monkeypatch):
     def spoilt(graph, path):
         module = make_student()
         module.vit.norm.bias.data += 0.01
-        formats._write_program(replace(graph, module=command.Encoder(module)), path)
+        formats._write_program(replace(graph, module=Encoder(module)), path)
 
     monkeypatch.setitem(FORMATS, "torch-export", replace(FORMATS["torch-export"], write=spoilt))
     with pytest.raises(ValueError, match=r"torch-export: refused.*1\.0e-02"):

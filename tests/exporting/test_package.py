@@ -14,7 +14,7 @@ from comad.exporting.card import model_card
 from comad.exporting.encoder import preprocessing_of
 from comad.exporting.package import both_programs, export_backbone, timm_facts, verify_export
 from comad.models.files import sha256
-from comad.models.teachers import TeacherCard
+from comad.models.teachers import TeacherCard, load_teacher
 from comad.models.timm_backbone import TimmBackbone, create_vit
 
 from .conftest import ARGS, NAME
@@ -122,11 +122,27 @@ def test_other_networks(tmp_path, arguments):
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
 
 
-def test_a_network_that_pools_before_its_norm_is_not_exported(tmp_path):
-    arguments = {"class_token": False, "global_pool": "avg"}
-    with pytest.raises(RuntimeError, match="other tokens"):
-        export_backbone(build(**arguments), tmp_path / "export", model_args=ARGS | arguments, card=CARD)
-    assert not (tmp_path / "export").exists()
+@pytest.mark.parametrize("name", ["vit", "test_convnext", "hiera_tiny_224"])
+def test_a_network_that_pools_before_its_norm_leaves_with_the_features_that_comad_reads(tmp_path, name):
+    size, arguments = {"hiera_tiny_224": 224}.get(name, 32), {}
+    if name == "vit":
+        size, arguments = 16, ARGS | {"class_token": False, "global_pool": "avg"}
+        backbone = build(class_token=False, global_pool="avg")
+    else:
+        backbone = load_teacher(timm.create_model(name, num_classes=0), size, name="x").backbone
+    card, image = replace(CARD, architecture=NAME if name == "vit" else name), torch.rand(1, 3, size, size)
+    export_backbone(backbone, tmp_path / "export", model_args=arguments, card=card)
+    model = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    pixels = (image - backbone.pixel_mean) / backbone.pixel_std
+    code = both_programs(timm_facts(backbone, preprocessing_of(backbone, 1.0)), "export")[0][1]
+    lines = "\n".join(line.strip() for line in code.split("inference_mode():\n")[1].splitlines() if " = " in line)
+    found = {"model": model, "image": pixels}
+    with torch.inference_mode():
+        tokens = backbone(image)
+        exec(lines, found)
+        torch.testing.assert_close(model(pixels), tokens.cls, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["feature"], tokens.cls, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["patches"], tokens.patches, rtol=0, atol=1e-4)
 
 
 def test_config_describes_our_weights_and_not_timms(tmp_path):
@@ -191,7 +207,16 @@ def test_card_and_its_snippet(tmp_path, monkeypatch):
     facts = timm_facts(build(), preprocessing_of(build(), CARD.eval_crop))
     programs = both_programs(facts, folder.name)
     assert text == model_card(replace(CARD, sha256=sha256(folder / "model.safetensors")), programs)
-    for words in ("library_name", "CC-BY-NC-4.0", "ab12", "1,000,000", "seed 3", "| 61.2 | – | 70.0 | – |", NAME):
+    for words in (
+        "library_name",
+        "CC-BY-NC-4.0",
+        "ab12",
+        "1,000,000",
+        "seed 3",
+        "| model | role | kNN | linear |",
+        "| 61.2 | 70.0 |",
+        NAME,
+    ):
         assert words in text
     code = text.split("```python\n")[1].split("```")[0]
     assert code == programs[0][1]

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from comad.models.checkpoints import Checkpoint, num_heads, position_layout
@@ -198,7 +199,7 @@ def test_features_are_those_of_a_plain_vision_transformer(name: str, tmp_path: P
 
 
 def test_every_format_is_tested():
-    elsewhere = {"efficientnet-lite", "dinov3-convnext", *ORIGINALS}  # test_feature_map_backbone.py, ...
+    elsewhere = {"efficientnet-lite", "dinov3-convnext", "mae-finetuned", *ORIGINALS}  # test_original_layouts.py, ...
     assert set(LAYOUTS) | elsewhere | {name for name, layout in FORMATS.items() if layout.refusal} == set(FORMATS)
 
 
@@ -316,11 +317,31 @@ def test_student_alone_is_refused(tmp_path: Path):
     )
 
 
-def test_finetuned_mae_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("learnt", [False, True])
+def test_what_stands_for_an_image_in_a_finetuned_mae_is_what_its_classifier_sees(tmp_path: Path, learnt: bool):
     state, _ = mae()
     state |= {"fc_norm.weight": state.pop("norm.weight"), "fc_norm.bias": state.pop("norm.bias")}
+    if learnt:
+        state["pos_embed"] = state["pos_embed"] + 0.1 * torch.randn_like(state["pos_embed"])
     content = {"model": {**state, **noise("head.weight", "head.bias")}}
-    refusal(save(tmp_path / "mae_finetuned_vit_base.pth", content), "supervised", "mae_pretrain_vit")
+    teacher = load_teacher(save(tmp_path / "mae_finetuned_vit_base.pth", content), SIZE)
+    network = VisionTransformer(
+        SIZE, PATCH, embed_dim=128, depth=2, num_heads=2, num_classes=0, global_pool="avg"
+    ).eval()
+    network.load_state_dict(state)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    pixels = (images - teacher.backbone.pixel_mean) / teacher.backbone.pixel_std
+    with torch.no_grad():
+        features = network.forward_features(pixels)
+        wanted, tokens = network.forward_head(features, pre_logits=True), teacher.backbone(images)
+        seen = torch.tensor([[0, 2]]).expand(2, -1)
+        part = teacher.backbone(images, seen)
+        blocks = teacher.backbone(images, intermediates=[1]).intermediates[0]
+    assert teacher.card.format == "mae-finetuned" and teacher.card.token_types == ("cls", "patch")
+    assert (tokens.cls - wanted).norm() <= 1e-5 * wanted.norm()
+    torch.testing.assert_close(tokens.patches, network.fc_norm(features[:, 1:]), atol=1e-5, rtol=1e-5)
+    assert part.patches.shape[1] == 2 and not torch.allclose(part.cls, tokens.cls)
+    torch.testing.assert_close(blocks.cls, blocks.patches.mean(dim=1))  # of blocks before the norm too
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from comad.distillation.features import Blocks, forward_teacher
 from comad.distillation.masking import Superset, drop_unused_masks
@@ -93,6 +94,28 @@ def test_map_is_resampled_to_the_grid_at_a_size_that_suits_the_network(name: str
     tokens = large.backbone(torch.rand(1, 3, 224, 224))
     assert tokens.patches.shape == (1, 196, large.backbone.width)
     assert tokens.patches.isfinite().all()
+
+
+HEADS = {"test_convnext": 64, "hiera_tiny_224": 224, "poolformer_s12": 64, "davit_tiny": 64, "tiny_vit_5m_224": 224}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_stands_for_an_image_is_what_the_classifier_sees_and_places_go_through_its_norm(name: str):
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=0).eval()
+    with torch.no_grad():
+        for parameter in network.head.norm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    backbone = load_teacher(network, HEADS[name], name="x").backbone
+    images = torch.rand(2, 3, HEADS[name], HEADS[name])
+    norm, pixels = network.head.norm, (images - backbone.pixel_mean) / backbone.pixel_std
+    with torch.no_grad():
+        tokens = backbone(images)
+        wanted = network.forward_head(network.forward_features(pixels), pre_logits=True)
+        places = network.forward_intermediates(pixels, indices=1, intermediates_only=True)[0].flatten(2).mT
+        by_hand = F.layer_norm(places, places.shape[2:], norm.weight, norm.bias, norm.eps)
+    assert backbone.pools and (tokens.cls - wanted).norm() <= 1e-5 * wanted.norm()
+    torch.testing.assert_close(tokens.patches, by_hand, atol=1e-4, rtol=1e-4)
 
 
 def test_channels_last_maps_are_told_from_channels_first():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from timm.layers.mlp import SwiGLUPacked
 from timm.models.beit import Beit
@@ -15,6 +16,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from comad.models import sources
 from comad.models.teachers import load_teacher
 
 State = dict[str, Tensor]
@@ -257,11 +259,24 @@ def test_dinov3_7b_is_refused_for_its_file_does_not_say_how_pixels_are_normalise
     refusal(f"vit_7b_patch16_dinov3.lvd1689m={tmp_path / 'weights.pth'}", "7B", "save_pretrained")
 
 
-def test_finetuned_beit_is_refused(tmp_path: Path):
-    _, content = beit()
-    state = content["model"]
-    state |= {"fc_norm.weight": state.pop("norm.weight"), "fc_norm.bias": state.pop("norm.bias")}
-    refusal(save(tmp_path / "weights.pth", content), "supervised", "pt22k")
+def test_finetuned_beit_needs_the_name_of_its_version_and_is_read_by_it(tmp_path: Path, monkeypatch: Any):
+    small = {key: COMMON[key] for key in ("embed_dim", "depth", "num_heads")}
+    monkeypatch.setattr(sources, "create_whole", partial(sources.create_whole, **small))
+    network = shaken(timm.create_model("beit_base_patch16_224", **small))
+    index = network.blocks[0].attn.relative_position_index  # which the authors' files hold
+    state = {**network.state_dict(), "blocks.0.attn.relative_position_index": index}
+    path = save(tmp_path / "weights.pth", {"model": state})
+    refusal(path, "different ways", "beit_base_patch16_224.in22k_ft_in22k=FILE")
+    images = torch.rand(2, 3, 224, 224)
+    for name, (mean, std) in {
+        "beit_base_patch16_224.in22k_ft_in22k": HALVES,
+        "beitv2_base_patch16_224.in1k_ft_in22k": IMAGENET,
+    }.items():
+        backbone = load_teacher(f"{name}={tmp_path / 'weights.pth'}", 224).backbone
+        pixels = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        with torch.no_grad():
+            wanted = network.forward_head(network.forward_features(pixels), pre_logits=True)
+            assert (backbone(images).cls - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_beit_table_off_a_square_is_refused(tmp_path: Path):

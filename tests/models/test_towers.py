@@ -90,10 +90,25 @@ def test_flat_file_gives_the_features_of_its_name(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", POOLED)
-def test_network_whose_norm_follows_the_pooling_is_refused_unless_its_file_has_one_of_tokens(name: str, tmp_path: Path):
-    torch.save(shaken(name).state_dict(), tmp_path / "finetuned.pth")
-    refusal(f"{name}={tmp_path / 'finetuned.pth'}", "norm comes after pooling", "another model")
-    refusal(f"{name.split('.')[0]}:random", "norm comes after pooling")
+def test_a_norm_that_follows_the_pooling_normalises_what_is_pooled_as_its_authors_do_and_patches(
+    name: str, tmp_path: Path
+):
+    network = shaken(name)
+    torch.save({"model": network.state_dict()}, tmp_path / "finetuned.pth")
+    images = torch.rand(2, 3, *2 * (3 * network.patch_embed.patch_size[0],))
+    backbone = load_teacher(f"{name}={tmp_path / 'finetuned.pth'}", images.shape[-1]).backbone
+    features, tokens = expected_tokens(network, images), backbone(images)
+    with torch.no_grad():
+        wanted = network.forward_head(features, pre_logits=True)
+        patches = network.fc_norm(features[:, 1:])
+    assert backbone.has_cls and (tokens.cls - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (tokens.patches - patches).norm() <= 1e-5 * patches.norm()
+    assert torch.equal(backbone.pooled(images, "patch"), backbone.pooled(images, "cls"))
+    assert load_teacher(f"{name.split('.')[0]}:random", images.shape[-1]).backbone.has_cls
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_file_from_before_fine_tuning_has_a_norm_of_tokens(name: str, tmp_path: Path):
     network = shaken(name, global_pool="")
     torch.save(network.state_dict(), tmp_path / "pretrained.pth")
     patch = network.patch_embed.patch_size[0]

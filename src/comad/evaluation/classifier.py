@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from comad.data.images import ImageSet
 from comad.data.loader import evaluation_batches
 from comad.evaluation.features import evaluating
-from comad.models.backbone import Backbone
+from comad.models.backbone import Backbone, Pool
 from comad.runtime.optim import not_decayed
 
-Pool = Literal["patch", "cls"]
 DROP_PATHS = ("drop_path", "drop_path1", "drop_path2", "drop_path3")
 """Where timm's blocks keep their stochastic depth."""
 
@@ -42,16 +41,18 @@ class Classifier(nn.Module):
         if pool == "cls" and "cls" not in backbone.token_types:
             raise ValueError("this backbone has no trained class token; leave out --pool, or pass --pool patch.")
         self.backbone = backbone.requires_grad_(True).train()
-        self.pool = pool
-        self.heads = nn.ModuleDict({name: nn.Linear(backbone.width, count) for name, count in num_classes.items()})
+        self.pool: Pool = pool
+        side = backbone.image_size
+        with evaluating(backbone) as place, torch.no_grad():
+            width = backbone.pooled(torch.zeros(1, 3, side, side, device=place), pool).shape[1]
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in num_classes.items()})
         for head in self.heads.values():
             trunc_normal_(cast(nn.Linear, head).weight, std=0.02)
             nn.init.zeros_(cast(nn.Linear, head).bias)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _"]]:
         """Class scores of each label set, for pixels in [0, 1]."""
-        cls, patches = self.backbone(images)[:2]
-        pooled = patches.float().mean(dim=1) if self.pool == "patch" else cast(Tensor, cls).float()
+        pooled = self.backbone.pooled(images, self.pool)
         return {name: head(pooled) for name, head in self.heads.items()}
 
     def parameter_groups(self, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

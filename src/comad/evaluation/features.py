@@ -138,10 +138,15 @@ def _pooled(
     backbone: Backbone | None, batch: Tensor, place: torch.device | None, dtype: torch.dtype | None
 ) -> dict[str, Float[Tensor, "B width"]]:
     if backbone is None or place is None:
-        flat = batch.flatten(1)
-        return {"pixels": flat - flat.mean(dim=1, keepdim=True)}
+        return {"pixels": pixel_rows(batch)}
     with torch.autocast(place.type, dtype, enabled=dtype not in (None, torch.float32)):
         return pool_tokens(backbone(batch.to(place)))
+
+
+def pixel_rows(small: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B _"]:
+    """Small copies of the images as features, each image's mean value subtracted."""
+    flat = small.flatten(1)
+    return flat - flat.mean(dim=1, keepdim=True)
 
 
 def pool_tokens(tokens: Tokens) -> dict[str, Float[Tensor, "B width"]]:

@@ -1,4 +1,4 @@
-"""The verb `comad evaluate finetune`: a whole backbone trained with labels, on the loop that distils."""
+"""A whole backbone trained with labels, on the loop that distils: the work of `comad evaluate finetune`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from comad.evaluation.evaluation import LABEL_SETS, PerImage
 from comad.evaluation.scoreboard import Role, Score, cost, shortage
 from comad.evaluation.scores import write_scores
 from comad.evaluation.tuning import FinetuneConfig, Tuning
-from comad.evaluation.views import load_one, view_size
+from comad.evaluation.views import view_size
 from comad.models.backbone import Backbone
 from comad.models.timm_backbone import math_attention_on_cpu
 from comad.runtime.lock import holding_runs
@@ -79,40 +79,17 @@ class ClassifierViews:
 
 
 class Finetuned(NamedTuple):
-    """The score (``finetune``, ``finetune_coarse``) of the chosen trial, and that trial."""
+    """What came of a fine-tuning.
+
+    Attributes:
+        score: ``finetune`` and ``finetune_coarse`` of the chosen trial.
+        chosen: that trial.
+        exported: the folder in which the classifier left, if it was to.
+    """
 
     score: Score
     chosen: Trial
-
-
-def finetune(config: FinetuneConfig) -> str:
-    """Fine-tune a backbone and write ``finetune.json`` into the run's folder. Returns the result in words.
-
-    Of several processes the first does what comes after training; the others return nothing.
-
-    Raises:
-        ValueError: the backbone or the data cannot be loaded, there are no labels, or a run folder is in use.
-        Interrupted: a signal came; a checkpoint is written.
-        TrainingError: the loss is not finite.
-    """
-    if not config.backbone:
-        raise ValueError("name what to fine-tune: comad evaluate finetune BACKBONE --data FOLDER.")
-    splits = config.load_images()
-    check(config, splits)
-    teacher = load_one(config.backbone, config.data, config.image_size)
-    build_classifier(teacher.backbone, splits, config.tuning)
-    subject = PretrainedModel(teacher.name, "teacher", teacher.backbone, {"sha256": teacher.card.sha256})
-    done = finetune_backbone(config, subject, splits)
-    if done is None:
-        return ""
-    row, (optim, _, validation, _) = done.score.row, done.chosen
-    coarse = f", coarse {row.scores['finetune_coarse']:.1f} %" if "finetune_coarse" in row.scores else ""
-    return (
-        f"{teacher.card.summary()}\nfine-tuned with --optim.base-lr {optim.base_lr:g} --optim.epochs {optim.epochs:g}: "
-        f"{config.split} top-1 {row.scores['finetune']:.1f} %{coarse} on {row.num_images['finetune']:,} images "
-        f"(validation {validation['fine']:.1f} %); "
-        f"every image's result is in {config.run.out}/finetune.json"
-    )
+    exported: Path | None = None
 
 
 def check(config: FinetuneConfig, splits: Splits) -> None:
@@ -139,12 +116,19 @@ def check(config: FinetuneConfig, splits: Splits) -> None:
 
 @holding_runs()
 def finetune_backbone(config: FinetuneConfig, subject: PretrainedModel, splits: Splits) -> Finetuned | None:
-    """Train every setting, choose by the validation images, score the choice once; see `finetune`.
+    """Train every setting, choose by the validation images, score the choice once, write ``finetune.json``.
+
+    Of several processes the first does what comes after training; the others return None.
 
     Args:
-        config: its ``backbone`` and ``image_size`` are not read, for the subject is loaded.
+        config: its ``backbone``, ``image_size`` and ``export`` are not read, for the subject is loaded.
         subject: the network.
         splits: the images.
+
+    Raises:
+        ValueError: a run folder is in use.
+        Interrupted: a signal came; a checkpoint is written.
+        TrainingError: the loss is not finite.
     """
     fabric = start_fabric(config.run, config.tuning.optim)
     settings = _settings(config)

@@ -10,7 +10,7 @@ import tyro
 from comad.data.bundled import BUNDLED
 from comad.data.load import DataConfig
 from comad.data.loader import LoaderConfig
-from comad.evaluation.classifier import Pool
+from comad.models.backbone import Pool
 from comad.runtime.optim import OptimConfig
 from comad.runtime.options import COMMON, NO_EFFECT
 from comad.runtime.run import RunConfig
@@ -83,6 +83,7 @@ class FinetuneConfig(DataConfig):
         try_lr: values of --optim.base-lr to try; the one that is best on the validation images is reported.
         try_epochs: values of --optim.epochs to try, each with each learning rate.
         split: the images of the score: test, which are looked at once, after the choice; val keeps them unseen.
+        export: formats in which the classifier leaves, with its classes' names, as by comad export: timm onnx ...
         loader: how images are read.
         run: where the run lives.
     """
@@ -93,6 +94,7 @@ class FinetuneConfig(DataConfig):
     try_lr: tuple[float, ...] = field(default=(), metadata=COMMON | NO_EFFECT)
     try_epochs: tuple[float, ...] = field(default=(), metadata=COMMON | NO_EFFECT)
     split: Literal["test", "val"] = field(default="test", metadata=COMMON | NO_EFFECT)
+    export: tuple[str, ...] = field(default=(), metadata=COMMON | NO_EFFECT)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/finetune"))
 

@@ -164,9 +164,9 @@ def _exports(card: ModelCard) -> list[str]:
     return [
         "## Files",
         "",
-        f"Each file was opened by its own runtime and compared with the model on {images} validation images. The score "
-        "is percent right on validation images, of the file and of the model. Milliseconds are medians per call, where "
-        "it was exported.",
+        f"Each file was opened by its own runtime and compared with the model on {images} validation images. "
+        "Differences are shares of the largest value. The score is percent right on validation images, of the file and "
+        "of the model. Milliseconds are medians per call, where it was exported.",
         "",
         *table(titles, (_export_cells(row) for row in card.exports)),
         "",
@@ -218,6 +218,7 @@ def _scores(card: ModelCard) -> list[str]:
     if not card.scores:
         return []
     measured = dict.fromkeys([*_SCORES, *(name for row in card.scores for name in row.get("num_images", ()))])
+    measured = {key: None for key in measured if any(row.get(key) is not None for row in card.scores)}
     rows = [
         (code(row["name"]), plain(row["role"]), *(_percent(row.get(key)) for key in measured)) for row in card.scores
     ]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from comad.models.backbone import Backbone, Tokens
+from comad.models.backbone import Backbone, Pool, pooled
 from comad.models.embedding import PatchProjection
-
-Pool = Literal["cls", "patch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +63,6 @@ def pool_of(backbone: Backbone) -> Pool:
     return "cls" if "cls" in backbone.token_types else "patch"
 
 
-def pooled(tokens: Tokens, pool: Pool) -> Float[Tensor, "B E"]:
-    """One vector per image."""
-    return tokens.patches.mean(dim=1) if pool == "patch" or tokens.cls is None else tokens.cls
-
-
 class Encoder(nn.Module):
     """A copy of a backbone on the CPU that takes normalised pixels and gives ``outputs``, all in float32.
 
@@ -93,7 +86,7 @@ class Encoder(nn.Module):
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
         """The image's vector (B, E) and its patch tokens (B, N, E)."""
         tokens = self.backbone(pixels)
-        return pooled(tokens, self.pool).float(), tokens.patches.float()
+        return pooled(tokens, self.pool), tokens.patches.float()
 
 
 class ClassScorer(nn.Module):
@@ -109,13 +102,13 @@ class ClassScorer(nn.Module):
 
     def __init__(self, encoder: Encoder, head: nn.Linear, pool: Pool):
         super().__init__()
-        encoder.pool = pool
         self.encoder = encoder
+        self.pool: Pool = pool
         self.head = copy.deepcopy(head).cpu().float().requires_grad_(False)
 
     def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, ...]:
         """Class scores (B, C)."""
-        return (self.head(self.encoder(pixels)[0]),)
+        return (self.head(self.encoder.backbone.pooled(pixels, self.pool)),)
 
 
 def _plain_convolutions(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from comad.exporting.encoder import Preprocessing
 from comad.exporting.formats import Arrays, Run
 
 TOLERANCE = 1e-4
-"""Largest absolute difference of a float32 export, over all outputs and images."""
+"""Largest difference of a float32 export over all images, relative to the largest value of an output."""
 HALF_COSINE, INT8_COSINE = 0.999, 0.99
 """Least cosine of a 16-bit export's vectors over the images; least mean cosine of an 8-bit one's."""
 POINTS = 1.0
@@ -45,7 +45,7 @@ class ExportRow:
         format, file, note: what it is; the file's place in the folder.
         bytes: of the file, and what lies beside it for it.
         images: validation images that it was compared on.
-        max_difference: largest absolute difference over all outputs.
+        max_difference: see `difference`.
         cosine, mean_cosine: of its vectors with the network's; the least, and the mean.
         score, own_score: percent right of the export and of the network on validation images; None: not measured.
         scored: how; with the number of images.
@@ -86,10 +86,11 @@ def run_all(run: Run, pixels: Float[np.ndarray, "n 3 H W"], batch: int | None) -
 
 
 def difference(found: Arrays, expected: Arrays) -> float:
-    """The largest over all outputs; infinite if a number is none or a shape differs."""
+    """The largest, relative to the largest value of the output; infinite if a number is none or a shape differs."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")
-    largest = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+    sizes = [max(float(np.abs(b).max()), 1e-12) for b in expected]
+    largest = max(float(np.abs(a - b).max()) / size for a, b, size in zip(found, expected, sizes, strict=True))
     return largest if np.isfinite(largest) else float("inf")
 
 

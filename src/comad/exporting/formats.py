@@ -21,6 +21,7 @@ from torch import nn
 
 from comad.exporting import programs
 from comad.exporting.encoder import Preprocessing
+from comad.models.networks import each_normalised
 
 Arrays = list[np.ndarray]
 Run = Callable[[np.ndarray], Arrays]
@@ -45,6 +46,9 @@ class Graph:
         labels: names of the classes; empty: it gives features.
         num_prefix_tokens: tokens before the patches in timm's sequence; None: timm gives a map.
         channels_last: timm gives maps as (B, h, w, E).
+        features: how timm's network is asked for them, with ``{}`` for pixels.
+        norm: name of the network's norm behind its pooling, through which patches go too; empty: there is none.
+        norm_of_maps: it takes maps, not rows.
         pool: what stands for an image: ``cls`` or ``patch``.
     """
 
@@ -60,6 +64,9 @@ class Graph:
     labels: tuple[str, ...] = ()
     num_prefix_tokens: int | None = None
     channels_last: bool = False
+    features: str = "forward_features({})"
+    norm: str = ""
+    norm_of_maps: bool = False
     pool: str = "cls"
 
     def example(self, batch: int | None = None) -> torch.Tensor:
@@ -313,17 +320,24 @@ def timm_outputs(model: Any, pixels: torch.Tensor, graph: Graph) -> list[torch.T
     """What a timm network says, in the terms of the graph."""
     if graph.labels:
         return [model(pixels)]
-    return _split(model.forward_features(pixels), graph)
+    if graph.features.startswith("forward_features"):
+        return _split(model.forward_features(pixels), graph, model)
+    norm = "norm=True" in graph.features
+    return _split(model.forward_intermediates(pixels, indices=1, norm=norm, intermediates_only=True)[0], graph, model)
 
 
-def _split(features: torch.Tensor, graph: Graph) -> list[torch.Tensor]:
-    """The image's vector and its patches, from timm's sequence or map."""
+def _split(features: torch.Tensor, graph: Graph, model: Any) -> list[torch.Tensor]:
+    """The image's vector and its patches, from the sequence or map of timm's model."""
+    norm = model.get_submodule(graph.norm) if graph.norm else None
     if graph.num_prefix_tokens is None:
         axes = (1, 2) if graph.channels_last else (2, 3)
         patches = features.flatten(*axes)
         patches = patches if graph.channels_last else patches.transpose(1, 2)
-        return [patches.mean(dim=1), patches]
+        vectors = patches.mean(dim=1)
+        return [vectors, patches] if norm is None else [each_normalised(norm, x) for x in (vectors, patches)]
     patches = features[:, graph.num_prefix_tokens :]
+    if norm is not None:
+        return [model.forward_head(features, pre_logits=True), norm(patches)]
     return [features[:, 0] if graph.pool == "cls" else patches.mean(dim=1), patches]
 
 
@@ -335,7 +349,10 @@ def _open_transformers(graph: Graph, path: Path, threads: int) -> Run:
         model = kind.from_pretrained(path.parent, local_files_only=True).eval()
     if graph.labels:
         return by_torch(lambda pixels: [model(pixel_values=pixels).logits], threads)
-    return by_torch(lambda pixels: _split(model(pixel_values=pixels).last_hidden_state, graph), threads)
+    inner = getattr(model, "timm_model", None)
+    if inner is not None and not graph.features.startswith("forward_features"):
+        return by_torch(lambda pixels: timm_outputs(inner, pixels, graph), threads)
+    return by_torch(lambda pixels: _split(model(pixel_values=pixels).last_hidden_state, graph, inner), threads)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from timm.models import save_for_hf
@@ -20,13 +19,13 @@ from torch import Tensor, nn
 
 from comad.exporting import programs
 from comad.exporting.card import ModelCard, model_card
-from comad.exporting.encoder import Pool, Preprocessing, pool_of, pooled, preprocessing_of
-from comad.exporting.formats import Graph
-from comad.models.backbone import Backbone
+from comad.exporting.encoder import Preprocessing, pool_of, preprocessing_of
+from comad.exporting.formats import Graph, timm_outputs
+from comad.models.backbone import Backbone, Pool, pooled
 from comad.models.feature_map_backbone import FeatureMapBackbone
 from comad.models.files import read_json, sha256
 from comad.models.huggingface import TransformersFeatures, weights_file
-from comad.models.networks import gives_tokens
+from comad.models.networks import KINDS, gives_tokens, is_of_maps, norm_after_pooling
 from comad.models.teachers import load_teacher
 from comad.models.timm_backbone import TimmBackbone
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures
@@ -164,7 +163,10 @@ def write_timm(
     Raises:
         ValueError: the network has no place for this head.
     """
-    network = _save(backbone, folder, model_args, dtype, head)
+    network = timm_network(backbone, head)
+    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    arguments = timm_arguments(backbone, model_args, head[1] if head else pool_of(backbone))
+    save_for_hf(network, str(folder), model_args=arguments, safe_serialization=True)
     card = replace(card, sha256=sha256(folder / "model.safetensors"))
     _complete_config(folder / "config.json", _pretrained_cfg(backbone, network, card), card)
     return card
@@ -179,14 +181,21 @@ def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
     network = copy.deepcopy(backbone).cpu().float().eval()
     side = backbone.image_size
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    model = cast(Any, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    config, graph = resolve_model_data_config(model), timm_facts(network, preprocessing_of(network, 1.0))
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
-        tokens, is_map = network(image), not gives_tokens(next(backbone.children()))
-        prefix = [] if tokens.cls is None or is_map else [tokens.cls.unsqueeze(1)]
-        first = [] if is_map else [pooled(tokens, pool_of(backbone)).unsqueeze(1)]
-        expected = torch.cat([*first, *prefix, tokens.patches], dim=1)
-        found = _timm_tokens(folder, image, len(prefix))
-    difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * expected.abs().max().item()
+        tokens, pixels = network(image), (image - mean) / std
+        pairs = [
+            (x, y)
+            for x, y in zip(
+                [pooled(tokens, pool_of(backbone)), tokens.patches], timm_outputs(model, pixels, graph), strict=True
+            )
+        ]
+        if isinstance(model, tuple(KINDS.values())) or graph.norm:  # what a user of timm gets by calling it
+            pairs.append((pairs[0][0], model(pixels)))
+    difference = max((a - b).abs().max().item() if a.shape == b.shape else float("inf") for a, b in pairs)
+    limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * max(a.abs().max().item() for a, _ in pairs)
     if not difference <= limit:  # so that NaN fails too
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
 
@@ -217,6 +226,7 @@ def both_programs(graph: Graph, folder: str) -> Sequence[tuple[str, str]]:
 def timm_facts(backbone: Backbone, preprocessing: Preprocessing) -> Graph:
     """A graph without a module: how timm's output is read."""
     network = cast(Any, next(backbone.children()))
+    norm = norm_after_pooling(network)
     return Graph(
         module=nn.Identity(),
         outputs=("feature", "patches"),
@@ -224,7 +234,10 @@ def timm_facts(backbone: Backbone, preprocessing: Preprocessing) -> Graph:
         num_prefix_tokens=network.num_prefix_tokens
         if gives_tokens(network) or isinstance(network, TransformersFeatures)
         else None,
-        channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC",
+        channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC" and not getattr(backbone, "by_intermediates", 0),
+        features=getattr(backbone, "features_call", "forward_features({})"),
+        norm=norm,
+        norm_of_maps=bool(norm) and is_of_maps(network.get_submodule(norm)),
         pool=pool_of(backbone),
     )
 
@@ -253,33 +266,43 @@ def check_place(folder: Path) -> None:
     raise ValueError(f"{folder} exists and is not an export of comad; name another folder.")
 
 
-def _save(
-    backbone: Backbone,
-    folder: Path,
-    model_args: dict[str, Any],
-    dtype: torch.dtype,
-    head: tuple[nn.Linear, Pool] | None,
-) -> nn.Module:
-    """Save weights and config by timm, from a copy that pools what carries meaning."""
+TIMM_POOL: dict[Pool, str] = {"cls": "token", "patch": "avg"}
+
+
+def timm_network(backbone: Backbone, head: tuple[nn.Linear, Pool] | None = None) -> Any:
+    """A copy of timm's network that pools what carries meaning, with a head in the place of its own.
+
+    Raises:
+        ValueError: it has no place for this head.
+    """
     network = cast(Any, copy.deepcopy(next(backbone.children()))).cpu()
-    linear, chosen = head or (None, pool_of(backbone))
+    linear, pool = head or (None, pool_of(backbone))
     classes = 0 if linear is None else linear.out_features
-    model_args = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
-    if isinstance(network, VisionTransformer):
-        pool = "token" if chosen == "cls" else "avg"
-        if network.global_pool != pool:
-            model_args |= {"global_pool": pool, "fc_norm": False}  # keep the norm before the pool, as in the backbone
-        network.reset_classifier(classes, pool)
+    if _pools_as_told(network):
+        network.reset_classifier(classes, TIMM_POOL[pool])
     else:
         network.reset_classifier(classes)
     if linear is not None:
         own = network.get_classifier()
         if not isinstance(own, nn.Linear) or own.weight.shape != linear.weight.shape or linear.bias is None:
-            raise ValueError(f"{type(network).__name__} has no linear classifier in timm; export it --to onnx.")
+            raise ValueError(f"{type(network).__name__} has no such linear classifier in timm.")
         own.load_state_dict(linear.state_dict())
-    network.to(dtype).to(memory_format=torch.contiguous_format)  # as safetensors wants it
-    save_for_hf(network, str(folder), model_args=model_args, safe_serialization=True)
     return network
+
+
+def timm_arguments(backbone: Backbone, model_args: dict[str, Any], pool: Pool) -> dict[str, Any]:
+    """Timm's arguments of a network that pools so; the norm stays before the pool, as in the backbone."""
+    network = next(backbone.children())
+    arguments = {key: value for key, value in model_args.items() if key not in ("num_classes", "in_chans")}
+    if _pools_as_told(network) and cast(Any, network).global_pool != TIMM_POOL[pool]:
+        norm = "fc_norm" if isinstance(network, VisionTransformer) else "use_fc_norm"
+        arguments |= {"global_pool": TIMM_POOL[pool], norm: False}
+    return arguments
+
+
+def _pools_as_told(network: nn.Module) -> bool:
+    """Whether timm can be told what a Transformer's classifier sees, with the norm before it."""
+    return isinstance(network, tuple(KINDS.values())) and not norm_after_pooling(network)
 
 
 def _pretrained_cfg(backbone: Backbone, network: nn.Module, card: ModelCard) -> dict[str, Any]:
@@ -311,19 +334,3 @@ def _complete_config(path: Path, pretrained_cfg: dict[str, Any], card: ModelCard
         config["label_names"] = list(card.labels)
     config["comad"] = asdict(card)
     path.write_text(json.dumps(sealed(config), indent=2) + "\n", encoding="utf-8")
-
-
-def _timm_tokens(folder: Path, image: Float[Tensor, "1 3 H W"], num_prefix: int) -> Float[Tensor, "1 n E"]:
-    """Encode as a user of timm would, pixels normalised by the config: what is pooled, class token, patches.
-
-    Of a network with a map only its places, row by row.
-    """
-    model = cast(Any, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
-    config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    features = model.forward_features((image - mean) / std)
-    if not gives_tokens(model):
-        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-    first = model.forward_head(features).unsqueeze(1)
-    return torch.cat([first, features[:, :num_prefix], features[:, model.num_prefix_tokens :]], dim=1)

@@ -32,6 +32,8 @@ for guess in classify("photo.jpg"):
     print(guess["label"], guess["score"])
 """
     features = "model(**inputs).last_hidden_state"
+    if not graph.features.startswith("forward_features"):
+        features = f"model.timm_model.{graph.features.format('inputs.pixel_values')}"
     return f"""import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -40,7 +42,7 @@ model = AutoModel.from_pretrained({folder!r}).eval()
 processor = AutoImageProcessor.from_pretrained({folder!r})
 inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
-{_split(graph, features)}"""
+{_split(graph, features, "model.timm_model")}"""
 
 
 def torchvision(graph: Graph, folder: str, architecture: str, layers: Sequence[str]) -> str:
@@ -162,11 +164,13 @@ print(labels[int(logits[0].argmax())])
 def _of_timm(graph: Graph, folder: str) -> str:
     if graph.labels:
         return f"    logits = model(image)\n{_label(graph, folder)}"
-    return _split(graph, "model.forward_features(image)")
+    return _split(graph, f"model.{graph.features.format('image')}")
 
 
-def _split(graph: Graph, features: str) -> str:
+def _split(graph: Graph, features: str, model: str = "model") -> str:
     """Lines that take the image's vector and its patches from timm's features."""
+    if graph.norm:
+        return _normed(graph, features, model)
     if graph.num_prefix_tokens is None:
         shape = "(1, h, w, width)" if graph.channels_last else "(1, width, h, w)"
         return f"""    patches = {features}  # {shape}
@@ -176,4 +180,22 @@ def _split(graph: Graph, features: str) -> str:
     return f"""    tokens = {features}
     patches = tokens[:, {graph.num_prefix_tokens}:]  # (1, patches, width)
     feature = {first}  # (1, width)
+"""
+
+
+def _normed(graph: Graph, features: str, model: str) -> str:
+    """The same of a network whose norm is behind its pooling."""
+    norm = f"{model}.{graph.norm}"
+    if graph.num_prefix_tokens is not None:
+        return f"""    tokens = {features}
+    patches = {norm}(tokens[:, {graph.num_prefix_tokens}:])  # (1, patches, width)
+    feature = {model}.forward_head(tokens, pre_logits=True)  # (1, width)
+"""
+    rows = "maps.flatten(1, 2)" if graph.channels_last else "maps.flatten(2).mT"
+    shape, end = ("[..., None, None]", ".flatten(1)") if graph.norm_of_maps else ("", "")
+    patches = "[0][..., None, None]).flatten(1)[None]" if graph.norm_of_maps else ")"
+    return f"""    maps = {features}
+    rows = {rows}
+    patches = {norm}(rows{patches}  # (1, patches, width)
+    feature = {norm}(rows.mean(dim=1){shape}){end}  # (1, width)
 """

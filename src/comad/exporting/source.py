@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from comad.data.images import Splits
 from comad.evaluation.views import load_one
 from comad.exporting.card import ModelCard
-from comad.exporting.encoder import Pool
-from comad.exporting.package import module_of
-from comad.models.backbone import Backbone
+from comad.exporting.encoder import pool_of
+from comad.exporting.package import module_of, timm_network
+from comad.models.backbone import Backbone, Pool
 from comad.models.files import read_file, read_json
 from comad.models.networks import load_strictly
 from comad.models.sources import BUNDLED, bundled_teachers
@@ -44,6 +45,21 @@ class Source(NamedTuple):
     splits: Splits
     head: tuple[nn.Linear, Pool] | None = None
     scoreboard: Path | None = None
+
+    @property
+    def pool(self) -> Pool:
+        """What stands for an image."""
+        return self.head[1] if self.head else pool_of(self.backbone)
+
+    def not_timm(self) -> str:
+        """Why timm cannot hold it; empty if it can."""
+        if not timm.is_model(self.card.architecture):
+            return "timm's name of this one is not known (in Python give architecture and model_args)"
+        try:
+            timm_network(self.backbone, self.head)
+        except ValueError as error:
+            return str(error).rstrip(".")
+        return ""
 
 
 def run_folder(spec: str) -> Path | None:
@@ -115,6 +131,37 @@ def load_source(spec: str, data: str, image_size: int | None, splits: Splits) ->
         arguments["img_size"] = teacher.backbone.image_size
     card = plain_card(teacher.name, config.get("architecture", ""), teacher.backbone, teacher.card.licence, splits)
     return Source(teacher.backbone, _card_of(config, card, folder), arguments, splits)
+
+
+def at_hand(
+    backbone: Backbone,
+    name: str,
+    splits: Splits,
+    architecture: str = "",
+    model_args: dict[str, Any] | None = None,
+    card: ModelCard | None = None,
+) -> Source:
+    """A network that nobody named: what it keeps of timm's name and arguments is taken.
+
+    Args:
+        backbone: on any device.
+        name: what it is to be called, if there is no card.
+        splits: images to compare and to calibrate with.
+        architecture, model_args: timm's, in the place of what the network says.
+        card: about the model.
+    """
+    network = next(backbone.children())
+    known = getattr(network, "pretrained_cfg", None) or {}
+    architecture = architecture or (card.architecture if card else "") or known.get("architecture", "")
+    card = card or plain_card(name, architecture, backbone, "unknown", splits)
+    arguments = model_args or {}
+    if model_args is None and type(network) is VisionTransformer and not hasattr(network.patch_embed, "backbone"):
+        heads = cast(Any, network.blocks)[0].attn.num_heads
+        arguments = {"patch_size": backbone.patch_size, "embed_dim": backbone.width, "num_heads": heads}
+        arguments |= {"img_size": backbone.image_size, "depth": len(network.blocks)}
+    elif model_args is None and takes_size(architecture):
+        arguments = {"img_size": backbone.image_size}
+    return Source(backbone, replace(card, architecture=architecture), arguments, splits)
 
 
 def _by_recipe(folder: Path, config: dict[str, Any], image_size: int | None) -> Backbone | None:

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Pool = Literal["cls", "patch"]
+"""What stands for an image: the class token, or the mean patch token."""
 Hidden = Literal["drop", "token", "zero"]
 """What becomes of a hidden patch: left out of the sequence, replaced by a mask token, or multiplied by 0."""
 
@@ -46,9 +48,11 @@ class Backbone(nn.Module, ABC):
         pixel_mean, pixel_std: (3, 1, 1), of its pixel normalisation, in units of [0, 1] pixels.
         has_cls: it gives a token for the whole image: its class token, or the mean of its map in the place of one.
         supports_masking: hidden patches can be left out; if not, it computes on whole images in any case.
+        pools: what stands for a class token is what the classifier of its authors sees, behind a norm.
     """
 
     supports_masking: bool = True
+    pools: bool = False
     own_grid: tuple[int, int]
 
     width: int
@@ -90,6 +94,10 @@ class Backbone(nn.Module, ABC):
             qkv=None if tokens.qkv is None else self._on_grid(tokens.qkv),
         )
 
+    def pooled(self, images: Float[Tensor, "B 3 H W"], pool: Pool) -> Float[Tensor, "B F"]:
+        """What a classifier's head sees of images with pixel values in [0, 1], in float32."""
+        return pooled(self(images), "cls" if self.pools else pool)
+
     @abstractmethod
     def forward(
         self,
@@ -122,6 +130,11 @@ class Backbone(nn.Module, ABC):
 def map_tokens(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Tokens:
     """Apply a function to class token and patches, each by itself."""
     return Tokens(None if tokens.cls is None else function(tokens.cls), function(tokens.patches))
+
+
+def pooled(tokens: Tokens, pool: Pool) -> Float[Tensor, "B E"]:
+    """One vector per image, in float32."""
+    return tokens.patches.float().mean(dim=1) if pool == "patch" or tokens.cls is None else tokens.cls.float()
 
 
 def resample_patches(

@@ -102,7 +102,7 @@ def _match(content: Mapping[str, Any], source: str) -> Checkpoint | None:
     misplaced = None
     for name, layout in FORMATS.items():
         state: Any = content.get(layout.container) if layout.container else content
-        if layout.container and layout.positions != "learnt" and not isinstance(state, Mapping):
+        if layout.container and layout.positions not in ("learnt", "any") and not isinstance(state, Mapping):
             state = content
         if not _fits(layout, state):
             continue
@@ -118,7 +118,7 @@ def _match(content: Mapping[str, Any], source: str) -> Checkpoint | None:
 def _positions_problem(checkpoint: Checkpoint) -> str | None:
     """What is wrong about the absolute positions, if anything."""
     layout, positions = FORMATS[checkpoint.format], checkpoint.weights.get("pos_embed")
-    if layout.positions == "none" or positions is None or positions.ndim != 3:
+    if layout.positions in ("none", "any") or positions is None or positions.ndim != 3:
         return None
     found = position_layout(positions)
     if found == layout.positions:

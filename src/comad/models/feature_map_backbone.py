@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, take_visible, visible_map
-from comad.models.networks import OWN_SIZE, gives_tokens
+from comad.models.backbone import Backbone, Hidden, Pool, Tokens, check_blocks, take_visible, visible_map
+from comad.models.networks import OWN_SIZE, each_normalised, gives_tokens, norm_after_pooling
 
 
 class FeatureMapBackbone(Backbone):
@@ -22,7 +22,8 @@ class FeatureMapBackbone(Backbone):
     If it is neither, the last of timm's ``forward_intermediates`` after the final norm. It cannot leave patches out: it
     sees all, or the pixels of hidden ones as the mean colour. Its patches are resampled to the wanted grid; the mean
     over a map stands for a class token. A sequence has one only if the network has a ``cls_token``; it is the first of
-    its ``num_prefix_tokens``, and the others are dropped.
+    its ``num_prefix_tokens``, and the others are dropped. Where timm's network has a norm between its pooling and its
+    classifier, what stands for a class token is what its classifier sees, and every patch goes through that norm.
 
     Args:
         network: in eval mode; its classifier is ignored.
@@ -30,7 +31,6 @@ class FeatureMapBackbone(Backbone):
         image_size: pixels on the side of the images to come.
         rows: rows and columns of the grid of tokens; None keeps the network's own.
         token_types: the tokens that carry meaning.
-        norm: applied to the mean and to every cell of a map, as DINOv3's ConvNeXt does.
 
     Raises:
         ValueError: the network gives neither, its patches form no square, or it takes no images of this size.
@@ -46,12 +46,12 @@ class FeatureMapBackbone(Backbone):
         image_size: int,
         rows: int | None = None,
         token_types: tuple[str, ...] = ("cls", "patch"),
-        norm: nn.Module | None = None,
     ):
         super().__init__()
-        flat = all(parameter.ndim < 5 for parameter in network.parameters())
-        self.network = network.to(memory_format=torch.channels_last) if flat else network  # twice as fast on the CPU
-        self.norm = norm
+        self.memory_format = torch.channels_last if _may_be_channels_last(network) else torch.contiguous_format
+        self.network = network.to(memory_format=self.memory_format)
+        self.norm_after_pooling = norm_after_pooling(network)
+        self.pools = self.norm_after_pooling != ""
         self.gives_channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -79,13 +79,20 @@ class FeatureMapBackbone(Backbone):
         self.token_types = token_types if self.has_cls else ("patch",)
 
     @property
+    def features_call(self) -> str:
+        """How timm's users get what its patches are made of, with ``{}`` for normalised pixels."""
+        if self.by_intermediates:
+            return f"forward_intermediates({{}}, indices=1, norm={self.has_norm}, intermediates_only=True)[0]"
+        return "forward_features({})"
+
+    @property
     def image_size(self) -> int:
         """Pixels on the side of the square images to come; no multiple of the grid where a map is resampled."""
         return self._image_size
 
     def _normalised(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         pixels = (images - self.pixel_mean) / self.pixel_std
-        return pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=torch.channels_last)
+        return pixels.to(next(self.network.parameters(), pixels).dtype, memory_format=self.memory_format)
 
     def _without(
         self, images: Float[Tensor, "B 3 H W"], visible: Int[Tensor, "B V"] | Bool[Tensor, "B N"], hidden: Hidden
@@ -106,7 +113,7 @@ class FeatureMapBackbone(Backbone):
         pixels, network = self._normalised(images), cast(Any, self.network)
         if self.by_intermediates:
             (features,) = network.forward_intermediates(pixels, indices=1, norm=self.has_norm, intermediates_only=True)
-            return features.mean(dim=(2, 3)), features
+            return self._pooled_and_normalised(features)
         features = network.forward_features(pixels)
         if not self._is_known(features):
             name = type(getattr(self.network, "module", self.network)).__name__
@@ -114,10 +121,27 @@ class FeatureMapBackbone(Backbone):
         if features.ndim == 3:
             return self._split(features)
         patches = features.permute(0, 3, 1, 2) if self.gives_channels_last else features
-        if self.norm is None:
-            return patches.mean(dim=(2, 3)), patches
-        mean = patches.mean(dim=(2, 3), keepdim=True)
-        return self.norm(mean).flatten(1), self.norm(patches)
+        return self._pooled_and_normalised(patches)
+
+    def _pooled_and_normalised(
+        self, patches: Float[Tensor, "B E rows columns"]
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E rows columns"]]:
+        """What stands for a class token, and the map, of a network without one."""
+        mean = patches.mean(dim=(2, 3))
+        if not self.norm_after_pooling:
+            return mean, patches
+        norm = self.network.get_submodule(self.norm_after_pooling)
+        cells = each_normalised(norm, patches.permute(0, 2, 3, 1))
+        return each_normalised(norm, mean), cells.permute(0, 3, 1, 2)
+
+    def pooled(self, images: Float[Tensor, "B 3 H W"], pool: Pool) -> Float[Tensor, "B F"]:
+        """What a head sees; of timm's networks without tokens what their own does, which may have layers before it."""
+        network = cast(Any, self.network)
+        if not gives_tokens(network) and hasattr(network, "forward_head"):
+            vectors = network.forward_head(network.forward_features(self._normalised(images)), pre_logits=True)
+            if isinstance(vectors, Tensor) and vectors.ndim == 2:
+                return vectors.float()
+        return super().pooled(images, pool)
 
     def _split(self, tokens: Float[Tensor, "B n E"]) -> tuple[Tensor | None, Float[Tensor, "B E rows columns"]]:
         """Class token and map of a sequence."""
@@ -127,6 +151,10 @@ class FeatureMapBackbone(Backbone):
         if not side or side**2 != patches.shape[2]:
             what = f"{tokens.shape[1]} tokens less {prefix} of num_prefix_tokens"
             raise ValueError(f"{what} form no square of patches; give the right number of prefix tokens.")
+        if self.norm_after_pooling:
+            norm = self.network.get_submodule(self.norm_after_pooling)
+            patches = each_normalised(norm, patches.transpose(1, 2)).transpose(1, 2)
+            return cast(Any, self.network).forward_head(tokens, pre_logits=True), patches.unflatten(2, (side, side))
         has_cls = getattr(self.network, "cls_token", None) is not None
         return tokens[:, 0] if has_cls else None, patches.unflatten(2, (side, side))
 
@@ -166,7 +194,7 @@ class FeatureMapBackbone(Backbone):
         pairs = [
             part if isinstance(part, tuple) else (part, None) for part in maps
         ]  # without prefix tokens: maps alone
-        kept = tuple(Tokens(None if prefix is None else prefix[:, 0], _as_rows(part)) for part, prefix in pairs)
+        kept = tuple(self._kept(_as_rows(part), prefix) for part, prefix in pairs)
         if stop_early:
             tokens = kept[-1]
         else:
@@ -174,9 +202,26 @@ class FeatureMapBackbone(Backbone):
             tokens = Tokens(cls, _as_rows(features))
         return take_visible(self._on_grid(tokens._replace(intermediates=kept)), visible, hidden)
 
+    def _kept(self, patches: Float[Tensor, "B n E"], prefix: Tensor | None) -> Tokens:
+        """Tokens after a block, what stands for a class token as at the end."""
+        if self.pools:
+            return Tokens(patches.mean(dim=1), patches)
+        return Tokens(None if prefix is None else prefix[:, 0], patches)
+
 
 def _as_rows(features: Float[Tensor, "B E rows columns"]) -> Float[Tensor, "B n E"]:
     return features.flatten(2).transpose(1, 2)
+
+
+def _may_be_channels_last(network: nn.Module) -> bool:
+    """Whether a network can compute with the channels of a place side by side, which is twice as fast on the CPU.
+
+    Not with weights of five axes. And of fewer than 8 channels the gradient of a strided convolution of single places,
+    as in FastViT's stem, writes beyond its memory in torch 2.15.
+    """
+    convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    breaks = any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels < 8 for c in convolutions)
+    return not breaks and all(parameter.ndim < 5 for parameter in network.parameters())
 
 
 class ModuleFeatures(nn.Module):

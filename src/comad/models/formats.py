@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from comad.models import efficientnet_lite
 
 Triple = tuple[float, float, float]
-Layout = Literal["mae", "mocov3", "learnt", "none"]
+Layout = Literal["mae", "mocov3", "learnt", "any", "none"]
 Kind = Literal["vit", "eva", "beit"]
 Weights = Mapping[str, Tensor]
 Resampling = Literal["antialias", "plain", "offset", "rebuild", "none"]
@@ -45,8 +45,8 @@ class Format:
         norm_eps: epsilon of every LayerNorm.
         pixel_mean, pixel_std: pixel normalisation, in units of [0, 1] pixels.
         token_types: tokens that were trained, and so can be trusted.
-        positions: layout of the absolute positions, see `comad.models.checkpoints.position_layout`. Others betray
-            another method with the same keys.
+        positions: layout of the absolute positions, see `comad.models.checkpoints.position_layout`, or any. Others
+            betray another method with the same keys.
         resampling: how the authors' code brings positions to another grid, a key of `POSITION_RULES`.
         image_size: pixels on the side of the images it is evaluated on, where its positions are for larger ones.
         timm_model: names the timm model that weights of an unnamed size are of, and gives them timm's names.
@@ -181,9 +181,11 @@ FORMATS: dict[str, Format] = {
     "mae-finetuned": Format(  # github.com/facebookresearch/mae, FINETUNE.md
         container="model",
         detect=("cls_token", "pos_embed", "fc_norm.weight"),
+        ignore=("head.",),
+        arguments={"global_pool": "avg"},
+        heads=MAE_HEADS,
+        positions="any",
         licence=NON_COMMERCIAL,
-        refusal="it is a supervised model whose norm comes after pooling, so its tokens have none; "
-        "use the self-supervised file, mae_pretrain_vit_*.pth",
     ),
     "mae-full": Format(  # the same with its decoder: mae_visualize_vit_*.pth and own runs
         container="model",
@@ -317,8 +319,8 @@ FORMATS: dict[str, Format] = {
         container="model",
         detect=("cls_token", "blocks.0.attn.q_bias", "fc_norm.weight"),
         licence="MIT",
-        refusal="it is a supervised model whose norm comes after pooling, so its tokens have none; "
-        "use the self-supervised file, beit_*_pt22k.pth or beitv2_*_pt1k.pth",
+        refusal="BEiT and BEiT v2 normalise pixels in different ways, and a fine-tuned file does not say whose it is; "
+        "pass beit_base_patch16_224.in22k_ft_in22k=FILE, beitv2_base_patch16_224.in1k_ft_in22k=FILE, or another size",
     ),
     "beitv2": Format(  # github.com/microsoft/unilm, beit2: beitv2_*_pt1k.pth; extra blocks train the class token
         container="model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -228,7 +228,8 @@ def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
     Raises:
         ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
     """
-    loaded = _timm_names(network, weights)
+    computed = "relative_position_index"  # which the authors of BEiT keep
+    loaded = _timm_names(network, {key: x for key, x in weights.items() if not key.endswith(computed)})
     if isinstance(network, VisionTransformer) and network.pos_embed is not None and "pos_embed" in loaded:
         prefix = 0 if network.no_embed_class else network.num_prefix_tokens
         loaded["pos_embed"] = resample_positions(loaded["pos_embed"], network.patch_embed.grid_size[0], prefix, source)
@@ -273,12 +274,43 @@ def gives_tokens(network: nn.Module) -> bool:
     return all(hasattr(network, name) for name in ("num_prefix_tokens", "patch_embed", "set_input_size", "norm"))
 
 
-def norm_of_tokens(network: nn.Module) -> bool:
-    """Whether tokens after the last block are as their authors use them: with a norm, or made without any.
+def norm_after_pooling(network: nn.Module) -> str:
+    """Name of the norm that the authors of a network put between its pooling and its classifier; empty: there is none.
 
-    A norm behind the pooling is none of tokens.
+    It is the mean of the patches that it was trained on.
     """
-    return hasattr(cast(Any, network).norm, "eps") or not hasattr(getattr(network, "fc_norm", None), "eps")
+    for name in ("fc_norm", "head.norm"):
+        try:
+            module = network.get_submodule(name)
+        except AttributeError:
+            continue
+        if hasattr(module, "eps") and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return name
+    return ""
+
+
+def is_of_maps(norm: nn.Module) -> bool:
+    """Whether a norm takes maps (B, E, h, w), not rows (B, N, E)."""
+    return "2d" in type(norm).__name__ or isinstance(norm, nn.GroupNorm)
+
+
+def each_normalised(norm: nn.Module, vectors: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
+    """Vectors, one by one, by a norm of timm's that may be one of maps."""
+    flat = vectors.flatten(0, -2)
+    normed = norm(flat[..., None, None]).flatten(1) if is_of_maps(norm) else norm(flat)
+    return normed.view(vectors.shape)
+
+
+def depth_of(network: nn.Module) -> int:
+    """Number of equal blocks whose outputs can be read; 0 of networks without."""
+    readable = gives_tokens(network) and hasattr(network, "blocks") and hasattr(network, "forward_intermediates")
+    return len(cast(Any, network).blocks) if readable else 0
+
+
+def final_norm(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a network does to its tokens, or to what is pooled of them, behind its last block."""
+    norms = [getattr(network, name) for name in ("norm", "fc_norm") if hasattr(getattr(network, name, None), "eps")]
+    return nn.Sequential(*norms)
 
 
 def has_token_norm(network: nn.Module) -> bool:

@@ -29,7 +29,6 @@ from comad.models.networks import (
     has_token_norm,
     load_strictly,
     load_weights,
-    norm_of_tokens,
     stored_size,
 )
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
@@ -302,7 +301,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         return loaded._replace(source=source, format="export", sha256=digest, licence=licence)
     _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
-    backbone = TimmBackbone(_with_norm(vit, str(folder)), mean, std, token_types)
+    backbone = TimmBackbone(vit, mean, std, token_types)
     rule = POSITION_RULES["antialias"]
     return Source(request.name, backbone, source, "export", name, digest, mean, std, licence, about, rule)
 
@@ -429,11 +428,8 @@ def _timm(
         if gives_tokens(network) and not has_token_norm(network) and "norm.weight" in weights:
             network = _create(name, config, request, {**cfg, "global_pool": ""})  # a file from before fine-tuning
         load_weights(network, weights, where)
-    if gives_tokens(network):
-        _with_norm(network, name)
     digest = sha256_of(network.state_dict())
-    norm = network.head.norm if str(config["tag"]).startswith(("dinov3", "eupe")) and "convnext" in name else None
-    backbone = make_backbone(network, mean, std, _token_types(config["tag"]), request, norm)
+    backbone = make_backbone(network, mean, std, _token_types(config["tag"]), request)
     full = ".".join(filter(None, (name, config["tag"])))
     rule = POSITION_RULES["antialias"] if getattr(network, "pos_embed", None) is not None else OWN_FORWARD
     return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence, "", rule)
@@ -462,7 +458,6 @@ def make_backbone(
     std: tuple[float, ...],
     token_types: tuple[str, ...],
     request: Request,
-    norm: nn.Module | None = None,
 ) -> Backbone:
     """The kind of backbone that suits a network, for the images that are wanted.
 
@@ -478,7 +473,7 @@ def make_backbone(
     problem, sizes = "", dict.fromkeys((side, own_size) if request.size == "grid" else (side,))
     for size in sizes:  # some networks take images of their own size alone
         try:
-            return FeatureMapBackbone(network, mean, std, size, request.rows, token_types, norm)
+            return FeatureMapBackbone(network, mean, std, size, request.rows, token_types)
         except (AssertionError, RuntimeError, IndexError, TypeError) as error:
             problem = str(error).partition("\n")[0][:160]
     raise ValueError(
@@ -491,13 +486,6 @@ def _refuse_other_activation(name: str, config: Mapping[str, Any]) -> None:
     if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
         better = f"{name.replace('_clip_', '_clip_quickgelu_')}.{config.get('tag')}"
         raise ValueError(f"{name}.{config.get('tag')}: was trained with QuickGELU; pass {better}=FILE instead.")
-
-
-def _with_norm(network: nn.Module, what: str) -> Any:
-    """Refuse a network whose tokens are not normalised."""
-    if not norm_of_tokens(network):
-        raise ValueError(f"{what}: its norm comes after pooling, so its tokens have none; use another model.")
-    return network
 
 
 def _token_types(tag: object) -> tuple[str, ...]:

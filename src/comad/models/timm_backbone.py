@@ -17,9 +17,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-from comad.models.backbone import Backbone, Hidden, Tokens, check_blocks, gather_patches, take_visible, visible_map
+from comad.models.backbone import (
+    Backbone,
+    Hidden,
+    Tokens,
+    check_blocks,
+    gather_patches,
+    map_tokens,
+    take_visible,
+    visible_map,
+)
 from comad.models.decoder import MaskedDecoder
 from comad.models.embedding import PatchProjection, project_patches
+from comad.models.networks import norm_after_pooling
 
 if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cpu) not in flop_registry:  # torch 2.11
 
@@ -30,6 +40,9 @@ if (fused_attention := torch.ops.aten._scaled_dot_product_flash_attention_for_cp
 
 class TimmBackbone(Backbone):
     """A timm ``VisionTransformer`` whose hidden patches are really left out of the computation.
+
+    Where its norm follows the pooling, what stands for the class token is what its classifier sees, and every patch
+    goes through that norm.
 
     Args:
         vit: the network; its head is ignored.
@@ -50,7 +63,8 @@ class TimmBackbone(Backbone):
         token_types: tuple[str, ...] = ("cls", "patch"),
     ):
         super().__init__()
-        if "cls" in token_types and vit.cls_token is None:
+        self.pools = norm_after_pooling(vit) != ""
+        if "cls" in token_types and vit.cls_token is None and not self.pools:
             token_types = tuple(name for name in token_types if name != "cls")
         project_patches(vit)
         self.vit = vit
@@ -60,7 +74,7 @@ class TimmBackbone(Backbone):
         hybrid = hasattr(vit.patch_embed, "backbone")  # then patches are of its CNN's map
         self.patch_size = vit.patch_embed.img_size[0] // self.grid[0] if hybrid else vit.patch_embed.patch_size[0]
         self.token_types = token_types
-        self.has_cls = vit.cls_token is not None
+        self.has_cls = vit.cls_token is not None or self.pools
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -144,12 +158,20 @@ class TimmBackbone(Backbone):
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if number in intermediates:
                 kept.append(self._split(x))
-        tokens = self._split(x if stop_early else vit.norm(x))
+        tokens = self._split(x) if stop_early else self._normed(vit.norm(x))
         return tokens._replace(intermediates=tuple(kept), qkv=relations)
 
     def _split(self, x: Float[Tensor, "B n K"]) -> Tokens:
-        """Class token and patches of a sequence."""
-        return Tokens(x[:, 0] if self.vit.cls_token is not None else None, x[:, self.vit.num_prefix_tokens :])
+        """Class token, or what is pooled to stand for it, and patches of a sequence."""
+        patches = x[:, self.vit.num_prefix_tokens :]
+        if self.pools:
+            return Tokens(self.vit.pool(x), patches)
+        return Tokens(x[:, 0] if self.vit.cls_token is not None else None, patches)
+
+    def _normed(self, x: Float[Tensor, "B n E"]) -> Tokens:
+        """The last tokens, by the norm that follows the pooling where there is one."""
+        tokens, norm = self._split(x), self.vit.fc_norm
+        return map_tokens(norm, tokens) if self.pools else tokens
 
     def _embed(
         self,
