@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/demo
+# seconds of the soak among the slow tests; an hour without make
+export COMAD_SOAK ?= 300
 
 .PHONY: demo test docs test-slow test-faults teachers benchmarks results clean
 .DELETE_ON_ERROR:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from comad.models.students import VitConfig
 from comad.models.teachers import Teacher, TeacherCard
 from comad.models.timm_backbone import TimmBackbone
 from comad.runtime import progress
+from comad.runtime.memory import peak_bytes, reset_peak
 
 CARD = TeacherCard("t", "test", "test", "vit", "", 2, 48, 4, 8, 1, 1e-6, (0.5,) * 3, (0.5,) * 3, ("patch",), "none", 0)
 
@@ -133,6 +136,35 @@ class SmallDistillation:
 @pytest.fixture(scope="session")
 def small_distillation() -> type[SmallDistillation]:
     return SmallDistillation
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise AssertionError(f"not done within {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def within():
+    """A context that fails what would wait for ever: its seconds are many, for a busy machine."""
+    return _within
+
+
+@pytest.fixture
+def grown():
+    """Bytes by which this process grew at most since the test began, whatever it took before."""
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_bytes(cpu)
+    return lambda: peak_bytes(cpu) - before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -164,6 +164,7 @@ def test_the_caller_keeps_the_teachers(distil: Distil):
         ({"student": "vit_tini"}, "timm knows no model 'vit_tini'"),
         ({"data": None}, "NoneType is no path, and no dataset .*; pass a folder"),
         ({"data": []}, "list is no path, and no dataset .*; pass a folder"),
+        ({"data": [torch.rand(3, 20, 20) for _ in range(40)]}, r"unreadable.*float32 \(3, 20, 20\) is no image"),
         ({"data": Path("nowhere")}, "no folder 'nowhere'"),
         ({"data": {"val": DATA["val"]}}, "a dict of datasets has train"),
         ({"data": {"train": Photographs(5, 0), "val": DATA["val"]}}, "too few for a batch of 8"),

@@ -23,6 +23,7 @@ from comad.evaluation.scores import read_scores
 from comad.presets import recipe
 from comad.runtime.checkpoint import checkpoints
 from comad.runtime.run import RunConfig
+from comad.runtime.seal import sealed
 
 RECIPE = recipe("comad", demo=True)
 ROWS = ["--presets", "comad", "mean", "--teacher-sets", "first,second", "first", "--seeds", 0, 1]
@@ -317,6 +318,36 @@ def test_mistakes_are_told_in_one_line_and_change_nothing(compare_command, begun
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     assert words in failure(capfd, compare_command(begun, "--presets", "comad", "--teacher-sets=first", *more))
     assert before == {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} and len(before) == 1
+
+
+@pytest.mark.parametrize("content", ['{"epochs": 9.0, "warmup_epochs": 0.1, "checksum": "0"}', "{", "{}", "[[["])
+def test_what_was_measured_and_is_damaged_is_measured_again(tmp_path, capsys, content):
+    path, unit = tmp_path / "epochs.json", RowRun(*(None,) * 6)
+    path.write_text(json.dumps(sealed({"epochs": 3.0, "warmup_epochs": 0.1})))
+    assert unit._epochs(path) == {"epochs": 3.0, "warmup_epochs": 0.1} and capsys.readouterr().err == ""
+    path.write_text(content)
+    assert unit._epochs(path) is None
+    assert capsys.readouterr().err == f"comad: {path} is damaged; how many epochs fit the budget is measured again.\n"
+
+
+def test_a_record_of_a_comparison_that_is_damaged_is_told(begun, tmp_path, capsys):
+    path = tmp_path / run_module.RECORD
+    text = (begun / run_module.RECORD).read_text()
+    path.write_text(text)
+    assert run_module._read_record(path).presets == ("comad", "mean") and capsys.readouterr().err == ""
+    path.write_text(text.replace("seed: 0", "seed: 1"))
+    assert run_module._read_record(path) is None
+    assert f"{path} is damaged; it is written anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_student_that_is_damaged_is_exported_again(finished, tmp_path, capsys, name):
+    student = shutil.copytree(next(finished.glob("runs/comad-*/seed-0/**/student")), tmp_path / "student")
+    assert measure_module._card(student / "config.json")["preset"] and capsys.readouterr().err == ""
+    content = (student / name).read_bytes()
+    (student / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert measure_module._card(student / "config.json") is None
+    assert f"{student} is damaged; the student is exported again" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_and_data_without_labels(compare_command, tmp_path, capfd, write_images):

@@ -1,7 +1,6 @@
 import io
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -107,7 +106,7 @@ def test_texts_of_any_length_in_a_png_do_not_matter(tmp_path, compressed, length
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a device"])
-def test_only_regular_files_are_read_and_nobody_waits(tmp_path, kind):
+def test_only_regular_files_are_read_and_nobody_waits(tmp_path, kind, within):
     path = tmp_path / "a.jpg"
     if kind == "pipe":
         os.mkfifo(path)
@@ -115,10 +114,8 @@ def test_only_regular_files_are_read_and_nobody_waits(tmp_path, kind):
         path.mkdir()
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
-    start = time.monotonic()
-    with pytest.raises(UnreadableImageError, match=r"not a regular file|directory"):
+    with within(60), pytest.raises(UnreadableImageError, match=r"not a regular file|directory"):
         load_file("/dev/zero" if kind == "device" else str(path))
-    assert time.monotonic() - start < 1
 
 
 def test_files_that_are_too_large_are_refused_before_they_are_read(tmp_path, monkeypatch):

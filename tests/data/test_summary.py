@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from comad.data import summary as summary_module
-from comad.data.identity import changes, manifest, tell_changes
+from comad.data.identity import changes, check_manifest, manifest, tell_changes
 from comad.data.index import NOT_READABLE, NOT_REGULAR, PathTable, index_folder
 from comad.data.load import load_images
 
@@ -224,6 +224,49 @@ def test_what_changed_is_counted(tmp_path, write_images):
     assert tell_changes(before, after) == "2 images removed, 1 added, 1 resized, 3 relabelled"
     assert changes(before, before) == dict.fromkeys(("removed", "added", "resized", "relabelled"), 0)
     assert tell_changes(before, before[::-1]) == "the order of the images changed"
+
+
+DAMAGE = {
+    "flipped": lambda content: content[:150] + bytes([content[150] ^ 4]) + content[151:],
+    "cut": lambda content: content[:-40],
+    "empty": lambda content: b"",
+    "text": lambda content: b"[" * 5000,
+    "no checksum": lambda content: content[:-32],
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_manifest_that_is_damaged_is_told_and_not_believed(tmp_path, write_images, capsys, damage):
+    root = write_images(tmp_path / "data", [f"train/{i}.png" for i in range(9)] + ["val/1.png", "test/1.png"])
+    images, path = load_images(str(root)).train, tmp_path / "data.npy"
+    check_manifest(images, path, resumed=False)
+    check_manifest(images, path, resumed=True)
+    assert capsys.readouterr().err == ""
+    content = path.read_bytes()
+    path.unlink() if damage == "gone" else path.write_bytes(DAMAGE[damage](content))
+    check_manifest(images, path, resumed=True)
+    told = f"comad: {path} cannot be read; whether the images changed, the checkpoint says.\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_run_that_goes_on_refuses_other_images(tmp_path, write_images):
+    root = write_images(tmp_path / "data", [f"train/{i}.png" for i in range(9)] + ["val/1.png", "test/1.png"])
+    check_manifest(load_images(str(root)).train, tmp_path / "data.npy", resumed=False)
+    (root / "train" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"not those it was started with: 1 image removed; restore them") as error:
+        check_manifest(load_images(str(root)).train, tmp_path / "data.npy", resumed=True)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_which_none_can_be_read_are_refused(tmp_path, write_images):
+    root = write_images(tmp_path, [f"train/{i}.png" for i in range(40)] + ["val/1.png", "test/1.png"])
+    for path in root.glob("train/*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"all 32 training images that were tried are unreadable \(.*train/0\.png"):
+        load_images(str(root)).summary()
+    write_images(root, ["train/0.png"])
+    assert len(load_images(str(root)).summary().facts["unreadable"]["train"]) == 31
 
 
 def test_one_long_name_costs_its_own_length_alone():

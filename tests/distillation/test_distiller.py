@@ -419,6 +419,16 @@ def test_a_teacher_that_is_not_finite_is_named(comad):
         comad.distiller(images, teachers, masks)[1]()
 
 
+def test_a_teacher_that_is_not_finite_is_named_before_anything_is_fitted(small_distillation):
+    setting = small_distillation(COMAD)
+    before = {name: part.clone() for name, part in setting.distiller.state_dict().items() if torch.is_tensor(part)}
+    with torch.no_grad():
+        setting.teachers[1].backbone.vit.blocks[0].mlp.fc1.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"the teacher 'teacher-1' are not finite; .*inspect"):
+        setting.distiller.calibrate(setting.teachers, [setting.images[:16]])
+    assert all(torch.equal(setting.distiller.state_dict()[name], part) for name, part in before.items())
+
+
 def test_teachers_and_images_that_say_nothing_are_seen_in_the_numbers(comad):
     images, teachers, masks = comad.batch(8)
     names = comad.distiller.teacher_names

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from comad.cli import main
+from comad.distillation import results as results_module
 from comad.distillation import run as run_module
 from comad.distillation import setup as assembly
 from comad.distillation.distiller import Distiller
+from comad.evaluation.evaluation import Evaluation
 from comad.models.onednn_linear import HAS_ONEDNN_LINEAR, OnednnLinear, use_onednn_linear
 from comad.presets import METHODS
 from comad.runtime.checkpoint import checkpoints
@@ -439,6 +442,43 @@ def test_an_unreadable_image_is_listed(command, tmp_path, write_images, capfd):
     listed = (tmp_path / "run" / "unreadable.txt").read_text().split()
     assert listed == [str(folder / "train" / "a" / "3.png")]
     assert "1 unreadable images skipped" in capfd.readouterr().err
+
+
+def test_a_scorer_that_fails_leaves_student_and_checkpoint_and_the_run_goes_on_to_its_scores(
+    command, finished, tmp_path, monkeypatch, capfd
+):
+    out = tmp_path / "run"
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", "test/bee/3.png")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_module, "score_all", fail)
+        assert main(command(out)) == 1
+    assert "test/bee/3.png: Input/output error" in capfd.readouterr().err
+    assert weights(out) == weights(finished) and not (out / "scoreboard.json").exists()
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-00000015.pt"]
+    card = json.loads((out / "student" / "config.json").read_text())["comad"]
+    assert not card["scores"] and timm.create_model(f"local-dir:{out / 'student'}", pretrained=True)
+    assert main(command(out, "--run.resume")) == 0
+    assert weights(out) == weights(finished)
+    rows, expected = (json.loads((o / "scoreboard.json").read_text())["rows"] for o in (out, finished))
+    assert [row["knn"] for row in rows] == [row["knn"] for row in expected]
+
+
+def test_an_evaluation_that_cannot_score_is_told_before_the_first_step(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(Evaluation, "members", dict(Evaluation.members))
+
+    class Broken(Evaluation, name="broken"):
+        """It divides by nothing."""
+
+        def __call__(self, features, device=None):
+            raise ZeroDivisionError("division by zero")
+
+    line = failure(capfd, command(tmp_path / "run"))
+    assert "evaluation 'broken' fails on random features of" in line and "division by zero" in line
+    assert not (tmp_path / "run").exists()
+    assert main(command(tmp_path / "run", "--split=none")) == 0  # nothing is scored
 
 
 def test_without_labels_there_are_no_scores_but_a_student(command, tmp_path, write_images):

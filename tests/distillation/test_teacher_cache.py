@@ -47,7 +47,9 @@ class CountedTeachers:
         keys = [(f"t{m}", {"place": m, "key": key}) for m in range(num_teachers)]
         self.said: list[str] = []
         spec = CacheSpec(folder, keys, NUM_IMAGES, num_views, "computed", self._example)
-        self.cache = spec.open(self.said.append)
+        stores = spec.stores()
+        spec.check_room(stores, self.said.append)
+        self.cache = spec.open(stores)
 
     def _example(self, m: int) -> TeacherOutput:
         self.examples += 1

@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -189,6 +191,17 @@ def test_recipes():
 def test_mistakes_are_told_in_one_line(command, tmp_path, capfd, more, words):
     assert words in failure(capfd, command(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_refuses_to_go_on_with_other_images(command, finished, labelled_folder, tmp_path, capfd):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert len(np.load(out / "data.npy")) == len(load_images(str(labelled_folder)).train)
+    data = shutil.copytree(labelled_folder, tmp_path / "data")
+    resume = command(out, "--drop-path=0.2", "--run.resume", f"--data={data}")
+    assert main(resume) == 0  # the same ones, in another place
+    train = load_images(str(data)).train
+    os.remove(train.path(3))
+    assert "its images are not those it was started with: 1 image removed" in failure(capfd, resume)
 
 
 def test_a_run_is_not_overwritten_and_labels_are_needed(command, finished, tmp_path, capfd, write_images):

@@ -47,6 +47,11 @@ class Running:
     pid: int
     told_in: Path
 
+    @property
+    def state(self):
+        """Its letter in /proc: R and S at work, T stopped, Z ended and not waited for."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
     def signal(self, number):
         os.kill(self.pid, number)
 
@@ -108,17 +113,26 @@ def whole(command, start, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stopped(command, start, tmp_path_factory):
+def at_step():
+    """Python that a process runs before its command: it does something when it has saved a step."""
+
+    def build(step, doing):
+        return (
+            "from comad.runtime import trainer; import signal, shutil, subprocess\n"
+            "def save(self, step, real=trainer.TrainState.save):\n"
+            "    real(self, step)\n"
+            f"    if step == {step}: {doing}\n"
+            "trainer.TrainState.save = save\n"
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def stopped(command, start, at_step, tmp_path_factory):
     """A run that was killed after six steps, its cache of teacher outputs still there."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    before = (
-        "from comad.runtime import trainer; import signal\n"
-        "def save(self, step, real=trainer.TrainState.save):\n"
-        "    real(self, step)\n"
-        "    if step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "trainer.TrainState.save = save"
-    )
-    assert start(command(out), before=before).wait()[0] == -9
+    assert start(command(out), before=at_step(6, "os.kill(os.getpid(), signal.SIGKILL)")).wait()[0] == -9
     return out
 
 
@@ -128,12 +142,17 @@ def weights(out):
 
 @pytest.fixture(scope="session")
 def judge(whole):
-    """Count how a command ended: whole and with the weights that it should have, refused in one line, or badly."""
+    """Count how a command ended: whole and with the weights that it should have, refused in one line, or badly.
 
-    def judgement(out, status, told, refusal=True):
+    What goes on otherwise than ``whole`` must have told so, in ``words``.
+    """
+
+    def judgement(out, status, told, refusal=True, words=""):
         lines = [line for line in told.splitlines() if line.startswith("comad: ")]
         if "Traceback" in told or status == 70:
             kind = "tracebacks"
+        elif status == 0 and words:
+            kind = "survived" if words in told else "silent"
         elif status == 0:
             kind = "survived" if weights(out) == weights(whole[0]) else "lost"
         elif status in (1, 2, 3) and lines:
@@ -141,7 +160,7 @@ def judge(whole):
         else:
             kind = "silent"
         COUNTS.update(["tried", kind])
-        assert kind in ("survived", "refused in one line"), told
+        assert kind in ("survived", "refused in one line"), f"{kind}: status {status}, {told}"
         return kind
 
     return judgement
@@ -154,6 +173,17 @@ def copied(stopped, tmp_path):
     return tmp_path / "run"
 
 
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def figures():
+    """Lines to be printed at the end."""
+    return FIGURES
+
+
 def pytest_terminal_summary(terminalreporter):
+    for line in FIGURES:
+        terminalreporter.write_line(line)
     if COUNTS:
         terminalreporter.write_line("faults: " + ", ".join(f"{COUNTS[kind]} {kind}" for kind in KINDS))

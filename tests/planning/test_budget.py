@@ -1,6 +1,7 @@
 """A budget of time: read, fitted, kept by a resumed run, and the same numbers as the epochs it stands for."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -92,8 +93,14 @@ def test_what_has_no_budget(command, tmp_path, capfd):
 
 def test_a_comparison_of_equal_time(teacher_specs, labelled_folder, tmp_path, monkeypatch, capfd):
     """A row has a schedule of its own, decided once for all seeds; the table says both images and seconds."""
-    out = tmp_path / "compare"
+    out, real = tmp_path / "compare", budget_module.largest_fit
+
+    def fit(optim, forecast, seconds):  # the budget is what two epochs take, however fast the machine is
+        assert seconds == 1
+        return real(optim, forecast, forecast(replace(optim, epochs=2.0, warmup_epochs=0.1)).seconds)
+
     monkeypatch.setattr(measure, "BUDGET", 0.05)
+    monkeypatch.setattr(budget_module, "largest_fit", fit)
     data = [
         f"--data={labelled_folder}",
         "--teachers",
@@ -106,7 +113,7 @@ def test_a_comparison_of_equal_time(teacher_specs, labelled_folder, tmp_path, mo
     command = ["compare", *data, "--presets", "mean", "--seeds", "0", "--budget=1s", f"--run.out={out}"]
     assert main(command) == 0
     (chosen,) = (json.loads(path.read_text()) for path in out.glob("runs/*/epochs.json"))
-    assert chosen.pop("checksum")
+    assert chosen.pop("checksum") and chosen["epochs"] == pytest.approx(2, rel=0.1)
     row = json.loads((out / "comparison.json").read_text())["rows"][0]
     assert row["images_seen"] == 8 * OptimConfig(batch_size=8, **chosen).total_steps(7) and row["seconds"] > 0
     assert "1s by intent" in (out / "comparison.md").read_text()

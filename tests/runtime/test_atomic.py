@@ -77,9 +77,20 @@ def test_leftovers_of_any_file_go_and_those_of_living_processes_stay(tmp_path):
     (tmp_path / ".student.4000001.former").mkdir()
     (tmp_path / f".other.{os.getppid()}.partial").write_text("at work")
     (tmp_path / ".mine.partial").write_text("no leftover")
+    (tmp_path / ".weights.other-host-1.partial").write_text("of a process that lost its lock")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".mine.partial", f".other.{os.getppid()}.partial", "student"]  # fmt: skip
+
+
+def test_what_another_host_writes_at_the_same_place_is_left_alone_even_with_the_same_process_number(tmp_path):
+    theirs = tmp_path / f".layout.json.other-host-{os.getpid()}.partial"
+    with replacing(tmp_path / "layout.json") as partial:
+        assert partial != theirs
+        theirs.write_text("half of theirs")
+        partial.write_text("ours")
+    write_text(tmp_path / "layout.json", "ours again")
+    assert theirs.read_text() == "half of theirs" and (tmp_path / "layout.json").read_text() == "ours again"
 
 
 def test_a_text_is_whole_or_not_there(tmp_path):

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from comad.runtime import processes
 from comad.runtime.optim import OptimConfig
 from comad.runtime.processes import layout, lost_process, own_rows, rows_of_all, sum_of_all, together
-from comad.runtime.run import RunConfig, start_fabric
+from comad.runtime.run import RunConfig, open_runs, start_fabric
 
 LAUNCHED = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS",
             "SLURM_NNODES", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_NAME", "SLURM_NTASKS_PER_NODE")  # fmt: skip
@@ -66,6 +67,13 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_they_start(starte
     with pytest.raises(ValueError, match=r"--optim\.batch-size 4 cannot be shared by 3 processes"):
         start_fabric(RunConfig(devices=3), OptimConfig(batch_size=4))
     assert not torch.distributed.is_initialized()
+
+
+def test_a_host_that_does_not_share_the_folder_of_the_run_is_refused(tmp_path):
+    other = SimpleNamespace(broadcast=lambda seen: ["step-00000004.pt"], barrier=lambda: None, is_global_zero=False)
+    with pytest.raises(ValueError, match=r"other checkpoints here than on the first host; hosts must share it"):
+        open_runs(RunConfig(out=str(tmp_path / "run"), resume="auto"), [""], other)
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_has_all_rows():

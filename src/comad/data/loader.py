@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
-from comad.runtime.progress import warn, working
+from comad.runtime.progress import show, working
 
 AHEAD = 4
 """Batches that each process reads ahead."""
@@ -347,7 +347,7 @@ def evaluation_views(
 @lru_cache
 def _tell_unreadable(name: str, count: int) -> None:
     """Once, however often the images are looked at."""
-    warn(f"{count} unreadable images of {name} are scored as white images; restore or remove them.")
+    show(f"comad: {count} unreadable images of {name} are scored as white images; restore or remove them.")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,12 @@ class Summary(NamedTuple):
 
 
 def summarise(splits: Splits) -> Summary:
-    """Count what is there and what is not. Reads the size of each file, decodes a few, compares those of equal size."""
+    """Count what is there and what is not. Reads the size of each file, decodes a few, compares those of equal size.
+
+    Raises:
+        ValueError: none of the training images that are tried can be read.
+    """
+    _check_readable(splits.train)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     sizes = {name: images.content_numbers() for name, images in parts.items()}
     notes = list(splits.source.notes) + _few(splits)
@@ -96,19 +101,34 @@ def _untrained(splits: Splits, first: str) -> dict[str, list[str]]:
     }
 
 
+def _check_readable(images: ImageSet) -> None:
+    faults = []
+    for index in _tried(images):
+        if not (fault := _fault(images, index)):
+            return
+        faults.append(fault)
+    if faults:
+        raise ValueError(f"all {len(faults)} training images that were tried are unreadable ({faults[0]}); check them.")
+
+
 def _unreadable(images: ImageSet, sizes: np.ndarray) -> list[str]:
     """Files that are gone or empty, and those of a few that cannot be decoded."""
     gone = np.flatnonzero(sizes < 0).tolist()
-    tried = np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(int)).tolist()
-    return [images.key(index) for index in sorted({*gone, *(i for i in tried if _is_damaged(images, i))})]
+    return [images.key(index) for index in sorted({*gone, *(i for i in _tried(images) if _fault(images, i))})]
 
 
-def _is_damaged(images: ImageSet, index: int) -> bool:
+def _tried(images: ImageSet) -> list[int]:
+    """A few images, evenly spread."""
+    return np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(int)).tolist()
+
+
+def _fault(images: ImageSet, index: int) -> str:
+    """Why an image cannot be read; empty if it can."""
     try:
         images.load(index, 32)
-    except ValueError:
-        return True
-    return False
+    except ValueError as error:
+        return str(error) or "no reason given"
+    return ""
 
 
 def _duplicates(parts: dict[str, ImageSet], sizes: dict[str, np.ndarray]) -> tuple[dict[str, int], bool]:

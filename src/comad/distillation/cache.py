@@ -242,14 +242,12 @@ class CacheSpec(NamedTuple):
             )
         return known
 
-    def open(self, say: Callable[[str], object]) -> TeacherCache:
-        """Open the stores; say first how large they are and look whether the disk has room.
+    def open(self, stores: Sequence[TeacherStore]) -> TeacherCache:
+        """Open the stores, see `check_room`.
 
         Raises:
-            ValueError: the disk is too small, or the folder cannot be written.
+            ValueError: the folder cannot be written.
         """
-        stores = self.stores()
-        self.check_room(stores, say)
         try:
             opened = [store.open() for store in track(stores, "making room for the teacher cache", "teachers")]
             return TeacherCache(opened, self.num_images)

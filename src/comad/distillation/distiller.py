@@ -175,10 +175,7 @@ class Distiller(nn.Module):
         def metrics() -> dict[str, Tensor]:
             for name, broken in zip(self.teacher_names, sum_of_all(infinite.int()), strict=True):
                 if broken:
-                    raise TrainingError(
-                        f"the outputs of the teacher {name!r} are not finite; check its file with comad teachers "
-                        "inspect, or pass --run.precision fp32."
-                    )
+                    raise not_finite(name)
             ours, theirs, shares = (rows_of_all(part) for part in evidence)
             shares = shares.transpose(0, 1)
             named = {f"share_{n}": share for n, share in zip(self.teacher_names, mean_shares(shares), strict=True)}
@@ -452,7 +449,11 @@ def calibrate(
     images: Iterable[Tensor | Sequence[Tensor]],
     generator: torch.Generator,
 ) -> None:
-    """Fit distillers of one method, on one grid, on the same teacher outputs; a random few patches of each image."""
+    """Fit distillers of one method, on one grid, on the same teacher outputs; a random few patches of each image.
+
+    Raises:
+        TrainingError: a teacher's outputs are not finite.
+    """
     distiller, found = distillers[0], [[] for _ in teachers]
     count, device = distiller.student.num_patches, distiller.student.pixel_mean.device
     whole = Masks(None, (None,) * len(teachers))
@@ -466,8 +467,19 @@ def calibrate(
         Tokens(None if p[0].cls is None else torch.cat([t.cls for t in p]), torch.cat([t.patches for t in p]))
         for p in found
     ]
+    for name, part in zip(distiller.teacher_names, tokens, strict=True):
+        if not (part.patches.isfinite().all() and (part.cls is None or part.cls.isfinite().all())):
+            raise not_finite(name)
     for distiller in distillers:
         distiller.fit(tokens)
+
+
+def not_finite(name: str) -> TrainingError:
+    """What is said of a teacher that gives NaN or infinite numbers."""
+    return TrainingError(
+        f"the outputs of the teacher {name!r} are not finite; check its file with comad teachers inspect, or pass "
+        "--run.precision fp32."
+    )
 
 
 def repeat_for_masks(

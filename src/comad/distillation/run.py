@@ -33,7 +33,7 @@ from comad.runtime.options import identity_of
 from comad.runtime.processes import wait_for_all
 from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
-from comad.runtime.run import Metrics, RunConfig, start_fabric
+from comad.runtime.run import Metrics, RunConfig, first_for_all, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -69,7 +69,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     recipe = replace(config, through=asked.through, teachers=asked.teachers)
     recipe, runs, summary = begin_run(recipe, fabric, setup.splits, config.student_folders, about)
     config = replace(config, run=recipe.run)
-    cache = setup.cache_spec().open(say) if config.cache_teachers else None  # a small disk is told now
+    cache = open_cache(setup) if config.cache_teachers else None  # a small disk is told now
     calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
     if fabric.is_global_zero:
         _record_students(recipe, runs, summary)
@@ -150,6 +150,18 @@ def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -
                 with step.microbatch(state):
                     loss, metrics = state.module(views[-1], outputs, masks)
                     state.backward(loss, metrics)
+
+
+def open_cache(setup: Setup) -> TeacherCache:
+    """The cache of the teachers' outputs; the first process looks whether there is room, before any takes it.
+
+    Raises:
+        ValueError: the disk is too small, or the folder cannot be written.
+    """
+    spec = setup.cache_spec()
+    stores = spec.stores()
+    first_for_all(lambda: spec.check_room(stores, say), setup.fabric)
+    return spec.open(stores)
 
 
 def cached_outputs(

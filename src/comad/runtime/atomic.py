@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    former = path.with_name(f".{path.name}.{os.getpid()}.former")
+    partial, former = (path.with_name(f".{path.name}.{_us()}.{kind}") for kind in ("partial", "former"))
     try:
         with naming(path):
             yield partial
@@ -47,10 +47,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left at temporary names in a folder; what they had moved away is put back."""
+    """Remove what killed processes left at temporary names in a folder; what they had moved away is put back.
+
+    The folder must be locked for this process: what other hosts left goes, too.
+    """
     for left in [*folder.glob(".*.partial"), *folder.glob(".*.former")]:
-        if name := re.fullmatch(r"\.(.+)\.\d+\.(partial|former)", left.name):
-            _clear_leftovers(folder / name[1])
+        if name := re.fullmatch(r"\.(.+)\.(?:[^.]+-)?\d+\.(?:partial|former)", left.name):
+            _clear_leftovers(folder / name[1], locked=True)
 
 
 @contextmanager
@@ -87,25 +90,34 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _clear_leftovers(path: Path) -> None:
+def _clear_leftovers(path: Path, locked: bool = False) -> None:
     """Remove what processes that are gone left at temporary names of this path."""
     for left in [*path.parent.glob(f".{_escaped(path.name)}.*.former")]:
-        if not _is_at_work(left) and not path.exists():
+        if not _is_at_work(left, locked) and not path.exists():
             os.replace(left, path)
     for left in [*path.parent.glob(f".{_escaped(path.name)}.*.*")]:
-        if left.suffix in (".partial", ".former") and not _is_at_work(left):
+        if left.suffix in (".partial", ".former") and not _is_at_work(left, locked):
             _remove(left)
+
+
+def _us() -> str:
+    """This process among those of all hosts, for temporary names: in containers numbers are alike."""
+    return f"{socket.gethostname().replace('.', '_')}-{os.getpid()}"
 
 
 def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _is_at_work(left: Path) -> bool:
-    """Whether another process that lives has the number in a temporary name."""
-    number = left.name.split(".")[-2]
-    if not number.isdigit() or int(number) == os.getpid():
-        return not number.isdigit()
+def _is_at_work(left: Path, locked: bool) -> bool:
+    """Whether another process that lives has the number in a temporary name; of other hosts only a lock tells."""
+    host, _, number = left.name.split(".")[-2].rpartition("-")
+    if not number.isdigit():
+        return True
+    if host and host != _us().rpartition("-")[0]:
+        return not locked
+    if int(number) == os.getpid():
+        return False
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:

@@ -180,9 +180,9 @@ _children: Sequence[subprocess.Popen] = ()
 
 
 def watch_children(children: Sequence[subprocess.Popen]) -> None:
-    """Remember the processes that this one started, to say which is gone."""
+    """Remember the processes that this one started, to say which is gone; a second run has those of the first."""
     global _children
-    _children = children
+    _children = children or _children
 
 
 def who() -> str:

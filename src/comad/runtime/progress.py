@@ -48,8 +48,11 @@ def quiet(on: bool = True) -> Iterator[None]:
 
 def is_quiet() -> bool:
     """Whether nothing is to be told: by `quiet`, or because another process of the run tells it."""
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return _told["quiet"] or rank not in ("", "0")
+    return _told["quiet"] or not _is_first()
+
+
+def _is_first() -> bool:
+    return next((os.environ[name] for name in RANKS if name in os.environ), "0") in ("", "0")
 
 
 def say(text: str) -> None:
@@ -66,8 +69,9 @@ def say_next(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """A line that is shown even if all is to be quiet."""
-    show(f"comad: {text}")
+    """A line that is shown even if all is to be quiet, by the first of several processes that see the same."""
+    if _is_first():
+        show(f"comad: {text}")
 
 
 def show(text: str) -> None:

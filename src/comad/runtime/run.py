@@ -173,7 +173,10 @@ def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunC
     faults = [fault for _, faults in found for fault in faults]
     begun = [path is not None for path, _ in found]
     _check_folder(run, names, any(begun), faults)
-    fabric.barrier()  # every process looks before one writes
+    seen = [path and path.name for path, _ in found]
+    if fabric.broadcast(seen) != seen:  # every process looks before one writes
+        raise ValueError(f"{run.out!r} has other checkpoints here than on the first host; hosts must share it.")
+    fabric.barrier()
     first_for_all(lambda: _lock({out, *(Path(own.out) for own in runs)}), fabric)
     for own, (path, faults) in zip(runs, found, strict=True):
         if fabric.is_global_zero:

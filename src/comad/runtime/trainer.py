@@ -357,16 +357,15 @@ class StepLogger:
 
     def _list_unreadable(self) -> None:
         """Add files to the list, to which other processes and earlier parts of the run add too."""
-        unreadable = self.trainer.prefetcher.unreadable
-        if len(unreadable) == self.skipped:
-            return
-        self.skipped = len(unreadable)
-        path = Path(self.state.job.run.out) / "unreadable.txt"
-        names = {self.trainer.data.image_name(index) for index in unreadable}
+        path, unreadable = Path(self.state.job.run.out) / "unreadable.txt", self.trainer.prefetcher.unreadable
         listed = set(path.read_text("utf-8", "surrogateescape").splitlines()) if path.exists() else set()
-        with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("".join(f"{name}\n" for name in sorted(names - listed)))
-        self.log.say(f"{len(names | listed)} unreadable images skipped so far, listed in {path}")
+        names = {self.trainer.data.image_name(index) for index in unreadable}
+        if names - listed:
+            with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write("".join(f"{name}\n" for name in sorted(names - listed)))
+        if len(names | listed) != self.skipped:
+            self.skipped = len(names | listed)
+            self.log.say(f"{self.skipped} unreadable images skipped so far, listed in {path}")
 
 
 class TrainStep:

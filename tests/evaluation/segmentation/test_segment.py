@@ -73,6 +73,19 @@ def test_a_training_label_map_with_colours_is_told_before_anything_is_written(co
     assert f"{path}: a label map of mode RGB; save one channel" in told and not Path("run").exists()
 
 
+def test_a_run_refuses_to_go_on_with_other_images(command, dense_folder, capfd, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "copy")
+    here = [*command, f"--data={folder}", "--head=linear", "--run.out=run"]
+    assert main(here) == 0
+    assert len(np.load("run/data.npy")) == 8
+    images = load_ade20k(str(folder)).train
+    for path in (images.path(3), images.label_path(3)):
+        os.remove(path)
+    capfd.readouterr()
+    assert "its images are not those it was started with: 1 image removed" in failure(capfd, *here, "--run.resume")
+    assert main([*here, f"--data={dense_folder}", "--run.resume"]) == 0  # the same ones, in another place
+
+
 def test_a_linear_head_and_a_recorded_recipe(command):
     assert main([*command, "--run.out=linear", "--head=linear"]) == 0
     assert json.loads(Path("linear/scores.json").read_text())["head"] == "linear"

@@ -1,0 +1,87 @@
+"""Disks that are full, folders that cannot be written or vanish, shared memory that is too small."""
+
+import shutil
+import subprocess
+
+import pytest
+
+
+def may(*command):
+    """Skip the test where this user, or this system, cannot do that."""
+    if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{command[0]} is not for us here")
+
+
+@pytest.mark.parametrize(
+    "largest", [40_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (5_000, 12_000, 90_000))]
+)
+def test_a_full_disk(start, command, judge, tmp_path, largest):
+    out = tmp_path / "run"
+    status, told = start(command(out), largest_file=largest).wait()
+    assert judge(out, status, told) == "refused in one line" and str(tmp_path) in told
+    judge(out, *start(command(out)).wait(), refusal=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [64, 160, 300, 600])
+def test_a_file_system_that_is_full(start, command, judge, tmp_path, kib):
+    (tmp_path / "small").mkdir()
+    may("mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(tmp_path / "small"))
+    out = tmp_path / "small" / "run"
+    try:
+        status, told = start(command(out)).wait()
+        assert judge(out, status, told) == "survived" or str(out) in told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "small")], check=True)
+        judge(out, *start(command(out)).wait(), refusal=False)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def test_a_folder_that_cannot_be_written(start, command, judge, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run", "/dev/null"):
+        assert judge(out, *start(command(out)).wait()) == "refused in one line"
+
+
+@pytest.mark.parametrize("part", ["checkpoints", pytest.param(".", marks=pytest.mark.slow)])
+def test_a_folder_that_becomes_read_only(start, command, at_step, judge, tmp_path, part):
+    out = tmp_path / "run"
+    may("chattr", "-i", str(tmp_path))
+    lock = at_step(6, f"subprocess.run(['chattr', '+i', {str(out / part)!r}], check=True)")
+    try:
+        status, told = start(command(out), before=lock).wait()
+        assert judge(out, status, told) == "refused in one line" and str(out) in told
+    finally:
+        subprocess.run(["chattr", "-i", str(out / part)], check=True)
+    judge(out, *start(command(out)).wait(), refusal=False)
+
+
+def test_a_folder_that_vanishes(start, command, at_step, judge, tmp_path):
+    out = tmp_path / "run"
+    status, told = start(command(out), before=at_step(6, f"shutil.rmtree({str(out)!r})")).wait()
+    judge(out, status, told, refusal=False)
+    assert f"{out / 'log.jsonl'} is gone" in told
+
+
+SMALL = """
+import ctypes
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: what is mounted is for this process alone
+for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "size={size}", "tmpfs", "/dev/shm"]):
+    subprocess.run(["mount", *words], check=True)
+
+def fill():
+    with open("/dev/shm/full", "wb", 0) as file:
+        try:
+            while file.write(bytes(4096)): pass
+        except OSError: pass
+"""
+
+
+@pytest.mark.parametrize("size", ["16k", pytest.param("64m", marks=pytest.mark.slow)])
+def test_shared_memory_that_is_too_small_or_runs_full(start, command, at_step, judge, tmp_path, size):
+    may("unshare", "--mount", "true")
+    out, more = tmp_path / "run", ["--loader.workers=1", "--loader.deadline=60"]
+    before = at_step(2, "fill()" if size == "64m" else "None") + SMALL.format(size=size)
+    status, told = start(command(out, *more), before=before).wait()
+    assert judge(out, status, told) == "refused in one line" and "--shm-size" in told
+    judge(out, *start(command(out)).wait(), refusal=False)
