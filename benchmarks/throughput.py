@@ -9,7 +9,8 @@ times the batch, for the many small products of a small student gain by it. A sh
 the share of time that the loop waits for data. Where `lightly-train` is installed its distillation of one teacher is
 measured in each bf16 round too (`lightly_step.py`). The last line printed is one JSON object; `--tiny` tries the script
 in a few seconds, and its numbers mean nothing. On a machine that others use too, `--cpu-time` counts the seconds of one
-thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out.
+thread of this process in place of those on the wall, and leaves LightlyTrain and the short run out;
+`--second-student` leaves out all steps but the first and those of two students.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def whole(method: Method) -> Method:
     return replace(method, masking=replace(method.masking, teacher_mask_ratios=(0.0,)))
 
 
-def all_steps(precision: str, batch_size: int, tiny: bool) -> tuple[dict[str, TimedStep], list[TimedStep]]:
+def all_steps(
+    precision: str, batch_size: int, tiny: bool, second_alone: bool = False
+) -> tuple[dict[str, TimedStep], list[TimedStep]]:
     """The steps to compare, and those of two students at both batches; of one precision with the same teachers."""
     specs, student = (TINY, VitConfig(image_size=32, depth=1)) if tiny else (TEACHERS, VitConfig())
     ours, literal = METHODS["comad"], METHODS["comad-literal"]
@@ -61,7 +64,12 @@ def all_steps(precision: str, batch_size: int, tiny: bool) -> tuple[dict[str, Ti
     def step(method: Method, count: int = 3) -> TimedStep:
         return TimedStep(method, precision, batch_size, teachers[:count], students=(student,))
 
-    steps = {"ours": step(ours), "literal": step(literal)}
+    sizes = (batch_size, LARGE * batch_size)
+    of_two = [TimedStep(ours, precision, size, teachers, students=(student, student)) for size in sizes]
+    steps = {"ours": step(ours)}
+    if second_alone:
+        return steps, of_two
+    steps |= {"literal": step(literal)}
     steps |= {"one masked teacher": step(ours, 1), "one whole teacher": step(whole(ours), 1)}
     if precision == "bf16":
         slow = load(specs, "fp32", student.image_size)
@@ -71,22 +79,22 @@ def all_steps(precision: str, batch_size: int, tiny: bool) -> tuple[dict[str, Ti
             for teacher in small:
                 quantize(teacher.backbone, "int8")
             steps["int8"] = TimedStep(ours, precision, batch_size, small, students=(student,), compiled=True)
-    sizes = (batch_size, LARGE * batch_size)
-    return steps, [TimedStep(ours, precision, size, teachers, students=(student, student)) for size in sizes]
+    return steps, of_two
 
 
 def measure(precision: str, options: argparse.Namespace) -> dict[str, object]:
     """Images per second of all steps and of the limit, medians over interleaved rounds."""
     timer: Timer = time.process_time if options.cpu_time else time.perf_counter
     batch_size = options.batch_size
-    steps, of_two = all_steps(precision, batch_size, options.tiny)
+    steps, of_two = all_steps(precision, batch_size, options.tiny, options.second_student)
     device, ours = steps["ours"].device, steps["ours"]
     with FlopCounterMode(display=False) as counter:
         ours()
     for step in (*steps.values(), *of_two):
         step()
     timed = {name: partial(seconds_of, step, device, timer) for name, step in steps.items()}
-    if precision == "bf16" and importlib.util.find_spec("lightly_train") and not options.cpu_time:
+    others = not (options.cpu_time or options.second_student)
+    if precision == "bf16" and importlib.util.find_spec("lightly_train") and others:
         timed["lightly"] = partial(lightly_seconds, batch_size, options.tiny)
     seconds: dict[str, list[float]] = {name: [] for name in (*timed, *LIMITS)}
     costs: list[list[float]] = [[] for _ in of_two]
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=("bf16", "fp32"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--second-student", action="store_true", help="measure what it costs, and little else")
     options = parser.parse_args()
     if options.cpu_time:
         torch.set_num_threads(1)
@@ -178,7 +187,7 @@ def main() -> None:
     result: dict[str, object] = {"torch": torch.__version__}
     for number, precision in enumerate(options.precisions):
         found = measure(precision, options)
-        if not options.cpu_time:
+        if not (options.cpu_time or options.second_student):
             found["data_wait"] = data_wait(precision, options.batch_size, options.tiny)
         result |= {precision: found} if number else found
         print(json.dumps(found), file=sys.stderr, flush=True)

@@ -7,7 +7,8 @@ import yaml
 
 from comad.cli import main
 from comad.distillation.run import of_passes
-from comad.presets import METHODS, PUBLISHED, published, recipe
+from comad.presets import METHODS, recipe
+from comad.published import NOT_FOLLOWED, PUBLISHED, published
 from comad.recipes import parse_distillation
 
 RATES = {  # absolute, with the images of a step
@@ -17,6 +18,9 @@ RATES = {  # absolute, with the images of a step
     "g2sd": (1.5e-4 * 256 * 8 * 2 / 256, 4096),
     "dmjd": (6e-4 * 64 * 8 * (1 / 0.6) / 256, 512),
     "unic": (3e-4 * 128 * 4 / 256, 512),
+    "dune": (3e-4 * 128 * 4 / 256, 512),
+    "radio": (1e-3, 1024),
+    "eupe": (2e-5 * 4 * (8192 / 1024) ** 0.5, 8192),
     "theia": (2e-3 * (16 * 8) / (64 * 8), 128),
     "gram": (5e-4, 1536),
 }
@@ -30,12 +34,20 @@ def test_rates_of_the_published_commands(name):
 
 def test_least_rates():
     assert published("unic").optim.lr(10**9, 100) == pytest.approx(1e-6)
+    assert published("dune").optim.lr(10**9, 100) == pytest.approx(1e-6)
     assert published("g2sd").optim.lr(10**9, 100) == pytest.approx(2.5e-6)
     assert published("theia").optim.lr(10**9, 100) == pytest.approx(5e-4)
 
 
-def test_every_one_is_of_a_preset_and_says_where_it_stands():
-    assert PUBLISHED.keys() <= METHODS.keys() and all(found.source for found in PUBLISHED.values())
+@pytest.mark.parametrize(("name", "steps"), [("radio", 600_000), ("eupe", 390_000)])
+def test_published_steps_are_those_of_as_many_epochs_of_imagenet(name, steps):
+    optim = published(name).optim
+    assert optim.total_steps(1_281_167 / optim.images_per_step) == pytest.approx(steps, abs=1)
+
+
+def test_every_preset_has_some_with_their_source_or_a_reason_why_not():
+    assert PUBLISHED.keys() | NOT_FOLLOWED.keys() == METHODS.keys() and not PUBLISHED.keys() & NOT_FOLLOWED.keys()
+    assert all(found.source for found in PUBLISHED.values())
 
 
 def test_options_go_before_it_and_other_presets_may_take_it():
@@ -46,10 +58,19 @@ def test_options_go_before_it_and_other_presets_may_take_it():
     assert parse_distillation(["--preset", "unic"]).optim == recipe("unic", demo=True).optim
 
 
-@pytest.mark.parametrize(("name", "words"), [("radio", "known are those of comad"), ("unik", "did you mean 'unic'")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("phi-s", "LAMB.*; known are those of comad"), ("c-radio", "gives none"), ("unik", "did you mean 'unic'")],
+)
 def test_what_has_none(name, words):
     with pytest.raises(ValueError, match=words):
         published(name)
+
+
+def test_names_of_before_are_understood():
+    config = parse_distillation(["--preset", "siglino-like"])
+    assert config.method == METHODS["siglino"] and config.preset == "siglino"
+    assert recipe("siglino-like", demo=True).preset == "siglino"
 
 
 def test_what_passes_compute_otherwise_is_said():

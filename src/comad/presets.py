@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from comad.data.loader import LoaderConfig
@@ -227,7 +227,7 @@ random resolutions are the published ones up to 432 pixels, as shares of the stu
 the loss to its own moving average are left out.
 """
 
-SIGLINO_LIKE = replace(
+SIGLINO = replace(
     PHI_S,
     normalizer=PHIS(cls=True),
     aligner=StudentProjector(head="mlp"),
@@ -237,11 +237,11 @@ SIGLINO_LIKE = replace(
         "relations": DistanceLoss(),
     },
 )
-"""After SigLino (arXiv:2512.20157): PHI-S, squared error, and asymmetric relations between images.
+"""SigLino (arXiv:2512.20157, first called AMoE): PHI-S, squared error, and asymmetric relations between images.
 
-Its text was not available, only notes on it. Our reading: the class token is compared by squared error, images from the
-median on are pushed apart, distances are shares of their mean, squared errors means over channels.
-Registers, the attention that pools for SigLIP 2, and packed batches are left out.
+Squared errors are means over channels, printed as sums, beside which relations would count for nothing. Each side's
+distances are shares of its own mean, as in RKD, for "normalised" is not said closer. Registers, the attention that
+pools for SigLIP 2, and packed batches of many sizes are left out.
 """
 
 GRAM = Method(
@@ -318,7 +318,7 @@ METHODS: dict[str, Method] = {
     "eupe": EUPE,
     "theia": THEIA,
     "c-radio": C_RADIO,
-    "siglino-like": SIGLINO_LIKE,
+    "siglino": SIGLINO,
     "gram": GRAM,
 }
 
@@ -344,114 +344,8 @@ The paper's batch is 4096 and its student starts from a checkpoint of ImageNet-2
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """Optimiser settings of a paper or of its code (``--recipe-of``), as its smallest student was trained.
-
-    Attributes:
-        source: where they stand.
-        optim: learning rates per 256 images. Batches above 256 are taken in passes of 256.
-        crop_scale, jitter: of the views.
-        drop_path: of the student.
-    """
-
-    source: str
-    optim: OptimConfig
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    jitter: float = 0.0
-    drop_path: float = 0.0
-
-    def applied(self, config: DistillConfig, name: str) -> DistillConfig:
-        """A recipe with these settings in place of its own."""
-        return replace(
-            config,
-            optim=self.optim,
-            augment=replace(config.augment, crop_scale=self.crop_scale, jitter=self.jitter),
-            student=replace(config.student, drop_path=self.drop_path),
-            recipe_of=name,
-        )
-
-
-_PAPER = Published(
-    source="arXiv:2508.04816, Experiments; betas and clipping are the common ones, crops not said",
-    optim=OptimConfig(epochs=300.0, batch_size=4096, microbatch=256, base_lr=1.5e-4, warmup_epochs=15.0),
-    crop_scale=(0.25, 1.0),
-    jitter=0.4,
-)
-_MAE = OptimConfig(epochs=300.0, batch_size=4096, microbatch=256, base_lr=1.5e-4, warmup_epochs=15.0, clip=0.0)
-_TINYMIM = Published(
-    source="README.md and main_pretrain.py of github.com/OliverRensu/TinyMIM",
-    optim=replace(_MAE, batch_size=2048),
-    jitter=0.4,
-)
-
-PUBLISHED: dict[str, Published] = {
-    **{name: _PAPER for name in METHODS if name == "mean" or name.startswith("comad")},
-    **dict.fromkeys(("tinymim", "m-tinymim", "tinymim-feat"), _TINYMIM),
-    "dmae": Published(
-        source="pretrain.sh and main_distill.py of github.com/UCSC-VLAA/DMAE",
-        optim=replace(_MAE, epochs=100.0, warmup_epochs=40.0),
-    ),
-    "g2sd": Published(
-        source="GD.sh and main_distill.py of github.com/pengzhiliang/G2SD",
-        optim=replace(_MAE, warmup_epochs=10.0, clip=3.0, min_lr=2.5e-6 / 2.4e-3),
-    ),
-    "dmjd": Published(  # its rate counts each image once for every mask: 6e-4 / 0.6
-        source="PRETRAIN.md and main_pretrain.py of github.com/mx-mark/DMJD",
-        optim=replace(_MAE, epochs=400.0, batch_size=512, base_lr=1e-3, warmup_epochs=20.0),
-        crop_scale=(0.5, 1.0),
-    ),
-    "unic": Published(
-        source="main_unic.py and README.md of github.com/naver/unic, on 4 GPUs",
-        optim=replace(
-            _MAE,
-            epochs=200.0,
-            batch_size=512,
-            base_lr=3e-4,
-            warmup_epochs=10.0,
-            weight_decay=0.03,
-            betas=(0.9, 0.99),
-            min_lr=1e-6 / 6e-4,
-        ),
-        crop_scale=(0.08, 1.0),
-        jitter=0.4,
-        drop_path=0.1,
-    ),
-    "theia": Published(
-        source="training/frame_level.yaml of github.com/bdaiinstitute/theia, on 8 GPUs",
-        optim=replace(
-            _MAE,
-            epochs=50.0,
-            batch_size=128,
-            base_lr=1e-3,
-            warmup_epochs=5.0,
-            schedule="constant",
-            weight_decay=0.01,
-            betas=(0.9, 0.999),
-        ),
-        crop_scale=(1.0, 1.0),
-    ),
-    "gram": Published(  # 5e-4 at 1536, there scaled by the root of the batch; its epochs depend on the set
-        source="_methods/distillationv3 of github.com/lightly-ai/lightly-train; epochs and warm-up are the common ones",
-        optim=replace(_MAE, batch_size=1536, base_lr=5e-4 / 6, weight_decay=0.04, betas=(0.9, 0.999), clip=1.0),
-        crop_scale=(0.25, 1.0),
-        jitter=0.4,
-    ),
-}
-"""Preset → what it was published with. `dune`, `radio`, `phi-s`, `eupe`, `c-radio` and `siglino-like` were trained on
-other data by numbers of steps, RADIO's by LAMB; `hybrid` and `dmt-like` do not say enough."""
-
-
-def published(name: str) -> Published:
-    """The optimiser settings of a method.
-
-    Raises:
-        ValueError: none are known that one could follow here.
-    """
-    if name not in PUBLISHED:
-        known = f"; known are those of {', '.join(PUBLISHED)}" if name in METHODS else f"; {hint(name, PUBLISHED)}"
-        raise ValueError(f"no published optimiser settings of {name!r} that could be followed here{known}.")
-    return PUBLISHED[name]
+RENAMED = {"siglino-like": "siglino"}
+"""Presets of before → their names of today."""
 
 
 def recipe(preset: str, demo: bool) -> DistillConfig:
@@ -460,6 +354,7 @@ def recipe(preset: str, demo: bool) -> DistillConfig:
     Raises:
         ValueError: no such preset.
     """
+    preset = RENAMED.get(preset, preset)
     if preset not in METHODS:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]

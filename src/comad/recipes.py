@@ -14,6 +14,7 @@ from comad.defaults import SIZE_FLAGS, fit_to_data, this_machine, told
 from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
+from comad.published import PUBLISHED, published
 from comad.runtime.command import get_flag, parse, pop_all, pop_flag
 from comad.runtime.progress import say_next, warn
 from comad.runtime.recipe import read_recipe, resumed_recipe
@@ -102,13 +103,14 @@ def take_defaults(
     load_plugins(plugins)
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
     recipe_of = pop_flag(rest, "--recipe-of")
+    preset, recipe_of = (presets.RENAMED.get(name, name) if name else name for name in (preset, recipe_of))
     default = base or _default(preset, recipe, rest)
     load_plugins(default.plugin)
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
         default = resumed.with_method(default.method, preset) if preset else resumed
     elif recipe_of:
-        default = presets.published(recipe_of).applied(default, recipe_of)
+        default = published(recipe_of).applied(default, recipe_of)
     if resumed is not None and recipe_of not in (None, resumed.recipe_of):
         raise ValueError(f"the run was started with {resumed.settings}; leave out --recipe-of, or pass --run.out.")
     if fit and not (base or recipe or resumed or recipe_of):
@@ -186,7 +188,7 @@ def choices_help() -> str:
         (
             "",
             f"--preset {{{','.join(presets.METHODS)}}}: a published method, whose values the options change.",
-            f"--recipe-of {{{','.join(presets.PUBLISHED)}}}: the published optimiser settings of that method.",
+            f"--recipe-of {{{','.join(PUBLISHED)}}}: the published optimiser settings of that method.",
             "--recipe FILE.yaml: a recorded run, whose values the options change.",
             "--student NAME: an architecture; several times, for several students that share the teachers' passes,",
             "    each in a folder of its own. The options of --student.* then hold for all of them.",

@@ -386,7 +386,7 @@ PUBLISHED: dict[str, Callable[[Given], Tensor]] = {
     "eupe": eupe,
     "theia": theia,
     "c-radio": c_radio,
-    "siglino-like": siglino,
+    "siglino": siglino,
     "gram": gram,
 }
 EVERY_CLS = {"comad-literal", "dmae", "g2sd", "gram"}

@@ -28,7 +28,7 @@ from comad.runtime.options import NO_EFFECT, identity_of
 from comad.runtime.slots import load_plugins
 
 ADDING = Path(__file__).parents[2] / "docs" / "adding"
-FILES = [path for path in sorted(ADDING.glob("*.py")) if "--plugin" in path.read_text()]
+FILES = [path for path in sorted(ADDING.glob("*.py")) if "comad distill --plugin" in path.read_text()]
 
 
 @pytest.fixture(scope="module", autouse=True)

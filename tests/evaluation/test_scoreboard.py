@@ -2,14 +2,19 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import normalize
 
+from comad.cli import main
 from comad.data.images import ImageSet, Splits
 from comad.data.load import load_images
 from comad.evaluation.command import evaluate
 from comad.evaluation.evaluation import Evaluation, Result
+from comad.evaluation.features import Features, FeatureSplits
 from comad.evaluation.scoreboard import (
     Candidate,
     Row,
@@ -160,6 +165,38 @@ def test_an_evaluation_of_a_plugin_is_on_every_board(backbone, splits, monkeypat
     assert set(only.row.scores) == {"knn", "knn_coarse", "luck"} and only.row.scores["luck"] == 25
     with pytest.raises(ValueError, match="no evaluation 'luk'; did you mean 'luck'"):
         score("x", "student", backbone, splits, SIZE, evaluations=("luk",))
+
+
+def test_the_example_of_an_evaluation_is_on_the_board_of_its_command(
+    labelled_folder, teacher_specs, monkeypatch, capsys
+):
+    monkeypatch.setattr(Evaluation, "members", dict(Evaluation.members))
+    file = Path(__file__).parents[2] / "docs" / "adding" / "nearest_mean.py"
+    command = next(line for line in file.read_text().splitlines() if line.startswith("comad evaluate "))
+    places = {"BACKBONE": teacher_specs[0], "FOLDER": labelled_folder, "docs/adding/nearest_mean.py": file}
+    assert main([str(places.get(word, word)) for word in command.split()[1:]]) == 0
+    assert "nearest mean %" in capsys.readouterr().out
+
+    generator = np.random.default_rng(0)
+    labels = {part: np.arange(40) % 4 for part in ("train", "val", "test")}
+    rows = {part: generator.normal(size=(40, 6)) + np.eye(6)[known] for part, known in labels.items()}
+    pools = {"noise": generator.normal(size=(40, 6)), "cls": rows["train"]}
+    parts = [pools, *({"noise": pools["noise"], "cls": rows[part]} for part in ("val", "test"))]
+    features = FeatureSplits(
+        *(
+            Features(
+                {name: torch.tensor(x) for name, x in part.items()},
+                {"fine": torch.tensor(labels["train"])},
+                torch.arange(40),
+            )
+            for part in parts
+        )
+    )
+    means = np.stack([rows["train"][labels["train"] == label].mean(axis=0) for label in range(4)])
+    cosines = normalize(rows["test"]) @ normalize(means).T
+    found = Evaluation.choose("nearest-mean")(features)
+    assert found.choices == {"pool_nearest_mean": "cls"}
+    assert found.scores["nearest-mean"].correct.tolist() == (cosines.argmax(axis=1) == labels["test"]).tolist()
 
 
 def test_images_are_decoded_once_for_all_rows_and_scores_are_those_of_each_alone(splits):
