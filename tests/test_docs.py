@@ -6,12 +6,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import timm
 import yaml
 
-from comad import cli, recipes
+import comad
+from comad import api, cli, recipes
+from comad.distillation.results import DistillResult
+from comad.exporting import command, source
+from comad.presets import recipe as preset_recipe
 from comad.runtime import completion
 
 ROOT = Path(__file__).parents[1]
@@ -72,16 +77,85 @@ def test_tables_between_marks_are_those_of_the_stored_results(tmp_path: Path, mo
         assert (tmp_path / page).read_text(encoding="utf-8") == TEXTS[ROOT / page], page
 
 
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced blocks in some language; "" is none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [body for language, body in found if language in languages]
+
+
 def commands() -> list[str]:
-    """Of fenced blocks; those with a choice or a gap to be filled are no commands."""
-    found = [
-        line.strip().removeprefix("$ ")
+    """Of fenced blocks, as they are typed, started by a launcher or behind the name of a script."""
+    lines = [
+        line.partition(" || ")[0]
         for text in TEXTS.values()
-        for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        for block in blocks(text, "", "sh", "bash")
         for line in block.replace("\\\n", "").splitlines()
-        if line.strip().removeprefix("$ ").startswith("comad ")
     ]
-    return sorted({line for line in found if "..." not in line and "|" not in line})
+    typed = (re.match(r"(?:\$ |torchrun .*-m |python -m |srun .*?)?(comad .*)", line) for line in lines)
+    return sorted({found[1] for found in typed if found})
+
+
+def spoken() -> dict[str, set[str]]:
+    """Verb, with its kind, → options that the text says behind it."""
+    found: dict[str, set[str]] = {}
+    for text in TEXTS.values():
+        for line in re.findall(r"`(comad [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            words = re.sub(r'"[^"]*"', "WORDS", line).replace("\n", " ").split()[1:]
+            if words[0] in cli.VERBS and "--plugin" not in words:
+                kind = words[1:2] if f"{words[0]} {' '.join(words[1:2])}" in KINDS else []
+                found.setdefault(" ".join([words[0], *kind]), set()).update(w for w in words if w.startswith("--"))
+    return {verb: options for verb, options in found.items() if options}
+
+
+KINDS = {
+    *(f"evaluate {kind}" for kind in cli.EVALUATIONS),
+    *("plan segment", "plan detect", "pretrain mae", "pretrain mocov3", "pretrain ibot"),
+    *("teachers inspect", "teachers compare", "data scenes"),
+}
+
+
+def test_options_in_the_text_are_those_of_the_verb():
+    said = spoken()
+    assert sum(map(len, said.values())) > 25
+    for verb, options in said.items():
+        name, *kind = verb.split()
+        known = completion.options_of(lambda words, name=name, kind=kind: cli.VERBS[name][1]([*kind, *words]))
+        assert options <= {*known, "--help", "--help-all"}, verb
+
+
+def test_scripts_that_are_named_exist_with_their_questions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+    import photographs
+
+    questions = {"methods": methods.QUESTIONS, "photographs": photographs.QUESTIONS}
+    named = [
+        found
+        for text in TEXTS.values()
+        for found in re.findall(r"python benchmarks/(\w+)\.py((?: (?:--\w+ FOLDER|[a-z-]+))*)", text)
+    ]
+    assert len(named) > 40
+    for script, rest in named:
+        assert (ROOT / "benchmarks" / f"{script}.py").is_file(), script
+        if script in questions:
+            assert set(re.sub(r"--\w+ FOLDER", "", rest).split()) <= questions[script].keys(), rest
+
+
+def test_python_calls_functions_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    """In README and docs/export.md; docs/adding.md is executed by the tests of slots, the tutorial by its own."""
+    (readme,) = blocks(TEXTS[ROOT / "README.md"], "python")
+    distill = create_autospec(api.distill)
+    monkeypatch.setattr(comad, "distill", distill, raising=False)
+    exec(readme, {"my_module": object(), "image": MagicMock()})
+    api.override(preset_recipe("comad", demo=False), {"epochs": distill.call_args.kwargs["epochs"]})
+    assert all(hasattr(DistillResult, name) for name in ("student", "transform"))
+
+    program, calls = blocks(TEXTS[DOCS / "export.md"], "python")
+    for name in ("export_model", "export_classifier"):
+        monkeypatch.setattr(command, name, create_autospec(getattr(command, name)))
+    monkeypatch.setattr(source, "load_source", create_autospec(source.load_source))
+    exec(calls, {"backbone": object(), "head": object(), "splits": object()})
+    compile(program, "export.md", "exec")
 
 
 class ParsedError(Exception):

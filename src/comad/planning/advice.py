@@ -35,7 +35,9 @@ def _lengths(config: DistillConfig, forecast: Callable[[OptimConfig], Plan]) -> 
     told = []
     for time in TIMES:
         with suppress(ValueError):  # too short for what is around the training
-            told.append(f"--budget {time} is {largest_fit(config.optim, forecast, budget_seconds(time)).epochs:g} epochs")
+            told.append(
+                f"--budget {time} is {largest_fit(config.optim, forecast, budget_seconds(time)).epochs:g} epochs"
+            )
     return ", ".join(told)
 
 
