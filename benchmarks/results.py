@@ -1,4 +1,8 @@
-"""Write docs/results.md, and the table of README.md, from the JSON files in `benchmarks/results`."""
+"""Write the tables of the documents from the JSON files in `benchmarks/results`: what stands between two marks.
+
+README.md and docs/results.md have the demo, docs/experiments/stamps.md the comparisons on drawn pictures, and
+docs/experiments/bundled-teachers.md the bundled teachers. What stands before and behind the marks is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ METRIC_NAMES = {
 }
 FORMER = """## Intervals of these tables
 
-Those of the demo and of composed scenes are t intervals of the differences paired by seed, over seeds, on the images
-they were scored on. Those marked *former* are of a bootstrap that drew seeds and concepts apart: for seeds that differ
+Those of composed scenes are t intervals of the differences paired by seed, over seeds, on the images they were scored
+on. Those marked *former* are of a bootstrap that drew seeds and concepts apart: for seeds that differ
 by 0, 1 and 2 points it covered 99, 96 and 93 % at three seeds, 100, 98 and 96 % at five, 77 % at one. No image's
 outcome was kept with them, so they cannot be made anew from what is stored; their commands do, and what those write
-today has the intervals of [methods](methods.md#intervals).
+today has the intervals of [methods](../methods.md#intervals).
 """
 CHANGED = {
     "comad-literal": "all teachers count at every position",
@@ -99,29 +103,22 @@ def basis(report: dict[str, Any]) -> str:
     return "seeds and concepts" if "intervals" in report else "seeds, on these concepts"
 
 
-def demo_section(report: dict[str, Any] | None) -> str:
-    """The demo over several seeds."""
-    command = "python benchmarks/demo.py"
-    if report is None:
-        return f"## The demo\n\nNot run yet: `{command}`.\n"
+def demo_table(report: dict[str, Any]) -> str:
+    """The demo over several seeds, and what its intervals are over."""
+    said = (
+        f"Fine top-1 percent on {SCORED['test']}, mean over {len(report['seeds'])} seeds; 95 % t intervals of paired\n"
+        f"differences, over {basis(report)}."
+    )
+    return "\n\n".join([said, run_table(report), gains(report)])
+
+
+def demo_section(report: dict[str, Any]) -> str:
+    """The same with its cost and its curve."""
     seconds = ", ".join(f"{value:.0f}" for value in report["seconds"])
-    return "\n".join(
-        [
-            "## The demo",
-            "",
-            f"`{command}`: {report['epochs']:g} epochs, seeds {report['seeds']}, {seconds} seconds on two CPU cores.",
-            f"Top-1 percent on {SCORED['test']}, mean over seeds; 95 % t intervals of paired differences, over",
-            f"{basis(report)}.",
-            "",
-            run_table(report),
-            "",
-            gains(report),
-            "",
-            f"Validation kNN during the run (seed {report['seeds'][0]}): "
-            + ", ".join(f"{point['knn']:.1f}" for point in report["validation_curves"][0])
-            + ".",
-            "",
-        ]
+    curve = ", ".join(f"{point['knn']:.1f}" for point in report["validation_curves"][0])
+    return (
+        f"{report['epochs']:g} epochs, seeds {report['seeds']}, {seconds} seconds on two CPU cores.\n"
+        f"{demo_table(report)}\n\nValidation kNN during the run (seed {report['seeds'][0]}): {curve}."
     )
 
 
@@ -190,15 +187,6 @@ def compared(row: dict[str, Any], score: str) -> str:
     return f"{row[score]:.1f}, {interval({'difference': difference, 'low': low, 'high': high})}"
 
 
-def teacher_section(report: dict[str, Any]) -> str:
-    """The bundled teachers in two lines; they have a page of their own."""
-    best = max(report["rows"], key=lambda row: row["knn"])
-    return (
-        "## The bundled teachers\n\n`python benchmarks/teachers.py --score`: see [teachers.md](teachers.md). "
-        f"The best row there is {best['name']} with {best['knn']:.1f} % kNN.\n"
-    )
-
-
 def teacher_page(report: dict[str, Any]) -> str:
     """The bundled teachers against their untrained network and pixels, how alike they are, what each sees alone."""
     rows = []
@@ -221,6 +209,8 @@ def teacher_page(report: dict[str, Any]) -> str:
     classes = [[label, *(f"{part[name]:.0f}" for name in names)] for label, part in report["classes"].items()]
     return "\n".join(
         [
+            "## Scores",
+            "",
             f"`python benchmarks/teachers.py --score`, {report['image_size']} px, fine top-1 percent on the test",
             "concepts; differences in points with 95 % intervals, paired, over concepts.",
             "",
@@ -231,7 +221,7 @@ def teacher_page(report: dict[str, Any]) -> str:
             "",
             table(["over", "kNN", "linear"], together),
             "",
-            "![Features as colours](teachers.png)",
+            "![Features as colours](../teachers.png)",
             "",
             "The first three principal components of each teacher's patches as red, green and blue, on eight test",
             "pictures at 192 px.",
@@ -295,25 +285,27 @@ def gap(means: dict[str, Any], first: str, name: str, metric: str) -> str:
     return interval(over_seeds([a - b for a, b in zip(ours, theirs, strict=True)]), 2)
 
 
+def fill(page: str, body: str) -> None:
+    """Put a body between the two marks of a page."""
+    path = ROOT / page
+    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise ValueError(f"{page} has no {MARKS[0]} ... {MARKS[1]}.")
+    path.write_text(f"{before}{MARKS[0]}\n\n{body.strip()}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
-    """Write both files."""
+    """Fill all pages of whose benchmarks there are results."""
     demo, teachers = read("demo"), read("teachers")
-    parts = ["# Results", "", "Written by `python benchmarks/results.py` from `benchmarks/results/*.json`.", ""]
-    parts += [FORMER, demo_section(demo)]
-    parts += [question_section(name, question) for name, question in QUESTIONS.items()]
-    parts.append(dense_section(read("dense")))
-    parts += [teacher_section(teachers)] if teachers else []
+    sections = [FORMER]
+    sections += [question_section(name, question) for name, question in QUESTIONS.items()]
+    fill("docs/experiments/stamps.md", "\n".join([*sections, dense_section(read("dense"))]))
     if teachers:
-        intro = (RESULTS / "teachers.md").read_text()
-        (ROOT / "docs" / "teachers.md").write_text(f"{intro}\n{teacher_page(teachers).rstrip()}\n")
-    notes = RESULTS / "notes.md"
-    parts += [notes.read_text()] if notes.is_file() else []
-    (ROOT / "docs" / "results.md").write_text("\n".join(parts).rstrip() + "\n")
+        fill("docs/experiments/bundled-teachers.md", teacher_page(teachers))
     if demo:
-        readme = (ROOT / "README.md").read_text()
-        before, after = readme.split(MARKS[0])[0], readme.split(MARKS[1])[1]
-        body = f"{run_table(demo)}\n\n{gains(demo)}\n"
-        (ROOT / "README.md").write_text(f"{before}{MARKS[0]}\n\n{body}\n{MARKS[1]}{after}")
+        fill("docs/results.md", demo_section(demo))
+        fill("README.md", demo_table(demo))
 
 
 if __name__ == "__main__":

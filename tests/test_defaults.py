@@ -1,5 +1,6 @@
 """A run on own images without options."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_recipe_fits_images_and_machine(count, side, machine, size, patch, bat
     found.check(count)
     words = told(found, before, images, machine, ())
     assert f"{count:,} training images" in words and (f"--optim.epochs {epochs:g}" in words) == (epochs != 300)
+
+
+def test_the_table_of_the_page_on_choosing():
+    """docs/choosing.md: images, then batch, epochs and images seen on a CPU and on a GPU."""
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = [
+        [int(x.replace(",", "")) for x in row] for row in re.findall(r"^\|" + r" ([\d,]+) \|" * 7 + "$", page, re.M)
+    ]
+    assert [row[0] for row in rows] == [1_000, 10_000, 100_000, 1_000_000]
+    for count, *chosen in rows:
+        for machine, (batch, epochs, seen) in ((CPU, chosen[:3]), (GPU, chosen[3:])):
+            optim = fit_to_data(recipe("comad", demo=False), Images(count, 300), machine).optim
+            assert (optim.batch_size, optim.epochs, optim.epochs * count) == (batch, epochs, seen)
 
 
 def test_what_is_given_is_left_alone():

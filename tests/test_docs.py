@@ -6,17 +6,22 @@ import json
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import timm
 import yaml
 
-from comad import cli, recipes
+import comad
+from comad import api, cli, recipes
+from comad.distillation.results import DistillResult
+from comad.exporting import command, source
+from comad.presets import recipe as preset_recipe
 from comad.runtime import completion
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES if path.name != "tutorial.md"}
 
 
@@ -26,7 +31,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path):
     text = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -45,7 +50,7 @@ def test_the_site_has_every_page():
             yield from pages(value) if isinstance(value, list) else [value]
 
     listed = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    there = {path.name for path in TEXTS if path.parent == DOCS} | {"tutorial.md"}
+    there = {path.relative_to(DOCS).as_posix() for path in TEXTS if DOCS in path.parents} | {"tutorial.md"}
     assert len(listed) == len(set(listed)) and set(listed) == there
 
 
@@ -56,16 +61,105 @@ def test_the_notebook_becomes_a_page():
     assert names["page"]().count("```python") == sum(cell["cell_type"] == "code" for cell in cells)
 
 
+def test_tables_between_marks_are_those_of_the_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`make results` changes nothing, so nobody wrote there by hand, and nothing outside the marks is lost."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import results
+
+    pages = [path.relative_to(ROOT) for path, text in TEXTS.items() if results.MARKS[0] in text]
+    assert len(pages) == 4
+    for page in pages:
+        first, last = results.MARKS
+        before, _, rest = TEXTS[ROOT / page].partition(first)
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text(f"{before}{first} old {last}{rest.partition(last)[2]}", encoding="utf-8")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    results.main()
+    for page in pages:
+        assert (tmp_path / page).read_text(encoding="utf-8") == TEXTS[ROOT / page], page
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """Fenced blocks in some language; "" is none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [body for language, body in found if language in languages]
+
+
 def commands() -> list[str]:
-    """Of fenced blocks; those with a choice or a gap to be filled are no commands."""
-    found = [
-        line.strip().removeprefix("$ ")
+    """Of fenced blocks, as they are typed, started by a launcher or behind the name of a script."""
+    lines = [
+        line.partition(" || ")[0]
         for text in TEXTS.values()
-        for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        for block in blocks(text, "", "sh", "bash")
         for line in block.replace("\\\n", "").splitlines()
-        if line.strip().removeprefix("$ ").startswith("comad ")
     ]
-    return sorted({line for line in found if "..." not in line and "|" not in line})
+    typed = (re.match(r"(?:\$ |torchrun .*-m |python -m |srun .*?)?(comad .*)", line) for line in lines)
+    return sorted({found[1] for found in typed if found})
+
+
+def spoken() -> dict[str, set[str]]:
+    """Verb, with its kind, → options that the text says behind it."""
+    found: dict[str, set[str]] = {}
+    for text in TEXTS.values():
+        for line in re.findall(r"`(comad [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            words = re.sub(r'"[^"]*"', "WORDS", line).replace("\n", " ").split()[1:]
+            if words[0] in cli.VERBS and "--plugin" not in words:
+                kind = words[1:2] if f"{words[0]} {' '.join(words[1:2])}" in KINDS else []
+                found.setdefault(" ".join([words[0], *kind]), set()).update(w for w in words if w.startswith("--"))
+    return {verb: options for verb, options in found.items() if options}
+
+
+KINDS = {
+    *(f"evaluate {kind}" for kind in cli.EVALUATIONS),
+    *("plan segment", "plan detect", "pretrain mae", "pretrain mocov3", "pretrain ibot"),
+    *("teachers inspect", "teachers compare", "data scenes"),
+}
+
+
+def test_options_in_the_text_are_those_of_the_verb():
+    said = spoken()
+    assert sum(map(len, said.values())) > 25
+    unknown = {}
+    for verb, options in said.items():
+        name, *kind = verb.split()
+        known = completion.options_of(lambda words, name=name, kind=kind: cli.VERBS[name][1]([*kind, *words]))
+        unknown[verb] = options - {*known, "--help", "--help-all"}
+    assert not any(unknown.values()), unknown
+
+
+def test_scripts_that_are_named_exist_with_their_questions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import methods
+    import photographs
+
+    questions = {"methods": methods.QUESTIONS, "photographs": photographs.QUESTIONS}
+    named = [
+        found
+        for text in TEXTS.values()
+        for found in re.findall(r"python benchmarks/(\w+)\.py((?: (?:--\w+ FOLDER|[a-z-]+))*)", text)
+    ]
+    assert len(named) > 30
+    for script, rest in named:
+        assert (ROOT / "benchmarks" / f"{script}.py").is_file(), script
+        if script in questions:
+            assert set(re.sub(r"--\w+ FOLDER", "", rest).split()) <= questions[script].keys(), rest
+
+
+def test_python_calls_functions_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    """In README and docs/export.md; docs/adding.md is executed by the tests of slots, the tutorial by its own."""
+    (readme,) = blocks(TEXTS[ROOT / "README.md"], "python")
+    distill = create_autospec(api.distill)
+    monkeypatch.setattr(comad, "distill", distill, raising=False)
+    exec(readme, {"my_module": object(), "image": MagicMock()})
+    api.override(preset_recipe("comad", demo=False), {"epochs": distill.call_args.kwargs["epochs"]})
+    assert all(hasattr(DistillResult, name) for name in ("student", "transform"))
+
+    program, calls = blocks(TEXTS[DOCS / "export.md"], "python")
+    for name in ("export_model", "export_classifier"):
+        monkeypatch.setattr(command, name, create_autospec(getattr(command, name)))
+    monkeypatch.setattr(source, "load_source", create_autospec(source.load_source))
+    exec(calls, {"backbone": object(), "head": object(), "splits": object()})
+    compile(program, "export.md", "exec")
 
 
 class ParsedError(Exception):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+import comad
 from comad.cli import main
 from comad.distillation.aligners import AutoencoderAdapter
 from comad.distillation.config import DistillConfig
@@ -297,3 +298,16 @@ def test_a_fusion_may_be_a_module_with_state(small_distillation):
     loss, _ = setting.distiller(*setting.batch(8))
     loss.backward()
     assert setting.distiller.fusion.weight.grad.abs().sum() > 0
+
+
+def test_python_of_the_page_on_adding(small_distillation, monkeypatch):
+    page = (ADDING.parent / "adding.md").read_text(encoding="utf-8")
+    member, call = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    exec(member, {"__name__": __name__})
+    setting = small_distillation(replace(METHODS["comad"], fusion=Fusion.choose("hardest")))
+    loss, metrics = setting.distiller(*setting.batch(8))
+    assert loss.isfinite() and sum(value for name, value in metrics().items() if name.startswith("share_")) > 0
+    called = {}
+    monkeypatch.setattr(comad, "distill", lambda **options: called.update(options), raising=False)
+    exec(call, {})
+    assert called["method"].fusion.name == "loss-gate" and called["method"].objectives == METHODS["unic"].objectives

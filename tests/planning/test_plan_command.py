@@ -43,6 +43,7 @@ def test_a_plan_for_machines(command, capsys):
     assert all(told["parts"][name] > 0 for name in ("training", "loading", "calibration", "probes", "scores"))
     flops = told["stages"]["live"]["flops_per_step"]
     assert told["flops"]["total"] == pytest.approx(told["steps"] * sum(flops.values())) and flops["teachers"] > 0
+    assert told["advice"][0].startswith("--budget 20min is ") and "comad teachers compare " in told["advice"][-1]
     assert told["disk"]["teacher_cache"] == 0 and told["disk"]["checkpoints"] > 0 and told["peak_bytes"] > 10**8
 
 
@@ -54,7 +55,7 @@ def test_a_plan_with_a_cache_has_two_kinds_of_steps_and_leaves_the_run_alone(com
     assert main([*command, *cached, f"--run.out={out}"]) == 0
     assert os.listdir(out) == ["notes"]
     told = capsys.readouterr().out
-    for words in ("live", "cached", "teacher cache", "FLOPs of a cached step", "on 8 GPUs"):
+    for words in ("live", "cached", "teacher cache", "FLOPs of a cached step", "on 8 GPUs", "advice", "--budget 1h is"):
         assert words in told, words
     assert "scores" not in told
 

@@ -67,7 +67,7 @@ SMALL = replace(
     mixup=0.0,
     cutmix=0.0,
 )
-"""For thousands of images, minutes on two CPU cores; rate, decay, no mixing by validation images (docs/results.md)."""
+"""For thousands of images, minutes on two CPU cores; chosen by validation images (docs/experiments/choices.md)."""
 
 RECIPES: dict[str, Tuning] = {"paper": PAPER, "small": SMALL}
 

@@ -24,6 +24,7 @@ from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import LABEL_SETS, shortage
 from comad.models.backbone import Backbone
 from comad.models.compiling import eager_mode
+from comad.planning.advice import advise
 from comad.planning.forecast import Plan, budget_seconds, largest_fit
 from comad.planning.measure import Measured, Phases, assemble, engine, measure, share_of, steps_within_budget
 from comad.planning.profile import StepProfile, Training, now, profile_steps, seconds_of, seconds_per_image
@@ -42,7 +43,8 @@ def plan_distillation(config: DistillConfig) -> Plan:
     """
     seconds = budget_seconds(config.budget) if config.budget else 0.0
     forecast = measure_distillation(replace(config, budget=""))
-    return forecast(largest_fit(config.optim, forecast, seconds) if seconds else config.optim)
+    plan = forecast(largest_fit(config.optim, forecast, seconds) if seconds else config.optim)
+    return replace(plan, advice=advise(config, forecast, plan))
 
 
 def measure_distillation(

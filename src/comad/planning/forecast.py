@@ -95,6 +95,7 @@ class Plan:
         largest_batch: images of one forward pass that fit; None: memory did not grow with the batch.
         estimated: ``largest_batch`` is read from a line, not tried.
         disk: bytes.
+        advice: lines on what to change.
     """
 
     task: str
@@ -114,6 +115,7 @@ class Plan:
     largest_batch: int | None
     estimated: bool
     disk: Disk
+    advice: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int | float:
@@ -210,11 +212,13 @@ class Plan:
                 "bottleneck": max(parts, key=lambda name: parts[name]),
                 "hours": self.total_on(target) / 3600,
             },
+            "advice": list(self.advice),
         }
 
     def text(self, target: Target) -> str:
         """A table for a terminal."""
         rows = [*self._here(), *self._size(), *self._elsewhere(target)]
+        rows += [("" if number else "advice", line) for number, line in enumerate(self.advice)]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"plan of {self.task}, measured on {self.machine}", *(f"{n:{width}}  {v}" for n, v in rows)])
 
