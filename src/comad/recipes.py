@@ -128,7 +128,7 @@ def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> Di
         config = read_distillation(Path(recipe))
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
-    return presets.recipe(preset or "comad", demo=not own_data)
+    return presets.recipe(preset or presets.DEFAULT, demo=not own_data)
 
 
 def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:

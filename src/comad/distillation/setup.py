@@ -142,15 +142,19 @@ class Setup:
             self.views, len(images), images.path, config.optim.pass_size, config.run.seed, config.loader
         )
 
-    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:
-        """Each teacher's whole view of random training images, in batches; as many as the method asks for."""
+    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[Batch]:
+        """The first views of random training images, in batches; as many as the method asks for."""
         views = self.views
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
         loader = DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ()
-        for batch in track(loader, "calibrating", "batches", len(batches)):
-            yield self.teacher_views([view.float() / 255 for view in batch.views])
+        yield from track(loader, "calibrating", "batches", len(batches))
+
+    def example_masks(self) -> Masks:
+        """Those of a sample; what teachers cannot hide is not hidden."""
+        noise = self.views[0, 0].noise.unsqueeze(0).to(self.fabric.device)
+        return drop_unused_masks(self.config.method.masking(noise), self.teachers)
 
     def cache_spec(self) -> CacheSpec:
         """What a cache of the teachers' outputs is of.
@@ -162,8 +166,7 @@ class Setup:
         masking: Any = method.masking
         if isinstance(masking, HidingPatches):  # these are the student's alone
             masking = replace(masking, hidden="drop", unmasked_share=0.0)
-        sample = views[0, 0]
-        masks = drop_unused_masks(method.masking(sample.noise.unsqueeze(0).to(self.fabric.device)), self.teachers)
+        masks = self.example_masks()
         shared = {
             "features": identity_of(method.features),
             "augment": identity_of(config.augment),
@@ -180,7 +183,7 @@ class Setup:
             keys.append((teacher.name, {**shared, **own, "needs": needs, "hidden": hidden}))
 
         def example(m: int) -> TeacherOutput:
-            view = self.teacher_views(sample.views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
+            view = self.teacher_views(views[0, 0].views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
             return self.students[0].distiller.forward_teacher(self.teachers[m], m, view, masks)
 
         return CacheSpec(
