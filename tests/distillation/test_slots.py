@@ -62,7 +62,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def command(labelled_folder, teacher_specs):
     def build(out, *more):
-        sources = ["--data", str(labelled_folder), "--teachers", *teacher_specs]
+        sources = ["--preset=comad", "--data", str(labelled_folder), "--teachers", *teacher_specs]
         return ["distill", *sources, *OPTIONS, f"--run.out={out}", *more]
 
     return build

@@ -136,7 +136,7 @@ def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
 
 def _reference(config: CompareConfig, entries: Sequence[ComparisonRow]) -> ComparisonRow:
     """The row of that name; of a preset with several teacher sets, the one with most teachers."""
-    ours = OURS.get(config.ablation, "comad")
+    ours = OURS.get(config.ablation, presets.DEFAULT)
     wanted = config.reference or ours
     found = [entry for entry in entries if wanted in (entry.label, entry.preset)]
     if not found and config.reference:

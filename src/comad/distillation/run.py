@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from comad.data.begin import begin_run
 from comad.data.loader import Batch
@@ -160,8 +161,9 @@ def cached_outputs(cache: TeacherCache, batch: Batch, masks: Masks, setup: Setup
     """The teachers' outputs from the cache; what is not known yet is computed and kept."""
     views, distiller = setup.teacher_views(batch.views), setup.students[0].distiller
 
-    def compute(m: int) -> TeacherOutput:
-        return distiller.forward_teacher(setup.teachers[m], m, views[m].float() / 255, masks)
+    def compute(m: int, rows: Tensor) -> TeacherOutput:
+        seen = masks._replace(teachers=tuple(None if part is None else part[rows] for part in masks.teachers))
+        return distiller.forward_teacher(setup.teachers[m], m, views[m][rows].float() / 255, seen)
 
     return cache(batch, views, masks, compute)
 
