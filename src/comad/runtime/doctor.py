@@ -131,7 +131,7 @@ def _advice_for_cpus(machine: Machine) -> list[str]:
         else:
             found.append("A C++ compiler (apt install g++) would allow --compile --teacher-precision int8.")
     if not machine.simd.startswith("AVX512"):
-        found.append("This CPU has no AVX-512, so runs compute in fp32; --run.precision bf16 would be many times slower.")
+        found.append("This CPU has no AVX-512, so runs compute in fp32: in bf16 they take many times as long.")
     if machine.cuda:
         found.append(
             "This torch is built for CUDA and takes some GB more than a CPU build, which docs/installation.md installs."
