@@ -25,7 +25,9 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "photographs"
 TEST, VALIDATION = 0.30, 0.15
 PER_LABEL = 50
-E0, E2, D = "efficientnet-lite0", "efficientnet-lite2", "dinov2"
+E0, E2, D = "efficientnet-lite0:size=160", "efficientnet-lite2:size=192", "dinov2"
+D_SIZE = 126
+"""Pixels on the side of D's images; the photographs have 160 on their shorter side."""
 STUDENTS = {
     "cnn": ("--student.name", "mobilenetv3_small_100", "--optim.base-lr", "12e-3"),
     "vit": (
@@ -75,7 +77,7 @@ QUESTIONS = {
     "fusion": Question(
         title="The default beside its single teachers, the plain sum of losses and the paper's method",
         split="test",
-        rows=("consensus", *ALONE, "consensus --fusion sum", "mean", "comad"),
+        rows=("consensus", ALONE[0], "consensus --fusion sum", "mean", "comad"),
         baselines=("teachers", "untrained", "supervised", "pixels"),
     ),
     "noise": Question(
@@ -123,7 +125,7 @@ def lay_out(data: Path) -> Path:
 def ask(name: str, data: Path, dinov2: str) -> dict[str, object]:
     """Run one comparison, or go on with it, and keep its table."""
     question = QUESTIONS[name]
-    named = {D: f"{D}={dinov2}"}
+    named = {D: f"{D}={dinov2}:size={D_SIZE}"}
     out = RUNS / f"{question.student}-{question.epochs}-{question.split}"
     command = [sys.executable, "-m", "comad.cli", "compare", "--data", str(data), "--split", question.split]
     command += ["--presets", *(row.replace(f" {D}", f" {named[D]}") for row in question.rows)]
@@ -134,10 +136,6 @@ def ask(name: str, data: Path, dinov2: str) -> dict[str, object]:
     command += [
         "--run.precision",
         "fp32",
-        "--teacher-precision",
-        "bf16",
-        "--teacher-image-size",
-        "own",
         "--cache-teachers",
         "--loader.fixed-views",
         "2",

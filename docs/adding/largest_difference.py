@@ -1,6 +1,6 @@
 """A distance of your own, for every objective that has one.
 
-comad distill --plugin docs/adding/largest_difference.py --objectives.token.distance largest
+comad distill --plugin docs/adding/largest_difference.py --preset comad --objectives.token.distance largest
 """
 
 from __future__ import annotations

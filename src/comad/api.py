@@ -37,6 +37,7 @@ from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
+from comad.presets import DEFAULT
 from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
@@ -49,7 +50,7 @@ def distill(
     data: Any = "stamps",
     teachers: Sequence[str | Path | nn.Module | Teacher] | str | Path | nn.Module | Teacher = (),
     student: str | VitConfig | nn.Module | None = None,
-    preset: str = "comad",
+    preset: str = DEFAULT,
     out: str | Path = "runs/distill",
     method: Method | None = None,
     **overrides: Any,
@@ -334,7 +335,7 @@ def pretrain(method: str, data: str | Path = "stamps", out: str | Path | None = 
     return folder
 
 
-def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str = "comad", **overrides: Any) -> Plan:
+def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str = DEFAULT, **overrides: Any) -> Plan:
     """What a distillation will cost, measured by a few of its steps, as `comad plan` does. Nothing is left behind.
 
     Args:

@@ -322,6 +322,9 @@ METHODS: dict[str, Method] = {
     "gram": GRAM,
 }
 
+DEFAULT = "consensus"
+"""Of every command that is not told another; `comad` is the paper's method, repaired."""
+
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
     optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=3e-3, warmup_epochs=1.0),

@@ -19,6 +19,7 @@ from comad.runtime.command import get_flag, parse, pop_all, pop_flag
 from comad.runtime.progress import say_next, warn
 from comad.runtime.recipe import read_recipe, resumed_recipe
 from comad.runtime.slots import Slot, load_plugins
+from comad.runtime.spelling import hint
 
 SLOTS: dict[str, type[Slot]] = {
     field.name: slot for field in fields(Method) for slot in Slot.__subclasses__() if slot.slot == field.name
@@ -122,6 +123,7 @@ def take_defaults(
     elif name := pop_flag(list(rest), "--student.name"):
         default = replace(default, student=default.student.called(name))
     method = choose_members(default.method, rest)
+    refuse_options_of_others(method, rest)
     return rest, students, replace(default, method=method, plugin=(*default.plugin, *plugins))
 
 
@@ -130,7 +132,7 @@ def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> Di
         config = read_distillation(Path(recipe))
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
-    return presets.recipe(preset or "comad", demo=not own_data)
+    return presets.recipe(preset or presets.DEFAULT, demo=not own_data)
 
 
 def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:
@@ -158,7 +160,11 @@ def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) ->
 
 
 def choose_members(method: Method, arguments: list[str]) -> Method:
-    """Take ``--fusion mean`` and the like away, and ``--objectives.NAME MEMBER``; member ``none`` removes one."""
+    """Take ``--fusion mean`` and the like away, and ``--objectives.NAME MEMBER``; member ``none`` removes one.
+
+    Raises:
+        ValueError: an unknown member, or an objective to be removed that is not there.
+    """
     chosen: dict[str, Any] = {}
     for field, slot in SLOTS.items():
         if names := pop_all(arguments, f"--{field}"):
@@ -167,12 +173,32 @@ def choose_members(method: Method, arguments: list[str]) -> Method:
     for flag in [argument for argument in arguments if re.fullmatch(r"--objectives\.[\w-]+(=.*)?", argument)]:
         key = flag.partition("=")[0]
         name, member = key.removeprefix("--objectives."), pop_flag(arguments, key)
-        objectives.pop(name, None)
+        if objectives.pop(name, None) is None and member == "none":
+            raise ValueError(f"no objective {name!r} to take away; {hint(name, objectives)}")
         if member and member != "none":
             objectives[name] = Objective.choose(member)
     if objectives != method.objectives:
         chosen["objectives"] = objectives
     return replace(method, **chosen) if chosen else method
+
+
+def refuse_options_of_others(method: Method, arguments: Sequence[str]) -> None:
+    """Say whose option it is, if the member that fills the slot has none of that name.
+
+    Raises:
+        ValueError: an option of a member that was not chosen.
+    """
+    for argument in arguments:
+        field, _, option = argument.partition("=")[0].removeprefix("--").partition(".")
+        if field not in SLOTS:
+            continue
+        name, member = option.removeprefix("no-").replace("-", "_"), getattr(method, field)
+        having = [key for key, kind in SLOTS[field].members.items() if name in {part.name for part in fields(kind)}]
+        if having and member.name not in having:
+            raise ValueError(
+                f"--{field}.{option} is no option of {field} {member.name!r}; choose --{field} {'|'.join(having)}, or "
+                "a --preset that has it."
+            )
 
 
 def with_students(config: DistillConfig, students: Sequence[str]) -> DistillConfig:

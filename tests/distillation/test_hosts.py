@@ -29,7 +29,7 @@ def command(write_images, teacher_specs, tmp_path_factory):
     data = write_images(tmp_path_factory.mktemp("plain"), names)
 
     def build(out, *more):
-        options = ["--data", str(data), "--teachers", *teacher_specs, *STUDENT, *SHORT, *QUIET]
+        options = ["--preset=comad", "--data", str(data), "--teachers", *teacher_specs, *STUDENT, *SHORT, *QUIET]
         return ["-m", "comad", "distill", *options, f"--run.out={out}", *more]
 
     return build

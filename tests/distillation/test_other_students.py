@@ -44,7 +44,7 @@ def command(labelled_folder, teacher_specs):
     """A distillation of 5 steps."""
 
     def build(out, name, *more, size=64):
-        sources = ["--data", str(labelled_folder), "--teachers", *teacher_specs]
+        sources = ["--preset=comad", "--data", str(labelled_folder), "--teachers", *teacher_specs]
         student = ["--student.name", name, f"--student.image-size={size}"]
         return ["distill", *sources, *student, *SHORT, f"--run.out={out}", *more]
 

@@ -17,6 +17,7 @@ from comad.data.images import Splits
 from comad.data.load import load_images
 from comad.distillation.agreement import held_out_agreement
 from comad.distillation.method import Method
+from comad.distillation.run import calibrate_students
 from comad.distillation.samples import leave_samples
 from comad.distillation.setup import Inputs, Setup, prepare
 from comad.models.teachers import load_teacher
@@ -100,15 +101,15 @@ def test_crops_are_flipped_sometimes_and_always_alike(splits: Splits):
 
 
 def test_calibration_gives_each_teacher_its_view(splits: Splits):
-    for views in setup(splits).calibration_views(torch.Generator().manual_seed(0)):
-        assert [view.shape[-1] for view in views] == list(SIZES)
-        assert all(view.dtype == torch.float32 and view.max() <= 1 for view in views)
+    parts = setup(splits)
+    for batch in parts.calibration_views(torch.Generator().manual_seed(0)):
+        assert [view.shape[-1] for view in parts.teacher_views(batch.views)] == list(SIZES)
 
 
 def test_agreement_and_report_show_teachers_their_own_views(splits: Splits, tmp_path: Path):
     parts = setup(splits)
     distiller = parts.students[0].distiller
-    distiller.calibrate(parts.teachers, parts.calibration_views(torch.Generator().manual_seed(0)))
+    calibrate_students(parts, [0], None)
     for look in (
         lambda: held_out_agreement(distiller, parts.teachers, splits.val),
         lambda: leave_samples(distiller, parts.teachers, splits, (), tmp_path),

@@ -98,7 +98,7 @@ def agrees(
     twice = [part._replace(qkv=o.qkv and double(o.qkv)) for part, o in zip(twice, outputs, strict=True)]
     before = before.double()
     expected = published(Given(exact, twice, visible, before, masks))
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     errors = []
     pairs = [*zip(gradients(loss, student, distiller), gradients(expected, exact, before), strict=True)]
     largest = max(float(wanted.norm()) for _, wanted in pairs)

@@ -74,7 +74,7 @@ def command(labelled_folder, teacher_specs):
     """A distillation of 5 steps an epoch, 15 in all."""
 
     def build(out, *more, data=labelled_folder):
-        sources = ["--data", str(data), "--teachers", *teacher_specs]
+        sources = ["--preset=comad", "--data", str(data), "--teachers", *teacher_specs]
         return ["distill", *sources, *STUDENT, *SHORT, *LOGGED, "--loader.workers=0", f"--run.out={out}", *more]
 
     return build

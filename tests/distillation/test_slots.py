@@ -63,7 +63,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def command(labelled_folder, teacher_specs):
     def build(out, *more):
-        sources = ["--data", str(labelled_folder), "--teachers", *teacher_specs]
+        sources = ["--preset=comad", "--data", str(labelled_folder), "--teachers", *teacher_specs]
         return ["distill", *sources, *OPTIONS, f"--run.out={out}", *more]
 
     return build
@@ -144,7 +144,10 @@ def test_each_trains_alone(name, small_distillation, capsys):
         (["--objectives.token", "featur"], "no objective 'featur'; did you mean 'feature'?"),
         (["--plugin", "nowhere.py"], "no plugin 'nowhere.py'"),
         (["--plugin", __file__.replace(".py", ".txt")], "no plugin"),
-        (["--objectives.token=none", "--objectives.spatial=none"], "no objective has a weight"),
+        (["--preset=comad", "--objectives.token=none", "--objectives.spatial=none"], "no objective has a weight"),
+        (["--objectives.tokens=none"], "no objective 'tokens' to take away"),
+        (["--fusion=mean", "--masking.mask-ratio=0.8"], "no option of masking 'none'; choose --masking superset|"),
+        (["--preset=comad", "--fusion.power", "2"], "no option of fusion 'gate'; choose --fusion consensus"),
     ],
 )
 def test_a_wrong_choice_is_told_in_one_line(arguments, words, capsys):
@@ -169,7 +172,7 @@ def test_a_member_of_your_own_may_be_made_in_python(small_distillation):
             return Mean()(state, pairs[:1])[0], torch.stack([pair.valid.float() * (pair is pairs[0]) for pair in pairs])
 
     method = replace(METHODS["comad"], fusion=First())
-    assert parse_distillation(["--fusion", "first"]).method == method
+    assert parse_distillation(["--preset=comad", "--fusion", "first"]).method == method
     _, metrics = (setting := small_distillation(method, with_cls=(True,) * 3)).distiller(*setting.batch(4))
     assert float(metrics()["share_teacher-0"]) == pytest.approx(1.0)
 
@@ -178,9 +181,8 @@ def test_a_member_of_your_own_may_be_made_in_python(small_distillation):
 
 
 def test_objectives_are_added_replaced_and_taken_away():
-    objectives = parse_distillation(
-        ["--objectives.spatial=none", "--objectives.gram", "relation", "--objectives.gram.temperature=0.5"]
-    ).method.objectives
+    changes = ["--objectives.spatial=none", "--objectives.gram", "relation", "--objectives.gram.temperature=0.5"]
+    objectives = parse_distillation(["--preset=comad", *changes]).method.objectives
     assert list(objectives) == ["token", "gram"] and objectives["gram"].temperature == 0.5
     assert objectives["token"] == METHODS["comad"].objectives["token"]
 
@@ -214,7 +216,7 @@ SPATIAL_TWICE = {
     ],
 )
 def test_options_of_the_first_version_are_understood_and_told(old, new, expected, capsys):
-    assert parse_distillation(old.split()).method == replace(METHODS["comad"], **expected)
+    assert parse_distillation(["--preset=comad", *old.split()]).method == replace(METHODS["comad"], **expected)
     assert capsys.readouterr().err == f"comad: {re.split('[= ]', old)[0]} is called {new} now.\n"
 
 

@@ -40,7 +40,7 @@ def command(labelled_folder, teacher_specs):
     """A distillation of 5 steps an epoch, 10 in all, with random depth."""
 
     def build(out, *more):
-        sources = ["--data", str(labelled_folder), "--teachers", *teacher_specs]
+        sources = ["--preset=comad", "--data", str(labelled_folder), "--teachers", *teacher_specs]
         return ["distill", *sources, *OPTIONS, f"--run.out={out}", *more]
 
     return build

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comad.data.loader import Batch
 from comad.distillation import cache as cache_module
-from comad.distillation.cache import CacheSpec, TeacherCache
+from comad.distillation.cache import PASS_ROWS, CacheSpec, TeacherCache
 from comad.distillation.features import TeacherOutput
 from comad.distillation.masking import Masks, Superset
 
@@ -43,6 +43,7 @@ class CountedTeachers:
 
     def __init__(self, folder: Path, num_teachers: int = 2, num_views: int = 2, key: int = 0):
         self.asked = [0] * num_teachers  # samples
+        self.passes: list[list[int]] = [[] for _ in range(num_teachers)]
         self.examples = 0
         keys = [(f"t{m}", {"place": m, "key": key}) for m in range(num_teachers)]
         self.said: list[str] = []
@@ -67,9 +68,11 @@ class CountedTeachers:
             output.patches.zero_()  # what was returned may be changed without harm
 
     def _computing(self, batch: Batch, masks: Masks) -> Callable[[int], TeacherOutput]:
-        def compute(m: int) -> TeacherOutput:
-            self.asked[m] += len(batch.image)
-            return tokens_of(m, batch, masks)
+        def compute(m: int, rows: Tensor) -> TeacherOutput:
+            self.passes[m].append(len(rows))
+            self.asked[m] += len(set(rows.tolist()))
+            output = tokens_of(m, batch, masks)
+            return TeacherOutput(None if output.cls is None else output.cls[rows], output.patches[rows])
 
         return compute
 
@@ -90,13 +93,14 @@ def test_computes_once_and_returns_exactly_that(tmp_path):
     assert teachers.asked == [12, 12]
 
 
-def test_of_a_batch_known_in_part_all_is_computed_so_that_products_have_as_many_rows_as_ever(tmp_path):
+def test_of_a_batch_known_in_part_the_rest_is_computed_in_passes_of_as_many_rows_as_ever(tmp_path):
     teachers = CountedTeachers(tmp_path)
     teachers.ask([0, 1], 0)
     teachers.ask([1, 2], 0)
-    assert teachers.asked == [4, 4]
+    assert teachers.asked == [3, 3]
     teachers.ask([2, 0, 1], 0)
-    assert teachers.asked == [4, 4]
+    assert teachers.asked == [3, 3]
+    assert teachers.passes == [[PASS_ROWS["cpu"]] * 2] * 2
 
 
 def test_a_later_run_asks_nobody_and_one_more_teacher_alone_is_asked(tmp_path):

@@ -25,7 +25,7 @@ def elsewhere(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def command(teacher_specs, labelled_folder):
-    return ["plan", f"--data={labelled_folder}", "--teachers", *teacher_specs, *STUDENT, *SHORT]
+    return ["plan", "--preset=comad", f"--data={labelled_folder}", "--teachers", *teacher_specs, *STUDENT, *SHORT]
 
 
 def failure(capsys, *arguments):

@@ -137,13 +137,13 @@ def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
 
 
 def _reference(config: CompareConfig, entries: Sequence[ComparisonRow]) -> ComparisonRow:
-    """The row of that name; of a preset with several teacher sets, the one with most teachers."""
-    ours = OURS.get(config.ablation, "comad")
-    wanted = config.reference or ours
-    found = [entry for entry in entries if wanted in (entry.label, entry.preset)]
+    """The row of that name, else of the default preset, `comad` or the first; of several the one with most teachers."""
+    names = [config.reference] if config.reference else [OURS.get(config.ablation), presets.DEFAULT, "comad"]
+    rows = ([entry for entry in entries if name in (entry.label, entry.preset)] for name in names)
+    found = next(filter(None, rows), [])
     if not found and config.reference:
         labels = [entry.label for entry in entries]
-        raise ValueError(f"reference {wanted!r} is none of the rows; {hint(wanted, labels)}")
+        raise ValueError(f"reference {config.reference!r} is none of the rows; {hint(config.reference, labels)}")
     return max(found or entries[:1], key=lambda entry: len(entry.teachers))
 
 

@@ -67,7 +67,7 @@ class LoaderConfig:
         workers: processes that decode and augment; 0 does it in the training process, -1 takes the cores that the
             training processes of this machine leave free: each at least one, at most eight.
         deadline: seconds that a batch may take a worker, before the run ends with a word; 0: it waits for ever.
-        fixed_views: views per image that repeat epoch after epoch; 0 draws a new view each time.
+        fixed_views: views per image that repeat epoch after epoch, the same for all seeds; 0 draws new ones each time.
         shuffle_buffer: for shards on slow disks: they are read one after another in random order, and so many images
             mix; 0: each epoch is a permutation of all images, read in any order.
     """

@@ -25,8 +25,12 @@ from comad.runtime.atomic import naming, write_text
 from comad.runtime.progress import track
 from comad.runtime.seal import KEY, sealed
 
-FORMAT = 2
+FORMAT = 3
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
+
+PASS_ROWS = {"cpu": 16, "cuda": 64}
+"""Samples in a pass of a teacher whose outputs are kept, always so many: the last bit of a matrix product may depend on
+how many rows it has, and so a run whose cache was lost in part computes the same as before."""
 
 Storage = Literal["computed", "int8"]
 """Numbers as they were computed, or in 8 bits with one scale per token."""
@@ -167,28 +171,28 @@ class TeacherCache:
         self.num_images = num_images
 
     def __call__(
-        self, batch: Batch, views: Sequence[Tensor], masks: Masks, compute: Callable[[int], TeacherOutput]
+        self, batch: Batch, views: Sequence[Tensor], masks: Masks, compute: Callable[[int, Tensor], TeacherOutput]
     ) -> list[TeacherOutput]:
         """The teacher outputs for a batch, from disk; what is not known yet is computed and kept.
-
-        If one row is unknown, the teacher sees the whole batch: the last bit of a matrix product may depend on how many
-        rows it has, and so a run whose cache was lost in part computes the same as before.
 
         Args:
             batch: which images and views.
             views: what each teacher sees.
             masks: which patches each teacher sees.
-            compute: number of a teacher → its output for the batch.
+            compute: number of a teacher and rows of the batch, int64 (n,) → its output for them; `PASS_ROWS` at a time,
+                filled up with the first of them.
         """
         rows = (batch.view * self.num_images + batch.image).cpu()
         outputs = []
         for m, (store, view, visible) in enumerate(zip(self.stores, views, masks.teachers, strict=True)):
             inputs = input_checksums(view.cpu().contiguous(), visible)
-            new = (~store.known(rows, inputs)).nonzero().flatten()
-            if len(new):
-                own = _mapped(compute(m), lambda part, new=new: part[new.to(part.device)])
-                store.write(rows[new], [inputs[i] for i in new.tolist()], own)
             device = batch.noise.device
+            size = PASS_ROWS.get(device.type, 16)
+            unknown = (~store.known(rows, inputs)).nonzero().flatten()
+            for new in unknown.split(size) if len(unknown) else ():
+                filled = torch.cat([new, new[:1].expand(size - len(new))]).to(device)
+                own = _mapped(compute(m, filled), lambda part, new=new: part[: len(new)])
+                store.write(rows[new], [inputs[i] for i in new.tolist()], own)
             outputs.append(_mapped(store.read(rows), lambda part, to=device: part.to(to, non_blocking=True)))
         return outputs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -419,7 +419,16 @@ class Distiller(nn.Module):
             teachers: as this was built for.
             images: batches (B, 3, H, W) with values in [0, 1]; or of each batch a view for every teacher.
         """
-        calibrate([self], teachers, images, torch.Generator().manual_seed(0))
+        whole = Masks(None, (None,) * len(teachers))
+        device = self.student.pixel_mean.device
+
+        def outputs() -> Iterator[list[TeacherOutput]]:
+            for batch in images:
+                views = [batch] * len(teachers) if isinstance(batch, Tensor) else batch
+                pairs = enumerate(zip(teachers, views, strict=True))
+                yield [self.forward_teacher(teacher, m, view.to(device), whole) for m, (teacher, view) in pairs]
+
+        calibrate([self], outputs(), torch.Generator().manual_seed(0))
 
     def get_extra_state(self) -> dict[str, bool]:
         """A part of the state dict: whether it was calibrated."""
@@ -444,28 +453,27 @@ CALIBRATION_TOKENS = 16
 
 
 def calibrate(
-    distillers: Sequence[Distiller],
-    teachers: Sequence[Teacher],
-    images: Iterable[Tensor | Sequence[Tensor]],
-    generator: torch.Generator,
+    distillers: Sequence[Distiller], batches: Iterable[Sequence[TeacherOutput]], generator: torch.Generator
 ) -> None:
-    """Fit distillers of one method, on one grid, on the same teacher outputs; a random few patches of each image.
+    """Fit distillers of one method, on one grid, on outputs for whole images; a random few patches of each image.
+
+    Args:
+        distillers: of the method.
+        batches: of each batch the output of every teacher.
+        generator: draws the patches.
 
     Raises:
         TrainingError: a teacher's outputs are not finite.
     """
-    distiller, found = distillers[0], [[] for _ in teachers]
-    count, device = distiller.student.num_patches, distiller.student.pixel_mean.device
-    whole = Masks(None, (None,) * len(teachers))
-    for batch in images:
-        views = [batch] * len(teachers) if isinstance(batch, Tensor) else batch
-        rows = torch.rand(len(views[0]), count, generator=generator).argsort(dim=1)[:, :CALIBRATION_TOKENS].to(device)
-        for m, teacher in enumerate(teachers):
-            output = distiller.forward_teacher(teacher, m, views[m].to(device), whole)
-            found[m].append(map_tokens(Tensor.float, Tokens(output.cls, gather_patches(output.patches, rows))))
+    count, found = distillers[0].student.num_patches, []
+    for outputs in batches:
+        device, size = outputs[0].patches.device, len(outputs[0].patches)
+        rows = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :CALIBRATION_TOKENS].to(device)
+        chosen = [Tokens(output.cls, gather_patches(output.patches, rows)) for output in outputs]
+        found.append([map_tokens(Tensor.float, part) for part in chosen])
     tokens = [
         Tokens(None if p[0].cls is None else torch.cat([t.cls for t in p]), torch.cat([t.patches for t in p]))
-        for p in found
+        for p in zip(*found, strict=True)
     ]
     for name, part in zip(distiller.teacher_names, tokens, strict=True):
         if not (part.patches.isfinite().all() and (part.cls is None or part.cls.isfinite().all())):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from comad.data.begin import begin_run
 from comad.data.loader import Batch
@@ -70,7 +71,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
     recipe, runs, summary = begin_run(recipe, fabric, setup.splits, config.student_folders, about)
     config = replace(config, run=recipe.run)
     cache = open_cache(setup) if config.cache_teachers else None  # a small disk is told now
-    calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume])
+    calibrate_students(setup, [number for number, run in enumerate(runs) if not run.resume], cache)
     if fabric.is_global_zero:
         _record_students(recipe, runs, summary)
     if config.compile:
@@ -132,18 +133,16 @@ def of_passes(config: DistillConfig) -> str:
 
 def train_students(trainer: Trainer, setup: Setup, cache: TeacherCache | None) -> None:
     """The training loop: masks, teachers, then student, loss and backward of everyone."""
-    masking, teachers, distiller = setup.config.method.masking, setup.teachers, setup.students[0].distiller
+    masking, teachers = setup.config.method.masking, setup.teachers
     for step in trainer:
         for batch in step:
             whole = [view.float() / 255 for view in batch.views]
             views = [masking.blend(view, batch.noise) for view in whole]
             masks = drop_unused_masks(masking(batch.noise, step.progress), teachers)
             if cache:
-                outputs = cached_outputs(cache, batch, masks, distiller, setup)
+                outputs = cached_outputs(cache, batch, masks, setup)
             else:
-                seen = setup.teacher_views(whole if masking.blends_outputs else views)
-                pairs = enumerate(zip(teachers, seen, strict=True))
-                outputs = [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in pairs]
+                outputs = teacher_outputs(whole if masking.blends_outputs else views, masks, setup)
             if masking.blends_outputs:
                 outputs = [map_output(partial(masking.blend, noise=batch.noise), output) for output in outputs]
             for state in step.states:
@@ -164,24 +163,45 @@ def open_cache(setup: Setup) -> TeacherCache:
     return spec.open(stores)
 
 
-def cached_outputs(
-    cache: TeacherCache, batch: Batch, masks: Masks, distiller: Distiller, setup: Setup
-) -> list[TeacherOutput]:
-    """The teachers' outputs from the cache; what is not known yet is computed and kept."""
-    views = setup.teacher_views(batch.views)
+def teacher_outputs(views: Sequence[Tensor], masks: Masks, setup: Setup) -> list[TeacherOutput]:
+    """The teachers' outputs for the views of a batch, with values in [0, 1]."""
+    pairs, distiller = zip(setup.teachers, setup.teacher_views(views), strict=True), setup.students[0].distiller
+    return [distiller.forward_teacher(teacher, m, view, masks) for m, (teacher, view) in enumerate(pairs)]
 
-    def compute(m: int) -> TeacherOutput:
-        return distiller.forward_teacher(setup.teachers[m], m, views[m].float() / 255, masks)
+
+def cached_outputs(cache: TeacherCache, batch: Batch, masks: Masks, setup: Setup) -> list[TeacherOutput]:
+    """The teachers' outputs from the cache; what is not known yet is computed and kept."""
+    views, distiller = setup.teacher_views(batch.views), setup.students[0].distiller
+
+    def compute(m: int, rows: Tensor) -> TeacherOutput:
+        seen = masks._replace(teachers=tuple(None if part is None else part[rows] for part in masks.teachers))
+        return distiller.forward_teacher(setup.teachers[m], m, views[m][rows].float() / 255, seen)
 
     return cache(batch, views, masks, compute)
 
 
-def calibrate_students(setup: Setup, numbers: Sequence[int], limit: int | None = None) -> None:
-    """Calibrate these students on the training images; ``limit`` takes fewer images than the method asks for."""
-    if numbers and setup.config.method.num_calibration_images:
-        generator = torch.Generator().manual_seed(setup.config.run.seed)
-        views = setup.calibration_views(generator, limit)
-        calibrate([setup.students[number].distiller for number in numbers], setup.teachers, views, generator)
+def calibrate_students(
+    setup: Setup, numbers: Sequence[int], cache: TeacherCache | None, limit: int | None = None
+) -> None:
+    """Calibrate these students on the training images, whose outputs for whole images the cache may know.
+
+    Args:
+        setup: the run.
+        numbers: of the students.
+        cache: of the teachers' outputs, if there is one.
+        limit: takes fewer images than the method asks for.
+    """
+    if not numbers or not setup.config.method.num_calibration_images:
+        return
+    generator, whole = torch.Generator().manual_seed(setup.config.run.seed), Masks(None, (None,) * len(setup.teachers))
+    known = cache if setup.example_masks().teachers == whole.teachers else None
+
+    def outputs() -> Iterator[list[TeacherOutput]]:
+        for batch in map(setup.fabric.to_device, setup.calibration_views(generator, limit)):
+            views = [view.float() / 255 for view in batch.views]
+            yield cached_outputs(known, batch, whole, setup) if known else teacher_outputs(views, whole, setup)
+
+    calibrate([setup.students[number].distiller for number in numbers], outputs(), generator)
 
 
 def make_jobs(setup: Setup, runs: Sequence[RunConfig]) -> list[Job]:

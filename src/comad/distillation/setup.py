@@ -120,7 +120,8 @@ class Setup:
         colour = ColourChange(strength=jitter, hue=jitter / 4) if jitter else None
         crop, sizes = Crop(size=size, scale=config.augment.crop_scale), self.teacher_sizes
         make = DistillViews(crop, sizes, colour, (1 + len(self.teachers), self.students[0].start.num_patches))
-        return ViewDataset(self.splits.train, make, config.run.seed, 2 * max(size, *sizes))
+        seed = 0 if config.loader.fixed_views else config.run.seed  # of all seeds, which then share one cache
+        return ViewDataset(self.splits.train, make, seed, 2 * max(size, *sizes))
 
     @property
     def teacher_sizes(self) -> tuple[int, ...]:
@@ -140,28 +141,32 @@ class Setup:
             self.views, len(images), images.path, config.optim.pass_size, config.run.seed, config.loader
         )
 
-    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[list[Tensor]]:
-        """Each teacher's whole view of random training images, in batches; as many as the method asks for."""
+    def calibration_views(self, generator: torch.Generator, limit: int | None = None) -> Iterator[Batch]:
+        """The first views of random training images, in batches; as many as the method asks for."""
         views = self.views
         count = min(self.config.method.num_calibration_images, len(views.images))
         chosen = torch.randperm(len(views.images), generator=generator)[: count if limit is None else min(count, limit)]
         batches = [[(0, i) for i in part.tolist()] for part in chosen.split(64)]
         loader = DataLoader(views, batch_sampler=batches, generator=torch.Generator()) if count else ()
-        for batch in track(loader, "calibrating", "batches", len(batches)):
-            yield self.teacher_views([view.float() / 255 for view in batch.views])
+        yield from track(loader, "calibrating", "batches", len(batches))
+
+    def example_masks(self) -> Masks:
+        """Those of a sample; what teachers cannot hide is not hidden."""
+        noise = self.views[0, 0].noise.unsqueeze(0).to(self.fabric.device)
+        return drop_unused_masks(self.config.method.masking(noise), self.teachers)
 
     def cache_spec(self) -> CacheSpec:
         """What a cache of the teachers' outputs is of.
 
         The number of teachers is not part of a key: masks are drawn row by row, so that a further teacher leaves the
-        others' alone. Its own place is.
+        others' alone. Its own place is, where it is what decides over its mask.
         """
         config, views, method = self.config, self.views, self.config.method
         masking: Any = method.masking
         if isinstance(masking, HidingPatches):  # these are the student's alone
             masking = replace(masking, hidden="drop", unmasked_share=0.0)
+        masks = self.example_masks()
         shared = {
-            "masking": identity_of(masking),
             "features": identity_of(method.features),
             "augment": identity_of(config.augment),
             "view": [config.student.image_size, self.students[0].start.num_patches],
@@ -173,12 +178,11 @@ class Setup:
             card = {name: value for name, value in teacher.card.as_dict().items() if name not in NOT_OF_THE_OUTPUT}
             own = {"teacher": card, "image_size": teacher.backbone.image_size, "dtype": precision_of(teacher.backbone)}
             needs = sorted(method.teacher_needs(place, len(self.teachers)))
-            keys.append((teacher.name, {**shared, **own, "needs": needs, "place": place}))
+            hidden = None if masks.teachers[place] is None else {"masking": identity_of(masking), "place": place}
+            keys.append((teacher.name, {**shared, **own, "needs": needs, "hidden": hidden}))
 
         def example(m: int) -> TeacherOutput:
-            sample = views[0, 0]
-            masks = drop_unused_masks(method.masking(sample.noise.unsqueeze(0).to(self.fabric.device)), self.teachers)
-            view = self.teacher_views(sample.views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
+            view = self.teacher_views(views[0, 0].views)[m].unsqueeze(0).to(self.fabric.device).float() / 255
             return self.students[0].distiller.forward_teacher(self.teachers[m], m, view, masks)
 
         return CacheSpec(

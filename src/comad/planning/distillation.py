@@ -132,7 +132,7 @@ def _calibration_seconds(setup: Setup) -> float:
     took = []
     for count in CALIBRATED:
         start = now()
-        calibrate_students(setup, [0], count)
+        calibrate_students(setup, [0], None, count)
         took.append(now() - start)
     few, more = CALIBRATED
     if total <= more:

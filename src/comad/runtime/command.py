@@ -117,14 +117,9 @@ def docs_of(kind: Any) -> dict[str, str]:
 
 
 def pop_flag(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag, given as ``--flag value`` or ``--flag=value``; both are taken away."""
-    for position, argument in enumerate(arguments):
-        if argument == flag and position + 1 < len(arguments):
-            del arguments[position]
-            return arguments.pop(position)
-        if argument.startswith(f"{flag}="):
-            return arguments.pop(position).split("=", 1)[1]
-    return None
+    """Like `pop_all`; the last value counts."""
+    values = pop_all(arguments, flag)
+    return values[-1] if values else None
 
 
 def get_flag(arguments: list[str], flag: str) -> str | None:
@@ -133,5 +128,14 @@ def get_flag(arguments: list[str], flag: str) -> str | None:
 
 
 def pop_all(arguments: list[str], flag: str) -> list[str]:
-    """All values of a flag that may be given several times."""
-    return list(iter(lambda: pop_flag(arguments, flag), None))
+    """All values of a flag, given as ``--flag value`` or ``--flag=value``, which are taken away."""
+    values, position = [], 0
+    while position < len(arguments):
+        if arguments[position] == flag and position + 1 < len(arguments):
+            del arguments[position]
+            values.append(arguments.pop(position))
+        elif arguments[position].startswith(f"{flag}="):
+            values.append(arguments.pop(position).split("=", 1)[1])
+        else:
+            position += 1
+    return values
