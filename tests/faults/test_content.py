@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def with_teacher(teacher_specs, tmp_path):

@@ -43,7 +43,8 @@ def test_a_folder_that_cannot_be_written(start, command, judge, tmp_path):
         assert judge(out, *start(command(out)).wait()) == "refused in one line"
 
 
-@pytest.mark.parametrize("part", ["checkpoints", pytest.param(".", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["checkpoints", "."])
 def test_a_folder_that_becomes_read_only(start, command, at_step, judge, tmp_path, part):
     out = tmp_path / "run"
     may("chattr", "-i", str(tmp_path))
@@ -56,6 +57,7 @@ def test_a_folder_that_becomes_read_only(start, command, at_step, judge, tmp_pat
     judge(out, *start(command(out)).wait(), refusal=False)
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes(start, command, at_step, judge, tmp_path):
     out = tmp_path / "run"
     status, told = start(command(out), before=at_step(6, f"shutil.rmtree({str(out)!r})")).wait()
@@ -77,7 +79,8 @@ def fill():
 """
 
 
-@pytest.mark.parametrize("size", ["16k", pytest.param("64m", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["16k", "64m"])
 def test_shared_memory_that_is_too_small_or_runs_full(start, command, at_step, judge, tmp_path, size):
     may("unshare", "--mount", "true")
     out, more = tmp_path / "run", ["--loader.workers=1", "--loader.deadline=60"]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +97,7 @@ def test_a_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(stopped, tm
     assert refused > 100  # the others are flips of the room between the records
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder(start, command, at_step, judge, tmp_path, within):
     out = tmp_path / "run"
     first = start(command(out), before=at_step(6, "os.kill(os.getpid(), signal.SIGSTOP)"))
@@ -135,21 +135,25 @@ def test_resume_needs_the_folder_alone(start, copied, judge, whole):
     judge(copied, *start(["distill", "--run.resume", f"--run.out={copied}"]).wait(), refusal=False)
 
 
-def test_data_in_another_place_and_other_data(start, command, copied, judge, tmp_path):
+CHANGES = {
+    "1 image removed": lambda path: path.unlink(),
+    "1 image removed, 1 added": lambda path: path.rename(path.with_name("x.png")),
+    "1 image resized": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "1 image added": lambda path: shutil.copy(path, path.with_name("x.png")),
+}
+
+
+@pytest.mark.parametrize(
+    "words", [name if name == "1 image removed" else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
+def test_data_in_another_place_and_other_data(start, command, copied, judge, tmp_path, words):
     data = next(a for a in command(copied) if a.startswith("--data=")).partition("=")[2]
-    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    for name in ("moved", "other"):
+        shutil.copytree(data, tmp_path / name)
+    CHANGES[words](tmp_path / "other" / "train" / "3.png")
     resume = ["distill", "--run.resume", f"--run.out={copied}"]
-    changes = {
-        "1 image removed": lambda path: path.unlink(),
-        "1 image removed, 1 added": lambda path: path.rename(path.with_name("x.png")),
-        "1 image resized": lambda path: path.write_bytes(path.read_bytes() + b"more"),
-        "1 image added": lambda path: shutil.copy(path, path.with_name("x.png")),
-    }
-    for words, change in changes.items():
-        other = Path(shutil.copytree(moved, tmp_path / words))
-        change(other / "train" / "3.png")
-        status, told = start([*resume, f"--data={other}"]).wait()
-        assert judge(copied, status, told) == "refused in one line" and f"{words};" in told
+    status, told = start([*resume, f"--data={tmp_path / 'other'}"]).wait()
+    assert judge(copied, status, told) == "refused in one line" and f"{words};" in told
     judge(copied, *start([*resume, f"--data={tmp_path / 'moved'}"]).wait(), refusal=False)
 
 
@@ -160,7 +164,8 @@ def test_options_that_change_the_result_are_refused_on_resume(start, copied, jud
     judge(copied, *start([*resume, "--run.log-every=3"]).wait(), refusal=False)
 
 
-@pytest.mark.parametrize("number", [SIGNALS[1], *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[2:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS[1:])
 def test_a_second_signal_ends_at_once(start, command, at_step, judge, tmp_path, number):
     out, doing = tmp_path / "run", f"[os.kill(os.getpid(), {int(number)}) for _ in range(2)]"
     status, told = start(command(out), before=at_step(6, doing)).wait()
@@ -188,7 +193,8 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", marked([(kind,) for kind in WRONG], {("other shapes",)}))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRONG)
 def test_a_checkpoint_that_is_whole_and_wrong(start, command, copied, judge, kind):
     WRONG[kind](copied / "checkpoints" / "step-00000006.pt")
     status, told = start(command(copied)).wait()
