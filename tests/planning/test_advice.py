@@ -54,7 +54,7 @@ def test_a_plain_run():
     [
         {"teachers": ("a",)},
         {"cache_teachers": True},
-        {"method": replace(CONFIG.method, masking=WholeImages(mixup=0.5))},
+        {"method": replace(CONFIG.method, masking=WholeImages(mixup=True))},
         {"optim": replace(CONFIG.optim, epochs=4.0)},
     ],
     ids=lambda changes: next(iter(changes)),

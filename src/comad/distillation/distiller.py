@@ -475,7 +475,7 @@ def calibrate(
         Tokens(None if p[0].cls is None else torch.cat([t.cls for t in p]), torch.cat([t.patches for t in p]))
         for p in zip(*found, strict=True)
     ]
-    for name, part in zip(distiller.teacher_names, tokens, strict=True):
+    for name, part in zip(distillers[0].teacher_names, tokens, strict=True):
         if not (part.patches.isfinite().all() and (part.cls is None or part.cls.isfinite().all())):
             raise not_finite(name)
     for distiller in distillers:

@@ -197,7 +197,8 @@ def calibrate_students(
     known = cache if setup.example_masks().teachers == whole.teachers else None
 
     def outputs() -> Iterator[list[TeacherOutput]]:
-        for batch in map(setup.fabric.to_device, setup.calibration_views(generator, limit)):
+        for asked in setup.calibration_views(generator, limit):
+            batch = Batch(*map(setup.fabric.to_device, asked))
             views = [view.float() / 255 for view in batch.views]
             yield cached_outputs(known, batch, whole, setup) if known else teacher_outputs(views, whole, setup)
 

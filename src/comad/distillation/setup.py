@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from comad.data.identity import content_digest
 from comad.data.images import Splits
-from comad.data.loader import Sample, TrainingBatches, ViewDataset
+from comad.data.loader import Batch, Sample, TrainingBatches, ViewDataset
 from comad.data.transforms import ColourChange, Crop
 from comad.distillation.cache import CacheSpec
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller
 from comad.distillation.features import Blocks, TeacherOutput, forward_teacher
-from comad.distillation.masking import HidingPatches, drop_unused_masks
+from comad.distillation.masking import HidingPatches, Masks, drop_unused_masks
 from comad.distillation.method import load_decoders
 from comad.models.backbone import Backbone
 from comad.models.compiling import compile_blocks, need_compiler
