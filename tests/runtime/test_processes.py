@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,10 +68,11 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_they_start(starte
     assert not torch.distributed.is_initialized()
 
 
-def test_a_host_that_does_not_share_the_folder_of_the_run_is_refused(tmp_path):
-    other = SimpleNamespace(broadcast=lambda seen: ["step-00000004.pt"], barrier=lambda: None, is_global_zero=False)
+def test_a_host_that_does_not_share_the_folder_of_the_run_is_refused(started_by, tmp_path, monkeypatch):
+    fabric = start_fabric(RunConfig())
+    monkeypatch.setattr(fabric, "broadcast", lambda seen: ["step-00000004.pt"])
     with pytest.raises(ValueError, match=r"other checkpoints here than on the first host; hosts must share it"):
-        open_runs(RunConfig(out=str(tmp_path / "run"), resume="auto"), [""], other)
+        open_runs(RunConfig(out=str(tmp_path / "run"), resume="auto"), [""], fabric)
     assert not (tmp_path / "run").exists()
 
 
