@@ -112,7 +112,7 @@ def spoken() -> dict[str, set[str]]:
 KINDS = {
     *(f"evaluate {kind}" for kind in cli.EVALUATIONS),
     *("plan segment", "plan detect", "pretrain mae", "pretrain mocov3", "pretrain ibot"),
-    *("teachers inspect", "teachers compare", "data scenes"),
+    *("teachers inspect", "teachers compare", "data scenes", "data shard"),
 }
 
 

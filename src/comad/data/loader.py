@@ -387,9 +387,9 @@ class TrainingBatches:
 
     def _by_shards(self) -> Callable[[torch.Generator], list[int]] | None:
         """The order of ``shuffle_buffer``; the images are told to read ahead."""
-        images: Any = getattr(self.dataset, "images", None)
-        if not self.config.shuffle_buffer:
-            return None
+        images = getattr(self.dataset, "images", None)
         check_order(self.config, images)
-        images.ahead = READ_AHEAD
-        return partial(shard_order, images.shard_numbers(), self.config.shuffle_buffer)
+        if not (self.config.shuffle_buffer and isinstance(images, ImageSet)):
+            return None
+        images.ahead, shards = READ_AHEAD, images.shard_numbers()
+        return None if shards is None else partial(shard_order, shards, self.config.shuffle_buffer)
