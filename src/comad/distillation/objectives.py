@@ -34,6 +34,8 @@ from comad.runtime.spelling import hint
 
 Teachers = Literal["all", "first", "rest"]
 """The teachers that an objective uses."""
+Pairs = Sequence[Pair]
+Seen = Bool[Tensor, "B N"]
 Compared = tuple[list[Pair], Bool[Tensor, "B n"]]
 """The pairs that an objective compares, and the positions at which it does."""
 
@@ -91,12 +93,7 @@ class Objective(Slot, slot="objective", default="feature"):
 
     @abstractmethod
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """What is compared, and where.
 
@@ -186,12 +183,7 @@ class FeatureLoss(TokenObjective, name="feature"):
         )
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Tokens, through the projection if there is one."""
         if self.projection:
@@ -220,12 +212,7 @@ class RelationLoss(TokenObjective, name="relation"):
     with_itself: bool = False
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Rows of cosines."""
         positions = self.positions(pairs, visible)
@@ -238,7 +225,30 @@ class RelationLoss(TokenObjective, name="relation"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueueLoss(Objective, name="queue"):
+class ClsObjective(Objective):
+    """Compares class tokens, each pair by itself."""
+
+    @property
+    def uses_cls(self) -> bool:
+        """See `Objective`."""
+        return True
+
+    def pairs(
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
+    ) -> Compared:
+        """Class tokens alone."""
+        alone = [Pair(*(part[:, :1] for part in pair)) for pair in pairs]
+        states = list(state.children()) or [None] * len(alone)
+        found = [self.cls_pair(own, pair) for own, pair in zip(states, alone, strict=True)]
+        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+
+    @abstractmethod
+    def cls_pair(self, state: Any, pair: Pair) -> Pair:
+        """What is compared of a pair of class tokens; ``state`` is this pair's part of what `build` made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueLoss(ClsObjective, name="queue"):
     """KL(teacher‖student) of the class token's softmax of cosines to the last targets, this batch's included.
 
     Args:
@@ -254,31 +264,15 @@ class QueueLoss(Objective, name="queue"):
         """See `Slot`."""
         return "newest targets in the queue"
 
-    @property
-    def uses_cls(self) -> bool:
-        """See `Objective`."""
-        return True
-
     def build(self, shapes: Shapes) -> nn.Module:
         """A queue per pair."""
         return nn.ModuleList([Queue(self.size, width) for width in shapes.compared])
 
-    def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
-    ) -> Compared:
+    def cls_pair(self, state: Any, pair: Pair) -> Pair:
         """Cosines of class tokens to the queue, in which the targets take the place of the oldest first."""
-        found = []
-        for queue, pair in zip(state, pairs, strict=True):
-            if queue.training:
-                queue.push(pair.target[:, 0])
-            pair = cls_pair(pair)
-            found.append(pair._replace(prediction=queue(pair.prediction), target=queue(pair.target)))
-        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+        if state.training:
+            state.push(pair.target[:, 0])
+        return pair._replace(prediction=state(pair.prediction), target=state(pair.target))
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
         """See `Objective`."""
@@ -303,12 +297,7 @@ class AttentionLoss(Objective, name="attention"):
         return state
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Logits of rows, before the softmax."""
         assert student.qkv is not None
@@ -336,12 +325,7 @@ class PixelLoss(Objective, name="pixels"):
     normalize: bool = True
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Pixels of all patches; the hidden ones count."""
         assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
@@ -389,12 +373,7 @@ class HOGLoss(Objective, name="hog"):
         return nn.Sequential(*layers[0], *layers[1], *last)
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Histograms of the patches that count."""
         assert student.pixels is not None, "pixels are reconstructed where the student has a mask"
@@ -420,12 +399,7 @@ class MapLoss(TokenObjective, name="map"):
     cls: bool = False
 
     def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
+        self, state: Any, pairs: Pairs, student: StudentOutput, teachers: Sequence[TeacherOutput], visible: Seen
     ) -> Compared:
         """Maps as one vector per image; a token with weight 0 is 0, and the map has the mean weight of its tokens."""
         positions = self.positions(pairs, visible)
@@ -443,7 +417,7 @@ class MapLoss(TokenObjective, name="map"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AngleLoss(Objective, name="angle"):
+class AngleLoss(ClsObjective, name="angle"):
     """Squared angle of class tokens, over the mean one of the teacher's own to their mean direction (arXiv:2601.17237).
 
     Teachers whose class tokens point in much the same direction count no less than others.
@@ -454,30 +428,15 @@ class AngleLoss(Objective, name="angle"):
         """See `Slot`."""
         return "means of the teachers' directions so far"
 
-    @property
-    def uses_cls(self) -> bool:
-        """See `Objective`."""
-        return True
-
     def build(self, shapes: Shapes) -> nn.Module:
         """Statistics per pair."""
         return nn.ModuleList([Dispersion(width) for width in shapes.compared])
 
-    def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
-    ) -> Compared:
+    def cls_pair(self, state: Any, pair: Pair) -> Pair:
         """Class tokens, weighed by their teacher's dispersion."""
-        found = [cls_pair(pair) for pair in pairs]
-        for number, (spread, pair) in enumerate(zip(state, found, strict=True)):
-            if spread.training:
-                spread.follow(pair.target[:, 0])
-            found[number] = pair._replace(weight=pair.weight / spread.angle)
-        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+        if state.training:
+            state.follow(pair.target[:, 0])
+        return pair._replace(weight=pair.weight / state.angle)
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
         """See `Objective`."""
@@ -485,7 +444,7 @@ class AngleLoss(Objective, name="angle"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistanceLoss(Objective, name="distances"):
+class DistanceLoss(ClsObjective, name="distances"):
     """Asymmetric relations of the images of a batch (SigLino, arXiv:2512.20157): smooth L1 of class tokens' distances.
 
     Images nearer in the teacher than the median are drawn together where the student has them further apart, the others
@@ -497,25 +456,10 @@ class DistanceLoss(Objective, name="distances"):
         """See `Slot`."""
         return "images that distances are taken between"
 
-    @property
-    def uses_cls(self) -> bool:
-        """See `Objective`."""
-        return True
-
-    def pairs(
-        self,
-        state: Any,
-        pairs: Sequence[Pair],
-        student: StudentOutput,
-        teachers: Sequence[TeacherOutput],
-        visible: Bool[Tensor, "B N"],
-    ) -> Compared:
+    def cls_pair(self, state: Any, pair: Pair) -> Pair:
         """Distances between all images of the whole batch."""
-        found = []
-        for pair in map(cls_pair, pairs):
-            ours, theirs = (relative_distances(rows_of_all(side[:, 0])).unsqueeze(1) for side in pair[:2])
-            found.append(pair._replace(prediction=ours, target=theirs))
-        return found, torch.stack([pair.valid for pair in found]).any(dim=0)
+        ours, theirs = (relative_distances(rows_of_all(side[:, 0])).unsqueeze(1) for side in pair[:2])
+        return pair._replace(prediction=ours, target=theirs)
 
     def distance_of(self, pair: Pair) -> Float[Tensor, "B n"]:
         """See `Objective`; mean over the other images."""
@@ -531,11 +475,6 @@ def check_distance(name: str) -> None:
     """Raise ValueError if there is no such distance."""
     if name not in DISTANCES:
         raise ValueError(f"no distance {name!r}; {hint(name, DISTANCES)}")
-
-
-def cls_pair(pair: Pair) -> Pair:
-    """The class token of a pair."""
-    return Pair(*(part[:, :1] for part in pair))
 
 
 def kl_student_teacher(student: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -36,8 +36,6 @@ from comad.runtime.spelling import hint
 ENDINGS = (".parquet", ".npy")
 PART_IMAGES = 4096
 """Images whose features are written at once: what a killed run loses at most."""
-TELL_EVERY = 5.0
-"""Seconds between two lines of progress."""
 COLUMNS = ("path", "split", "label", "coarse")
 
 
