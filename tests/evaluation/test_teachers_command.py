@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,15 +147,13 @@ def test_every_block_is_scored_as_a_teacher_read_there_in_one_pass(teacher_specs
     assert "no block is surely better" in report or ":depth=1" in report
 
 
-def test_a_block_that_is_surely_better_is_named():
-    labels = torch.arange(40) % 4
-    known = {"patch": torch.eye(4)[labels]}
-    noise = {"patch": draw(40, 4)}
+def test_a_block_that_is_surely_better_is_named(labelled_folder):
+    splits = load_images(str(labelled_folder))
+    splits, labels = splits._replace(val=splits.train), splits.train.labels["fine"]
+    known, noise = {"patch": torch.eye(3)[labels]}, {"patch": draw(len(labels), 4)}
     seen = inspection.Seen(noise["patch"], noise, (known, noise), torch.empty(0))
-    part = SimpleNamespace(labels={"fine": labels}, groups=torch.arange(40), name="x")
-    splits, looked = SimpleNamespace(train=part, val=part), inspection.Looked(torch.arange(40), torch.arange(40))
-    last = torch.zeros(40, dtype=torch.bool)
-    lines = inspection._by_block(seen, seen, splits, looked, last)
+    looked = inspection.Looked(torch.arange(len(labels)), torch.arange(len(labels)))
+    lines = inspection._by_block(seen, seen, splits, looked, torch.zeros(len(labels), dtype=torch.bool))
     assert lines[0].split() == ["block", "1", "100.0", "%"]
     assert lines[-1].startswith("  block 1 is better than the last by 100.0 points") and ":depth=1" in lines[-1]
 
