@@ -89,7 +89,8 @@ def test_the_command_chooses_for_a_folder_and_options_count(labelled_folder: Pat
     assert (config.optim.epochs, config.student.image_size, config.student.patch_size) == (3, 32, None)
     config = parse_distillation([*data, "--student", "vit_small_patch14_dinov2"])
     assert config.student.image_size == 224
-    assert parse_distillation(["--data", "stamps"]) == recipe("consensus", demo=True)
+    assert parse_distillation(["--data", "stamps"]) == recipe("comad", demo=True)
+    assert config.preset == "consensus"
 
 
 def test_what_was_chosen_is_said_when_the_run_begins(

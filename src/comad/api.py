@@ -37,7 +37,6 @@ from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
-from comad.presets import DEFAULT
 from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
@@ -50,7 +49,7 @@ def distill(
     data: Any = "stamps",
     teachers: Sequence[str | Path | nn.Module | Teacher] | str | Path | nn.Module | Teacher = (),
     student: str | VitConfig | nn.Module | None = None,
-    preset: str = DEFAULT,
+    preset: str | None = None,
     out: str | Path = "runs/distill",
     method: Method | None = None,
     **overrides: Any,
@@ -64,7 +63,7 @@ def distill(
             those of the bundled set.
         student: a name as on the command line, a `VitConfig`, or a module, which is trained in place: a model of timm
             (without a head), of torchvision or of transformers, or your own, see docs/adding.md.
-        preset: a key of `comad.METHODS`.
+        preset: a key of `comad.METHODS`; None: ``consensus``, and ``comad`` for the bundled pictures.
         out: folder of the run.
         method: what fills the slots, in the place of the preset's.
         overrides: any option of `comad distill` by its name: ``epochs=10``, ``batch_size=64``, ``image_size=96``,
@@ -95,7 +94,7 @@ def distill(
     if method is not None:
         if not isinstance(method, Method):
             raise ValueError(f"{method!r} is no method; pass one of comad.METHODS, or a preset by its name.")
-        config = config.with_method(method, preset)
+        config = config.with_method(method, config.preset)
     module = student if isinstance(student, nn.Module) else None
     if student is not None:
         config = replace(config, student=_student_config(student, config.student))
@@ -335,7 +334,9 @@ def pretrain(method: str, data: str | Path = "stamps", out: str | Path | None = 
     return folder
 
 
-def plan(data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str = DEFAULT, **overrides: Any) -> Plan:
+def plan(
+    data: str | Path = "stamps", teachers: Sequence[str] = (), preset: str | None = None, **overrides: Any
+) -> Plan:
     """What a distillation will cost, measured by a few of its steps, as `comad plan` does. Nothing is left behind.
 
     Args:

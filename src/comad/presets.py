@@ -322,8 +322,8 @@ METHODS: dict[str, Method] = {
     "gram": GRAM,
 }
 
-DEFAULT = "consensus"
-"""Of every command that is not told another; `comad` is the paper's method, repaired."""
+DEFAULT, DEFAULT_OF_DEMO = "consensus", "comad"
+"""What is taken if no preset is named: on own images, and on the bundled pictures (docs/results.md)."""
 
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
@@ -351,13 +351,13 @@ RENAMED = {"siglino-like": "siglino"}
 """Presets of before → their names of today."""
 
 
-def recipe(preset: str, demo: bool) -> DistillConfig:
-    """A preset in the demo's or the paper's recipe.
+def recipe(preset: str | None, demo: bool) -> DistillConfig:
+    """A preset in the demo's or the paper's recipe; None: the default one.
 
     Raises:
         ValueError: no such preset.
     """
-    preset = RENAMED.get(preset, preset)
+    preset = (DEFAULT_OF_DEMO if demo else DEFAULT) if preset is None else RENAMED.get(preset, preset)
     if preset not in METHODS:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]

@@ -132,7 +132,7 @@ def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> Di
         config = read_distillation(Path(recipe))
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
-    return presets.recipe(preset or presets.DEFAULT, demo=not own_data)
+    return presets.recipe(preset, demo=not own_data)
 
 
 def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:
@@ -213,7 +213,8 @@ def choices_help() -> str:
     return "\n".join(
         (
             "",
-            f"--preset {{{','.join(presets.METHODS)}}}: a published method, whose values the options change.",
+            f"--preset {{{','.join(presets.METHODS)}}}: a method, whose values the options change; left out: "
+            f"{presets.DEFAULT}, and {presets.DEFAULT_OF_DEMO} for the bundled pictures.",
             f"--recipe-of {{{','.join(PUBLISHED)}}}: the published optimiser settings of that method.",
             "--recipe FILE.yaml: a recorded run, whose values the options change.",
             "--student NAME: an architecture; several times, for several students that share the teachers' passes,",
