@@ -146,7 +146,7 @@ def test_each_trains_alone(name, small_distillation, capsys):
         (["--plugin", __file__.replace(".py", ".txt")], "no plugin"),
         (["--preset=comad", "--objectives.token=none", "--objectives.spatial=none"], "no objective has a weight"),
         (["--objectives.tokens=none"], "no objective 'tokens' to take away"),
-        (["--fusion=mean", "--masking.mask-ratio=0.8"], "no option of masking 'none'; choose --masking superset|"),
+        (["--preset=consensus", "--masking.mask-ratio=0.8"], "no option of masking 'none'; choose --masking superset|"),
         (["--preset=comad", "--fusion.power", "2"], "no option of fusion 'gate'; choose --fusion consensus"),
     ],
 )
