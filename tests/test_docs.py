@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -15,7 +16,6 @@ import yaml
 import comad
 from comad import api, cli, recipes
 from comad.distillation.results import DistillResult
-from comad.exporting import command, source
 from comad.presets import recipe as preset_recipe
 from comad.runtime import completion
 
@@ -155,9 +155,11 @@ def test_python_calls_functions_as_they_are(monkeypatch: pytest.MonkeyPatch):
     assert all(hasattr(DistillResult, name) for name in ("student", "transform"))
 
     program, calls = blocks(TEXTS[DOCS / "export.md"], "python")
-    for name in ("export_model", "export_classifier"):
-        monkeypatch.setattr(command, name, create_autospec(getattr(command, name)))
-    monkeypatch.setattr(source, "load_source", create_autospec(source.load_source))
+    for module, names in re.findall(r"^from (comad\.\S+) import (.*)$", calls, flags=re.MULTILINE):
+        for name in names.split(", "):
+            monkeypatch.setattr(f"{module}.{name}", create_autospec(getattr(importlib.import_module(module), name)))
+    for name in re.findall(r"^comad\.(\w+)\(", calls, flags=re.MULTILINE):
+        monkeypatch.setattr(comad, name, create_autospec(getattr(comad, name)), raising=False)
     exec(calls, {"backbone": object(), "head": object(), "splits": object()})
     compile(program, "export.md", "exec")
 
