@@ -181,7 +181,7 @@ def test_the_example_of_an_evaluation_is_on_the_board_of_its_command(
     labels = {part: np.arange(40) % 4 for part in ("train", "val", "test")}
     rows = {part: generator.normal(size=(40, 6)) + np.eye(6)[known] for part, known in labels.items()}
     pools = {"noise": generator.normal(size=(40, 6)), "cls": rows["train"]}
-    parts = [pools, *({"noise": pools["noise"], "cls": rows[part]} for part in ("val", "test"))]
+    parts = [pools, *({"noise": generator.normal(size=(40, 6)), "cls": rows[part]} for part in ("val", "test"))]
     features = FeatureSplits(
         *(
             Features(

@@ -136,7 +136,7 @@ def test_every_block_is_scored_as_a_teacher_read_there_in_one_pass(teacher_specs
     for part in splits[:3]:
         load = part.load
         monkeypatch.setattr(part, "load", lambda i, s=0, p=part, load=load: read.append((p.name, i)) or load(i, s))
-    monkeypatch.setattr(inspection, "load_images", lambda data: splits)
+    monkeypatch.setattr(InspectConfig, "load_images", lambda self: splits)
     report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
     assert len(read) == 2 * len(set(read)) == 2 * (len(splits.train) + len(splits.val))  # the network, random weights
     found = dict(re.findall(r"  (block \d) +([\d.]+) %", report))
@@ -246,8 +246,8 @@ def test_the_test_part_is_never_read(teacher_specs, labelled_folder, monkeypatch
     for part in splits[:3]:
         load = part.load
         monkeypatch.setattr(part, "load", lambda i, s=0, p=part, load=load: read.append(p.name) or load(i, s))
-    for module in (inspection, comparison):
-        monkeypatch.setattr(module, "load_images", lambda data: splits)
+    for kind in (InspectConfig, CompareConfig):
+        monkeypatch.setattr(kind, "load_images", lambda self: splits)
     inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
     compare(CompareConfig(teachers=teacher_specs, data=str(labelled_folder), image_size=32))
     assert {name.split("/")[1] for name in read} == {"train", "val"}
@@ -475,7 +475,8 @@ def test_the_commands_from_end_to_end(capsys, teacher_specs, labelled_folder):
 def test_inspect_says_at_once_what_it_does(capsys, teacher_specs, labelled_folder, monkeypatch):
     told = []
     monkeypatch.setattr(inspection, "say", told.append)
-    monkeypatch.setattr(inspection, "load_images", lambda data: told.append("images") or load_images(data))
+    load = InspectConfig.load_images
+    monkeypatch.setattr(InspectConfig, "load_images", lambda self: told.append("images") or load(self))
     report = inspect(InspectConfig(teacher=teacher_specs[0], data=str(labelled_folder), image_size=16))
     assert told[0].startswith("reading ") and told[1] == "images"
     assert any(line.startswith("kNN: ") for line in told) and "kNN on" in report
