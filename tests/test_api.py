@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 import comad
 from comad.models.teachers import load_teacher
 from comad.runtime.checkpoint import checkpoints
+from comad.runtime.run import RunConfig
 
 STUDENT = comad.VitConfig(image_size=16, patch_size=4, width=12, depth=2, heads=2)
 Distil = Callable[..., "comad.DistillResult"]
@@ -105,7 +106,7 @@ def test_everything_an_object(distil: Distil):
         "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, mlp_ratio=2.0
     )
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    named = load_teacher(networks()[0], name="mine", dtype=torch.bfloat16)
+    named = load_teacher(networks()[0], name="mine", dtype=RunConfig().autocast or torch.float32)
     result = distil(
         teachers=[named, networks()[1], "vit_tiny_patch16_224:random:size=32"], student=student, split="val"
     )

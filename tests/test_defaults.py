@@ -90,7 +90,22 @@ def test_the_command_chooses_for_a_folder_and_options_count(labelled_folder: Pat
     config = parse_distillation([*data, "--student", "vit_small_patch14_dinov2"])
     assert config.student.image_size == 224
     assert parse_distillation(["--data", "stamps"]) == recipe("comad", demo=True)
-    assert config.preset == "consensus"
+
+
+@pytest.mark.parametrize(
+    ("student", "preset"),
+    [
+        ("vit_tiny_patch16_224", "comad"),
+        ("vit_small_patch14_dinov2.lvd142m", "comad"),
+        ("mobilenetv3_small_100", "consensus"),
+        ("torchvision:resnet18", "consensus"),
+        ("swin_tiny_patch4_window7_224", "consensus"),
+    ],
+)
+def test_the_method_goes_by_the_kind_of_student_unless_it_is_named(student, preset):
+    assert parse_distillation(["--student", student]).preset == preset
+    assert parse_distillation(["--student.name", student]).preset == preset
+    assert parse_distillation(["--student", student, "--preset", "mean"]).preset == "mean"
 
 
 def test_what_was_chosen_is_said_when_the_run_begins(

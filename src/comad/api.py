@@ -37,6 +37,7 @@ from comad.models.teachers import Teacher, load_on_grid, load_teacher
 from comad.planning.budget import within_budget
 from comad.planning.distillation import plan_distillation
 from comad.planning.forecast import Plan
+from comad.presets import IMAGES, default_for
 from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
@@ -63,7 +64,8 @@ def distill(
             those of the bundled set.
         student: a name as on the command line, a `VitConfig`, or a module, which is trained in place: a model of timm
             (without a head), of torchvision or of transformers, or your own, see docs/adding.md.
-        preset: a key of `comad.METHODS`; None: ``consensus``, and ``comad`` for the bundled pictures.
+        preset: a key of `comad.METHODS`; None: ``comad`` for a plain Vision Transformer as the student, ``consensus``
+            for other networks.
         out: folder of the run.
         method: what fills the slots, in the place of the preset's.
         overrides: any option of `comad distill` by its name: ``epochs=10``, ``batch_size=64``, ``image_size=96``,
@@ -86,7 +88,7 @@ def distill(
         torch.Size([1, 96])
     """
     bundled = isinstance(data, str) and data == "stamps"
-    config = preset_recipe(preset, demo=bundled)
+    config = preset_recipe(preset or _default_for(student), demo=bundled)
     config = replace(config, data=str(data) if isinstance(data, str | Path) else f"own {type(data).__name__}")
     specs = _listed(teachers)
     names = tuple(spec for spec in specs if isinstance(spec, str))
@@ -107,6 +109,16 @@ def distill(
     result = run_distillation(within_budget(config, inputs), inputs)
     assert result is not None, "only the first of several processes has a result"
     return result
+
+
+def _default_for(student: Any) -> str:
+    """The preset for a student that may be a name, a config, a module, or left out."""
+    if isinstance(student, Mapping):
+        student = student.get("name")
+    if isinstance(student, nn.Module):
+        return "comad" if isinstance(student, VisionTransformer) else "consensus"
+    name = getattr(student, "name", student)
+    return default_for(name if isinstance(name, str) and name else IMAGES.student.name)
 
 
 def _listed(teachers: Any) -> list[Any]:
@@ -348,6 +360,7 @@ def plan(
     Raises:
         ValueError: see `distill`.
     """
+    preset = preset or _default_for(overrides.get("student"))
     config = replace(preset_recipe(preset, demo=str(data) == "stamps"), data=str(data))
     config = replace(config, teachers=tuple(teachers) or config.teachers)
     if str(data) != "stamps":

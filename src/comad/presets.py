@@ -26,7 +26,7 @@ from comad.distillation.objectives import (
     QueueLoss,
     RelationLoss,
 )
-from comad.models.students import VitConfig
+from comad.models.students import VitConfig, is_plain
 from comad.runtime.optim import OptimConfig
 from comad.runtime.run import RunConfig
 from comad.runtime.spelling import hint
@@ -322,9 +322,6 @@ METHODS: dict[str, Method] = {
     "gram": GRAM,
 }
 
-DEFAULT, DEFAULT_OF_DEMO = "consensus", "comad"
-"""What is taken if no preset is named: on own images, and on the bundled pictures (docs/results.md)."""
-
 DEMO = DistillConfig(
     student=VitConfig(image_size=48, patch_size=8, width=96, depth=6, heads=3),
     optim=OptimConfig(epochs=16.0, batch_size=128, base_lr=3e-3, warmup_epochs=1.0),
@@ -351,13 +348,18 @@ RENAMED = {"siglino-like": "siglino"}
 """Presets of before → their names of today."""
 
 
-def recipe(preset: str | None, demo: bool) -> DistillConfig:
-    """A preset in the demo's or the paper's recipe; None: the default one.
+def default_for(student: str) -> str:
+    """The preset that is taken if none is named, by the student: what was better for its kind (docs/results.md)."""
+    return "comad" if is_plain(student) else "consensus"
+
+
+def recipe(preset: str, demo: bool) -> DistillConfig:
+    """A preset in the demo's or the paper's recipe.
 
     Raises:
         ValueError: no such preset.
     """
-    preset = (DEFAULT_OF_DEMO if demo else DEFAULT) if preset is None else RENAMED.get(preset, preset)
+    preset = RENAMED.get(preset, preset)
     if preset not in METHODS:
         raise ValueError(f"no preset {preset!r}; {hint(preset, METHODS)}")
     method = METHODS[preset]

@@ -105,7 +105,8 @@ def take_defaults(
     preset, recipe, students = pop_flag(rest, "--preset"), pop_flag(rest, "--recipe"), pop_all(rest, "--student")
     recipe_of = pop_flag(rest, "--recipe-of")
     preset, recipe_of = (presets.RENAMED.get(name, name) if name else name for name in (preset, recipe_of))
-    default = base or _default(preset, recipe, rest)
+    student = students[0] if students else get_flag(rest, "--student.name") or presets.IMAGES.student.name
+    default = base or _default(preset, recipe, rest, student)
     load_plugins(default.plugin)
     resumed = None if base or recipe else resumed_recipe(read_distillation, rest, default.run.out)
     if resumed is not None:
@@ -127,12 +128,12 @@ def take_defaults(
     return rest, students, replace(default, method=method, plugin=(*default.plugin, *plugins))
 
 
-def _default(preset: str | None, recipe: str | None, arguments: list[str]) -> DistillConfig:
+def _default(preset: str | None, recipe: str | None, arguments: list[str], student: str) -> DistillConfig:
     if recipe:
         config = read_distillation(Path(recipe))
         return config.with_method(presets.recipe(preset, demo=True).method, preset) if preset else config
     own_data = pop_flag(list(arguments), "--data") not in (None, "stamps")
-    return presets.recipe(preset, demo=not own_data)
+    return presets.recipe(preset or presets.default_for(student), demo=not own_data)
 
 
 def fitted(config: DistillConfig, arguments: Sequence[str], data: Any = None) -> DistillConfig:
@@ -213,8 +214,8 @@ def choices_help() -> str:
     return "\n".join(
         (
             "",
-            f"--preset {{{','.join(presets.METHODS)}}}: a method, whose values the options change; left out: "
-            f"{presets.DEFAULT}, and {presets.DEFAULT_OF_DEMO} for the bundled pictures.",
+            f"--preset {{{','.join(presets.METHODS)}}}: a method, whose values the options change; left out: comad for "
+            "a plain Vision Transformer as the student, consensus for other networks.",
             f"--recipe-of {{{','.join(PUBLISHED)}}}: the published optimiser settings of that method.",
             "--recipe FILE.yaml: a recorded run, whose values the options change.",
             "--student NAME: an architecture; several times, for several students that share the teachers' passes,",

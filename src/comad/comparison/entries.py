@@ -138,7 +138,7 @@ def _subset(config: CompareConfig, names: str) -> tuple[str, ...]:
 
 def _reference(config: CompareConfig, entries: Sequence[ComparisonRow]) -> ComparisonRow:
     """The row of that name, else of the default preset, `comad` or the first; of several the one with most teachers."""
-    names = [config.reference] if config.reference else [OURS.get(config.ablation), presets.DEFAULT, "comad"]
+    names = [config.reference] if config.reference else [OURS.get(config.ablation), "consensus", "comad"]
     rows = ([entry for entry in entries if name in (entry.label, entry.preset)] for name in names)
     found = next(filter(None, rows), [])
     if not found and config.reference:
