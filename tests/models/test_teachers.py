@@ -136,10 +136,6 @@ def test_folder_that_is_not_whole_is_refused(tmp_path: Path):
     refusal(str(folder), "no config.json")
 
 
-def test_pooled_network_without_token_norm_is_refused(tmp_path: Path):
-    refusal(str(export(tmp_path / "ours", global_pool="avg")), "pooling")
-
-
 # --- timm names
 
 
