@@ -16,7 +16,8 @@ from comad import api
 from comad.data.images import ImageSet
 from comad.data.load import load_images
 from comad.data.loader import evaluation_batches
-from comad.distillation import distiller, setup
+from comad.distillation import distiller
+from comad.distillation.config import DistillConfig
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 SMALL = {
@@ -86,7 +87,9 @@ def test_example_of_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stamps = load_images("stamps")
     image, parts = stamps.val.pil(0), {"train": 400, "val": 40, "test": 40}
     few = load_images({name: Labelled(getattr(stamps, name), count) for name, count in parts.items()})
-    monkeypatch.setattr(setup, "load_images", lambda data: few if data == "stamps" else pytest.fail(data))
+    monkeypatch.setattr(
+        DistillConfig, "load_images", lambda self: few if self.data == "stamps" else pytest.fail(self.data)
+    )
     assert examples(api.distill, folder=tmp_path, image=image) == 4
 
 
