@@ -54,6 +54,18 @@ _TINYMIM = Published(
     jitter=0.4,
 )
 
+_UNIC = replace(
+    _MAE,
+    epochs=200.0,
+    batch_size=512,
+    base_lr=3e-4,
+    warmup_epochs=10.0,
+    weight_decay=0.03,
+    betas=(0.9, 0.99),
+    min_lr=1e-6 / 6e-4,
+)
+"""DUNE's are near it."""
+
 PUBLISHED: dict[str, Published] = {
     **{name: _PAPER for name in METHODS if name == "mean" or name.startswith("comad")},
     **dict.fromkeys(("tinymim", "m-tinymim", "tinymim-feat"), _TINYMIM),
@@ -72,33 +84,14 @@ PUBLISHED: dict[str, Published] = {
     ),
     "unic": Published(
         source="main_unic.py and README.md of github.com/naver/unic, on 4 GPUs",
-        optim=replace(
-            _MAE,
-            epochs=200.0,
-            batch_size=512,
-            base_lr=3e-4,
-            warmup_epochs=10.0,
-            weight_decay=0.03,
-            betas=(0.9, 0.99),
-            min_lr=1e-6 / 6e-4,
-        ),
+        optim=_UNIC,
         crop_scale=(0.08, 1.0),
         jitter=0.4,
         drop_path=0.1,
     ),
     "dune": Published(
         source="main_dune.py and README.md of github.com/naver/dune, its first stage, on 4 GPUs",
-        optim=replace(
-            _MAE,
-            epochs=100.0,
-            batch_size=512,
-            base_lr=3e-4,
-            warmup_epochs=20.0,
-            weight_decay=0.03,
-            betas=(0.9, 0.99),
-            clip=1.0,
-            min_lr=1e-6 / 6e-4,
-        ),
+        optim=replace(_UNIC, epochs=100.0, warmup_epochs=20.0, clip=1.0),
         crop_scale=(0.4, 1.0),
         jitter=0.4,
     ),

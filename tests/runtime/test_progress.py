@@ -6,7 +6,7 @@ import pytest
 
 from comad.cli import main
 from comad.runtime import log, progress
-from comad.runtime.progress import quiet, say, say_next, track, warn, working
+from comad.runtime.progress import Working, quiet, say, say_next, track, warn
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ def later(monkeypatch):
 
 def test_what_is_quick_is_not_told(capsys):
     assert list(track(range(5), "counting", "things")) == [0, 1, 2, 3, 4]
-    with working("thinking"):
+    with Working("thinking"):
         pass
     assert capsys.readouterr().err == ""
 
@@ -39,7 +39,7 @@ def test_what_takes_long_is_told_in_lines(capsys, later):
 def test_one_long_thing_is_told_by_a_timer(monkeypatch, within):
     monkeypatch.setattr(progress, "SILENCE", 0.05)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with within(60), working("compiling"):
+    with within(60), Working("compiling"):
         while "\n" not in sys.stderr.getvalue():
             time.sleep(0.01)
     first, last = sys.stderr.getvalue().splitlines()
@@ -47,7 +47,7 @@ def test_one_long_thing_is_told_by_a_timer(monkeypatch, within):
 
 
 def test_an_unknown_number_is_counted(capsys, later):
-    with working("indexing", unit="files") as told:
+    with Working("indexing", unit="files") as told:
         told.advance(1200)
         told.advance(1)
     assert "indexing: 1,201 files\n" in capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_a_terminal_has_bars_that_go_away(monkeypatch, no_color):
     monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     monkeypatch.setattr(progress, "DRAWN", -1.0)
-    with working("outer", 2, "runs") as outer:
+    with Working("outer", 2, "runs") as outer:
         for _ in range(2):
             list(track(range(3), "scoring", "images"))
             outer.advance(note="loss 0.5")

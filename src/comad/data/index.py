@@ -19,7 +19,7 @@ import numpy as np
 
 from comad.data.decoding import endings
 from comad.data.identity import normalised
-from comad.runtime.progress import working
+from comad.runtime.progress import Working
 
 SYSTEM_FOLDERS = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "#recycle"}
 SYSTEM_FOLDERS |= {"@recycle", "#snapshot", "@recently-snapshot", "_gsdata_", "thumbnails"}
@@ -94,7 +94,7 @@ def index_folder(root: Path) -> FolderIndex:
     stored = _read_index(root, cache)
     if stored is not None:
         return stored
-    with working(f"indexing {root}", unit="files") as told:
+    with Working(f"indexing {root}", unit="files") as told:
         walk = _Walk(root, told)
         files = PathTable(walk.files())
     index = FolderIndex(files, dict(walk.left_out.most_common()), sorted(walk.ignored))
@@ -124,7 +124,7 @@ class _Walk:
         left_out, ignored: see `FolderIndex`.
     """
 
-    def __init__(self, root: Path, told: working):
+    def __init__(self, root: Path, told: Working):
         self.root, self.told = root, told
         self.folders: dict[str, int] = {}
         self.left_out: Counter[str] = Counter()

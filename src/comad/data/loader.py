@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from comad.data.images import DECODED_FOR, ImageSet, UnreadableImageError
 from comad.data.transforms import evaluation_view
 from comad.runtime.options import COMMON, NO_EFFECT
-from comad.runtime.progress import show, working
+from comad.runtime.progress import Working, show
 
 AHEAD = 4
 """Batches that each process reads ahead."""
@@ -335,7 +335,7 @@ def evaluation_views(
     workers = wanted if has_shared_memory(ahead) else 0
     unreadable = 0
     batches = DataLoader(dataset, batch_size=batch_size, num_workers=workers, generator=torch.Generator())
-    with working(f"features of {images.name}", len(dataset), "images") as told:
+    with Working(f"features of {images.name}", len(dataset), "images") as told:
         for views, readable in batches:
             unreadable += int((~readable).sum())
             yield tuple(view.float().div_(255) for view in views)

@@ -15,7 +15,7 @@ from comad.data.images import SPLIT_NAMES, ImageSet, Splits
 from comad.data.load import DataConfig
 from comad.data.shards import CLASS_NAMES, load_shards
 from comad.runtime.atomic import replacing
-from comad.runtime.progress import working
+from comad.runtime.progress import Working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def _write_part(
 ) -> list[str]:
     """The shards of a part; returns the names of images that cannot be read."""
     left_out = []
-    with working(f"writing {part}", len(images), "images") as told:
+    with Working(f"writing {part}", len(images), "images") as told:
         for number, first in enumerate(range(0, len(images), per_shard)):
             rows = range(first, min(first + per_shard, len(images)))
             with tarfile.open(out / f"{part}-{number:06}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:

@@ -31,7 +31,7 @@ from comad.reporting.samples import SAMPLES, read_samples
 from comad.reporting.visuals import gate_images
 from comad.runtime.log import hours_of_training, open_trackers, read_log
 from comad.runtime.processes import together
-from comad.runtime.progress import working
+from comad.runtime.progress import Working
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.run import RunConfig
 
@@ -126,7 +126,7 @@ def _leave(
     if scores:
         fabric.print(board.table())
     folder, title, program = _export(trained, splits, teachers, board, fabric)
-    with working("images for the page"):
+    with Working("images for the page"):
         leave_samples(trained.distiller, teachers, splits, scores, out)
         _track(config.run, board)
     fabric.print(f"the run on a page, with curves, gate and features: {write_report([out])}")

@@ -30,7 +30,7 @@ from comad.evaluation.views import device, load_one, view_size
 from comad.models.backbone import Backbone
 from comad.models.teachers import Teacher
 from comad.runtime.atomic import replacing
-from comad.runtime.progress import working
+from comad.runtime.progress import Working
 from comad.runtime.spelling import hint
 
 ENDINGS = (".parquet", ".npy")
@@ -165,7 +165,7 @@ def embed_images(
         return Embedded(out, facts["rows"], facts["width"], facts["unreadable"], 0.0)
     parts = _open_parts(out, identity)
     rows = _Rows(splits)
-    with working("embedding", len(rows), "images") as told:
+    with Working("embedding", len(rows), "images") as told:
         for number, first in enumerate(range(0, len(rows), PART_IMAGES)):
             path = parts / f"{number:06}.npz"
             last = min(first + PART_IMAGES, len(rows))
@@ -300,7 +300,7 @@ def _encode_part(
     size: int,
     pool: str,
     config: EmbedConfig,
-    told: working,
+    told: Working,
 ) -> tuple[np.ndarray, np.ndarray]:
     features = np.empty((len(span), backbone.width), dtype=np.float32)
     readable = np.empty(len(span), dtype=bool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,13 +121,9 @@ class VitConfig:
         if not timm.is_model(self.name):
             refuse_unknown(self.name)
         arguments = self.arguments | ({"drop_path_rate": self.drop_path} if self.drop_path else {})
-        try:
+        remedy = "set another --student.image-size, and leave out --student.patch-size and --student.drop-path."
+        with told_of_network(f"{self.name} cannot be built like that", remedy):
             network = self._create(lambda: create_whole(self.name, self.pretrained, **arguments))
-        except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.name} cannot be built like that ({_first_line(error)}); set another --student.image-size, and "
-                "leave out --student.patch-size and --student.drop-path."
-            ) from error
         return to_be_trained(network, self.name, self.image_size)
 
     def build_vit(self, **extra: Any) -> TimmBackbone:
@@ -162,7 +160,9 @@ def is_plain(name: str) -> bool:
         with torch.device("meta"):
             create_vit(name, None)
         return True
-    except (ValueError, NotImplementedError, RuntimeError):  # some constructors compute with numbers
+    except ValueError:  # the answer of `create_vit`
+        return False
+    except (NotImplementedError, RuntimeError):  # on meta tensors; plain ones compute with no number of a tensor
         return False
 
 
@@ -188,13 +188,10 @@ def to_be_trained(module: nn.Module, name: str, image_size: int) -> Backbone:
         return module
     if type(module) is VisionTransformer:
         return vit_to_be_trained(module, name)
-    try:
-        return map_to_be_trained(*_as_features(module, image_size), image_size)
-    except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{name} cannot compute on {image_size} pixels ({_first_line(error)}); set another --student.image-size, "
-            "or name another network."
-        ) from error
+    features = _as_features(module, image_size)
+    remedy = "set another --student.image-size, or name another network."
+    with told_of_network(f"{name} cannot compute on {image_size} pixels", remedy):
+        return map_to_be_trained(*features, image_size)
 
 
 def _as_features(module: Any, image_size: int) -> tuple[nn.Module, Pixels]:
@@ -236,5 +233,15 @@ def map_to_be_trained(network: nn.Module, pixels: Pixels, image_size: int) -> Fe
     return backbone.train()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:160]
+@contextmanager
+def told_of_network(fault: str, remedy: str) -> Iterator[None]:
+    """Code of others, which says in its own ways that it cannot do what was asked: one line, with a remedy.
+
+    Raises:
+        ValueError: it could not.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
+        said = str(error).partition("\n")[0][:160]
+        raise ValueError(f"{fault} ({said}); {remedy}") from error

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from comad.runtime.atomic import naming, write_text
-from comad.runtime.progress import clock, on_terminal, say, show, warn, working
+from comad.runtime.progress import Working, clock, on_terminal, say, show, warn
 
 LINES = 10.0
 """Seconds between two lines of a run that is watched in a file."""
@@ -101,7 +101,7 @@ class RunLog:
         self.path = folder / "log.jsonl" if folder else None
         self.file = self.path.open("a", encoding="utf-8") if self.path else None
         self.trackers = open_trackers(folder, tensorboard, wandb) if folder else []
-        self.bar = working(f"{self.title}training", total_steps, "steps", lines=False)
+        self.bar = Working(f"{self.title}training", total_steps, "steps", lines=False)
         self.last_knn: float | None = None
         self.told = 0.0
 

@@ -1,6 +1,6 @@
 """What a command says while it works, the same way for every verb: what, how far, and how long it will take.
 
-    with working("scoring", len(networks), "networks") as told:
+    with Working("scoring", len(networks), "networks") as told:
         for network in networks:
             score(network)
             told.advance()
@@ -148,7 +148,7 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class working:  # noqa: N801 it reads as what is being done
+class Working:
     """Tell of one task, within its context.
 
     Args:
@@ -164,7 +164,7 @@ class working:  # noqa: N801 it reads as what is being done
         self.start = time.monotonic()
         self.told: float | None = None
 
-    def __enter__(self) -> working:
+    def __enter__(self) -> Working:
         if is_quiet():
             return self
         if on_terminal() and not (self.total or self.unit):
@@ -223,7 +223,7 @@ def track(items: Iterable[Item], what: str, unit: str, total: int | None = None)
     """Go through items and tell how far it is."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with working(what, total, unit) as told:
+    with Working(what, total, unit) as told:
         for item in items:
             yield item
             told.advance()
