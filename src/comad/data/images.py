@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comad.data.decoding import UnreadableImageError
+from comad.data.decoding import UnreadableImageError, decode_bytes, naming
 from comad.data.identity import fingerprint
 from comad.data.summary import Summary, summarise
 from comad.data.transforms import evaluation_view, paste
@@ -101,6 +101,31 @@ class ImageSet(ABC):
     def fingerprint(self) -> str:
         """Hash what the images are called, their sizes and their labels; the place of a folder does not matter."""
         return fingerprint(self)
+
+
+class PackedImages(ImageSet):
+    """Images within larger files, each read by its place.
+
+    Attributes:
+        files: what each image is called, or was called before it came there.
+        places: int64 (n, ...): where each lies.
+    """
+
+    files: Sequence[str]
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, index: int) -> str:
+        """See `ImageSet.key`."""
+        return self.files[index]
+
+    def load(self, index: int, min_side: int = 0) -> Tensor:
+        """See `ImageSet.load`."""
+        content = self.content(index)
+        with naming(self.path(index)):
+            return decode_bytes(content, min_side)
 
 
 class Source(NamedTuple):

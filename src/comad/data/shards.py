@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comad.data.decoding import MAX_BYTES, decode_bytes, endings, naming
-from comad.data.images import ImageSet, Splits
+from comad.data.decoding import MAX_BYTES, endings, naming
+from comad.data.images import PackedImages, Splits
 from comad.data.index import PathTable, cache_file
 from comad.data.parts import LabelOptions, Labels, Listing, divide, labels_of, part_of
 from comad.runtime.progress import track
@@ -32,7 +32,7 @@ CLASS_NAMES = "classnames.txt"
 """Beside tar files: the names of the numbers in ``.cls``, one a line."""
 
 
-class ShardImages(ImageSet):
+class ShardImages(PackedImages):
     """Images in shards, read by their place in them: any order, no state, as quick as files.
 
     Args:
@@ -53,16 +53,9 @@ class ShardImages(ImageSet):
         self.labels = labels
         self.groups = torch.arange(len(places))
 
-    def __len__(self) -> int:
-        return len(self.places)
-
     def path(self, index: int) -> str:
         """See `ImageSet.path`."""
         return f"{self.files[index]} in {self.shards[self.places[index, 0]]}"
-
-    def key(self, index: int) -> str:
-        """See `ImageSet.key`: shard and member, or what the image was called before it came there."""
-        return self.files[index]
 
     def content(self, index: int) -> bytes:
         """See `ImageSet.content`."""
@@ -75,12 +68,6 @@ class ShardImages(ImageSet):
                     os.posix_fadvise(file.fileno(), start, self.ahead, os.POSIX_FADV_WILLNEED)
                 file.seek(start)
                 return file.read(length) or b""
-
-    def load(self, index: int, min_side: int = 0) -> Tensor:
-        """See `ImageSet.load`."""
-        content = self.content(index)
-        with naming(self.path(index)):
-            return decode_bytes(content, min_side)
 
     def shard_numbers(self) -> np.ndarray:
         """See `ImageSet.shard_numbers`."""

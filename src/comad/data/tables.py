@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comad.data.decoding import MAX_BYTES, decode_bytes, naming
-from comad.data.images import ImageSet, Splits
+from comad.data.decoding import MAX_BYTES, naming
+from comad.data.images import ImageSet, PackedImages, Splits
 from comad.data.index import PathTable
 from comad.data.objects import IMAGE_KEYS, LABEL_KEYS
 from comad.data.parts import LABEL_SETS, LabelOptions, Labels, Listing, divide, labels_of, part_of
@@ -31,7 +31,7 @@ MAGIC = b"ARROW1"
 """At the start of arrow's file format; the other one is a stream."""
 
 
-class ParquetImages(ImageSet):
+class ParquetImages(PackedImages):
     """Images in parquet files, whose rows are packed in groups: an image costs the reading of its group.
 
     Args:
@@ -65,16 +65,9 @@ class ParquetImages(ImageSet):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}
 
-    def __len__(self) -> int:
-        return len(self.places)
-
     def path(self, index: int) -> str:
         """See `ImageSet.path`."""
         return f"row {self.files[index].rpartition('/')[2]} of {self.tables[self.places[index, 0]]}"
-
-    def key(self, index: int) -> str:
-        """See `ImageSet.key`: file and row."""
-        return self.files[index]
 
     def content(self, index: int) -> bytes:
         """See `ImageSet.content`."""
@@ -86,12 +79,6 @@ class ParquetImages(ImageSet):
             if not value or len(value) > MAX_BYTES:
                 raise ValueError(f"{len(value or b'')} bytes; an image has 1 to {MAX_BYTES}")
             return value
-
-    def load(self, index: int, min_side: int = 0) -> Tensor:
-        """See `ImageSet.load`."""
-        content = self.content(index)
-        with naming(self.path(index)):
-            return decode_bytes(content, min_side)
 
     def _group(self, table: int, group: int) -> Any:
         """The column of images of a row group; the last few are kept, by each process its own."""
