@@ -46,7 +46,8 @@ def command(labelled_folder, teacher_specs):
     def build(out, name, *more, size=64):
         sources = ["--preset=comad", "--data", str(labelled_folder), "--teachers", *teacher_specs]
         student = ["--student.name", name, f"--student.image-size={size}"]
-        return ["distill", *sources, *student, *SHORT, f"--run.out={out}", *more]
+        kept = f"--cache-folder={out}-outputs"  # of teachers: computed anew they may differ in the last bit
+        return ["distill", *sources, *student, *SHORT, kept, f"--run.out={out}", *more]
 
     return build
 

@@ -29,8 +29,8 @@ FORMAT = 3
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
 
 PASS_ROWS = {"cpu": 16, "cuda": 64}
-"""Samples in a pass of a teacher whose outputs are kept, always so many: the last bit of a matrix product may depend on
-how many rows it has, and so a run whose cache was lost in part computes the same as before."""
+"""Samples in a pass of a teacher whose outputs are kept, always so many: kernels and compiled teachers meet one shape.
+The last bit of an output may depend on its place in the pass; what was kept is read back as it was computed."""
 
 Storage = Literal["computed", "int8"]
 """Numbers as they were computed, or in 8 bits with one scale per token."""

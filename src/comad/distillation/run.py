@@ -34,7 +34,7 @@ from comad.runtime.options import identity_of
 from comad.runtime.processes import wait_for_all
 from comad.runtime.progress import say
 from comad.runtime.recipe import write_recipe
-from comad.runtime.run import Metrics, RunConfig, first_for_all, start_fabric
+from comad.runtime.run import Metrics, RunConfig, check_free, first_for_all, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -51,6 +51,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         Interrupted: a signal came; a checkpoint is written.
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
+    check_free(config.run)
     asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)

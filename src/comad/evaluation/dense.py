@@ -22,7 +22,7 @@ from comad.models.teachers import TeacherCard
 from comad.runtime.atomic import replacing, write_text
 from comad.runtime.optim import not_decayed
 from comad.runtime.options import identity_of
-from comad.runtime.run import Metrics, start_fabric
+from comad.runtime.run import Metrics, check_free, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 NUM_SAMPLES = 8
@@ -92,6 +92,7 @@ def run_dense(
         ValueError: see `comad.data.begin.begin_run` and ``prepare``.
         Interrupted: a signal came; a checkpoint is written.
     """
+    check_free(config.run)
     fabric = start_fabric(config.run, config.optim)
     job, batches, splits, card = prepare(config, fabric)
     with torch.random.fork_rng(devices=[]):  # one image, so that a scorer that fails does so before the training

@@ -38,6 +38,7 @@ def finetune(config: FinetuneConfig) -> str:
     """
     if not config.backbone:
         raise ValueError("name what to fine-tune: comad evaluate finetune BACKBONE --data FOLDER.")
+    check_free(config.run)
     splits = config.load_images()
     check(config, splits)
     teacher = load_one(config.backbone, config.data, config.image_size)

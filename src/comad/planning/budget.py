@@ -15,6 +15,7 @@ from comad.planning.profile import now
 from comad.recipes import read_distillation
 from comad.runtime.optim import OptimConfig
 from comad.runtime.processes import refuse_several
+from comad.runtime.run import check_free
 
 
 def within_budget(config: DistillConfig, inputs: Inputs | None = None) -> DistillConfig:
@@ -27,6 +28,7 @@ def within_budget(config: DistillConfig, inputs: Inputs | None = None) -> Distil
     """
     if config.budget:
         refuse_several(config.run.devices, "--budget")
+        check_free(config.run)
     recipe = Path(config.run.out) / "config.yaml"
     if config.budget and config.run.resume and recipe.is_file():
         known = read_distillation(recipe).optim

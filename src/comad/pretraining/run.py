@@ -27,7 +27,7 @@ from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.options import identity_of
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.recipe import flags
-from comad.runtime.run import start_fabric
+from comad.runtime.run import check_free, start_fabric
 from comad.runtime.trainer import Job, Trainer
 
 
@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         ValueError: bad data, a run folder in use, or a resume that does not fit.
         Interrupted: a signal came; a checkpoint is written.
     """
+    check_free(config.run)
     fabric = start_fabric(config.run, config.optim)
     fabric.seed_everything(config.run.seed, verbose=False)
     splits = config.load_images()

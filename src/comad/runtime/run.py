@@ -167,12 +167,13 @@ def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunC
             that is, no part has a checkpoint; with ``auto`` the run begins then.
     """
     out, runs = Path(run.out), [replace(run, out=str(Path(run.out, name))) for name in names]
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
+    held = check_free(run)
     found = [newest_checkpoint(Path(own.out) / "checkpoints") if run.resume else (None, []) for own in runs]
     faults = [fault for _, faults in found for fault in faults]
     begun = [path is not None for path, _ in found]
-    _check_folder(run, names, any(begun), faults)
+    _check_checkpoints(run, any(begun), faults)
+    if held and not any(begun) and not held & {*RUN_FILES, *names}:
+        raise ValueError(f"{run.out!r} holds something else than a run; pass --run.out for a new folder.")
     seen = [path and path.name for path, _ in found]
     if fabric.broadcast(seen) != seen:  # every process looks before one writes
         raise ValueError(f"{run.out!r} has other checkpoints here than on the first host; hosts must share it.")
@@ -185,8 +186,23 @@ def open_runs(run: RunConfig, names: Sequence[str], fabric: Fabric) -> list[RunC
     return [replace(own, resume=going_on) for own, going_on in zip(runs, begun, strict=True)]
 
 
-def _check_folder(run: RunConfig, names: Sequence[str], begun: bool, faults: Sequence[str]) -> None:
-    """Refuse a folder that is not the run's to write to."""
+def check_free(run: RunConfig) -> set[str]:
+    """Refuse a folder with something in it, before anything is loaded. Returns what is there, if it may be.
+
+    Raises:
+        ValueError: there is something, and ``resume`` is off; or it is a file.
+    """
+    out = Path(run.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
+    held = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    if held and not run.resume:
+        raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
+    return held
+
+
+def _check_checkpoints(run: RunConfig, begun: bool, faults: Sequence[str]) -> None:
+    """Refuse to resume what cannot be resumed."""
     if run.resume is True and not begun:
         if faults:
             raise ValueError(f"no checkpoint of {run.out!r} can be read: {' '.join(faults)}")
@@ -194,11 +210,6 @@ def _check_folder(run: RunConfig, names: Sequence[str], begun: bool, faults: Seq
             f"no checkpoint to resume in {run.out!r}; start without --run.resume, in a new folder, or pass "
             "--run.resume auto, which begins again."
         )
-    held = {path.name for path in Path(run.out).iterdir()} - {LOCK} if Path(run.out).exists() else set()
-    if held and not run.resume:
-        raise ValueError(f"{run.out!r} holds a run already; pass --run.resume to go on or --run.out for a new folder.")
-    if held and not begun and not held & {*RUN_FILES, *names}:
-        raise ValueError(f"{run.out!r} holds something else than a run; pass --run.out for a new folder.")
 
 
 def first_for_all(call: Callable[[], object], fabric: Fabric) -> None:
