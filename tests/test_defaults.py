@@ -76,6 +76,18 @@ def test_what_is_given_is_left_alone():
     assert "--optim.epochs" not in told(found, before, Images(6000, 300), CPU, given)
 
 
+@pytest.mark.parametrize("flag", ["--student", "--student.name"])
+def test_a_convolutional_student_has_the_size_and_rate_of_its_kind(labelled_folder: Path, monkeypatch, flag):
+    monkeypatch.setattr(recipes, "this_machine", lambda: CPU)
+    monkeypatch.setattr(defaults, "median_side", lambda images: 300)
+    data = [f"--data={labelled_folder}", "--teachers", "a=a.pth", flag]
+    for name in ("mobilenetv3_small_100", "convnext_atto"):
+        config = parse_distillation([*data, name])
+        assert (config.student.image_size, config.student.patch_size, config.optim.base_lr) == (96, None, 12e-3)
+    assert parse_distillation([*data, "vit_tiny_patch16_224"]).optim.base_lr == 1e-3
+    assert parse_distillation([*data, "mobilenetv3_small_100", "--optim.base-lr=1e-3"]).optim.base_lr == 1e-3
+
+
 def test_views_that_do_not_repeat_are_not_cached():
     assert not fit_to_data(recipe("c-radio", demo=False), Images(6000, 300), CPU).cache_teachers
 

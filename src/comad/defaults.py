@@ -15,6 +15,7 @@ import torch
 
 from comad.data.images import ImageSet
 from comad.distillation.config import DistillConfig
+from comad.models.students import is_plain
 
 SAMPLED = 16
 """Images that are opened to see how large they are."""
@@ -63,17 +64,17 @@ def fit_to_data(config: DistillConfig, images: ImageSet, machine: Machine, given
         given: options that are given, such as ``--optim.epochs``; what they have a say in is left alone.
     """
     count = max(1, len(images))
-    student, optim = config.student, config.optim
+    student, optim, plain = config.student, config.optim, is_plain(config.student.name)
     if not {*SIZE_FLAGS, "--student.pretrained"} & set(given):
         rows, largest = (14, 224) if machine.gpu else (8, 96)
         patch = max(2, min(largest, median_side(images)) // rows)
         if patch * rows != student.image_size:
-            student = replace(student, image_size=patch * rows, patch_size=patch)
+            student = replace(student, image_size=patch * rows, patch_size=patch if plain else None)
     batch = min(count, 256 if machine.gpu else 64, 2 ** int(math.log2(max(8, count / 16))))
     optim = replace(optim, batch_size=batch)
     if not machine.gpu and "--optim.epochs" not in given:
         epochs = float(min(100, max(10, round(120_000 / count))))
-        optim = replace(optim, epochs=epochs, warmup_epochs=max(1.0, epochs / 20), base_lr=1e-3)
+        optim = replace(optim, epochs=epochs, warmup_epochs=max(1.0, epochs / 20), base_lr=1e-3 if plain else 12e-3)
     views = 0
     if not machine.gpu and config.method.masking.repeats and not {*CACHE_FLAGS, *NEW_VIEWS} & set(given):
         views = 2 if 2 * ROW_BYTES * count * max(1, len(config.teachers) or 3) < machine.free / 4 else 0

@@ -172,6 +172,11 @@ def takes_size(name: str) -> bool:
     return bool(known and known.fixed_input_size)
 
 
+def any_size(name: str) -> bool:
+    """Whether it is timm's name of a network that takes images of any size."""
+    return timm.is_model(name) and not takes_size(name)
+
+
 def to_be_trained(module: nn.Module, name: str, image_size: int) -> Backbone:
     """A network as a student: a plain Vision Transformer of timm can leave out patches, others see whole images.
 
