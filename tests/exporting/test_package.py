@@ -181,6 +181,18 @@ def test_a_changed_weight_is_found(tmp_path):
         verify_export(backbone, folder)
 
 
+def test_rounding_of_large_features_is_no_change(tmp_path):
+    """Convolutions in another order of memory differ by parts of the largest feature, which may be large."""
+    network = timm.create_model("test_resnet", num_classes=0)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    torch.nn.init.constant_(norms[-1].weight, 1e5)
+    backbone = load_teacher(network.to(memory_format=torch.channels_last), 64, name="x").backbone
+    folder = export_backbone(
+        backbone, tmp_path / "export", model_args={}, card=replace(CARD, architecture="test_resnet")
+    )
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_a_failed_export_leaves_nothing_and_keeps_the_earlier_one(tmp_path):
     backbone = build()
     folder = export_backbone(backbone, tmp_path / "export", model_args=ARGS, card=CARD)

@@ -35,7 +35,7 @@ from comad.runtime.seal import sealed
 __all__ = ["ModelCard", "export_backbone", "programs_of", "verify_export", "write_timm"]
 
 TOLERANCE = 1e-4
-"""Largest absolute difference between the tokens of a float32 export and of the backbone."""
+"""Largest difference between the tokens of a float32 export and of the backbone, relative to the largest above 1."""
 HALF_TOLERANCE = 2e-2
 """Largest difference for a 16-bit export, relative to the largest token value."""
 
@@ -139,7 +139,7 @@ def verify_module(backbone: Backbone, folder: Path) -> None:
     with torch.inference_mode():
         expected, found = network(image).patches, again(image).patches
     difference = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    if not difference <= TOLERANCE:
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e}.")
 
 
@@ -195,7 +195,8 @@ def verify_export(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.f
         if isinstance(model, tuple(KINDS.values())) or graph.norm:  # what a user of timm gets by calling it
             pairs.append((pairs[0][0], model(pixels)))
     difference = max((a - b).abs().max().item() if a.shape == b.shape else float("inf") for a, b in pairs)
-    limit = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE * max(a.abs().max().item() for a, _ in pairs)
+    largest = max(a.abs().max().item() for a, _ in pairs)
+    limit = TOLERANCE * max(1.0, largest) if dtype == torch.float32 else HALF_TOLERANCE * largest
     if not difference <= limit:  # so that NaN fails too
         raise RuntimeError(f"the export at {folder} gives other tokens than the model: {difference:.2e} > {limit:.2e}.")
 
