@@ -1,6 +1,7 @@
 """A run on own images without options."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,15 +78,30 @@ def test_what_is_given_is_left_alone():
 
 
 @pytest.mark.parametrize("flag", ["--student", "--student.name"])
-def test_a_convolutional_student_has_the_size_and_rate_of_its_kind(labelled_folder: Path, monkeypatch, flag):
+def test_a_convolutional_student_has_the_size_of_this_machine(labelled_folder: Path, monkeypatch, flag):
     monkeypatch.setattr(recipes, "this_machine", lambda: CPU)
     monkeypatch.setattr(defaults, "median_side", lambda images: 300)
-    data = [f"--data={labelled_folder}", "--teachers", "a=a.pth", flag]
     for name in ("mobilenetv3_small_100", "convnext_atto"):
-        config = parse_distillation([*data, name])
+        config = parse_distillation([f"--data={labelled_folder}", "--teachers", "a=a.pth", flag, name])
         assert (config.student.image_size, config.student.patch_size, config.optim.base_lr) == (96, None, 12e-3)
-    assert parse_distillation([*data, "vit_tiny_patch16_224"]).optim.base_lr == 1e-3
-    assert parse_distillation([*data, "mobilenetv3_small_100", "--optim.base-lr=1e-3"]).optim.base_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "machine", "given", "rate"),
+    [
+        ("mobilenetv3_small_100", 6000, CPU, (), 3e-3),
+        ("mobilenetv3_small_100", 300, CPU, (), 0.75e-3),
+        ("mobilenetv3_small_100", 6000, GPU, (), 3e-3),
+        ("mobilenetv3_small_100", 6000, CPU, ("--student.pretrained",), 0.25e-3),
+        ("vit_tiny_patch16_224", 6000, CPU, (), 0.25e-3),
+        ("vit_tiny_patch16_224", 6000, GPU, (), 1.5e-4),
+    ],
+)
+def test_the_rate_of_a_step_goes_by_the_kind_of_student(name, count, machine, given, rate):
+    before = recipe("consensus", demo=False)
+    before = replace(before, student=before.student.called(name))
+    optim = fit_to_data(before, Images(count, 300), machine, given).optim
+    assert optim.base_lr * optim.batch_size / 256 == pytest.approx(rate)
 
 
 def test_views_that_do_not_repeat_are_not_cached():

@@ -21,6 +21,8 @@ SAMPLED = 16
 """Images that are opened to see how large they are."""
 ROW_BYTES = 3e5
 """Of one teacher's tokens of one view in a cache, about: 14 × 14 patches of 768 channels in bf16."""
+HIGHEST_RATE = 3e-3
+"""Learning rate of a network that is no plain ViT at batch 64 and more, chosen on photographs (docs/choosing.md)."""
 
 SIZE_FLAGS = ("--student.image-size", "--student.patch-size")
 CACHE_FLAGS = ("--cache-teachers", "--no-cache-teachers", "--loader.fixed-views")
@@ -55,7 +57,7 @@ def fit_to_data(config: DistillConfig, images: ImageSet, machine: Machine, given
 
     With a GPU it stays that of the paper, but for what few or small images forbid. On a CPU images have 96 pixels and
     8 × 8 patches, a run sees some 120,000 images, and teachers are asked twice per image if the disk has room for what
-    they say.
+    they say. A network from scratch that is no plain Vision Transformer has a higher learning rate on both.
 
     Args:
         config: the recipe of the paper, for a method.
@@ -74,7 +76,11 @@ def fit_to_data(config: DistillConfig, images: ImageSet, machine: Machine, given
     optim = replace(optim, batch_size=batch)
     if not machine.gpu and "--optim.epochs" not in given:
         epochs = float(min(100, max(10, round(120_000 / count))))
-        optim = replace(optim, epochs=epochs, warmup_epochs=max(1.0, epochs / 20), base_lr=1e-3 if plain else 12e-3)
+        optim = replace(optim, epochs=epochs, warmup_epochs=max(1.0, epochs / 20), base_lr=1e-3)
+    trained = student.pretrained or student.start or {"--student.pretrained", "--student.start"} & set(given)
+    if not (plain or trained):
+        known = 256 if "--optim.batch-size" in given else max(batch, 64)
+        optim = replace(optim, base_lr=256 * HIGHEST_RATE / known)
     views = 0
     if not machine.gpu and config.method.masking.repeats and not {*CACHE_FLAGS, *NEW_VIEWS} & set(given):
         views = 2 if 2 * ROW_BYTES * count * max(1, len(config.teachers) or 3) < machine.free / 4 else 0
