@@ -253,6 +253,11 @@ def hf_resnet():
     return transformers.ResNetModel(transformers.ResNetConfig(**shape))
 
 
+def hf_convnext() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4))
+
+
 def hf_dinov2():
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -264,6 +269,7 @@ MODULES = {
     "timm": lambda: timm.create_model("test_resnet", num_classes=0),
     "torchvision": lambda: torchvision.models.get_model("shufflenet_v2_x0_5"),
     "transformers-map": hf_resnet,
+    "transformers-map-and-norm": hf_convnext,
     "transformers-tokens": hf_dinov2,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -200,6 +201,12 @@ def test_any_other_file_is_read_by_a_function_of_ones_own(tmp_path: Path):
     assert "no file" in refusal(f"mine={tmp_path / 'other.py'}:network")
 
 
+def run_one_liner(message: str, file: Path, new: Path) -> None:
+    line = message[message.index("keep its tensors only: ") + 23 :].rstrip(".")
+    code = line.replace("NEW_FILE", repr(str(new))).replace("FILE", repr(str(file)))
+    subprocess.run([sys.executable, "-c", f"import torch; {code}"], check=True)
+
+
 class Holder:
     """An object that `torch.save` pickles whole."""
 
@@ -223,13 +230,29 @@ def test_one_liner_for_a_pickled_file_works(kind: str, tmp_path: Path):
     else:
         whole = {"module": network, "in a container": {"model": network, "args": Path()}}
         torch.save(whole.get(kind, {"state_dict": state, "args": Path()}), file)
-    message = refusal(f"dino={file}")
-    line = message[message.index("keep its tensors only: ") + 23 :].rstrip(".")
-    code = line.replace("NEW_FILE", repr(str(new))).replace("FILE", repr(str(file)))
-    subprocess.run([sys.executable, "-c", f"import torch; {code}"], check=True)
+    run_one_liner(refusal(f"dino={file}"), file, new)
     images = torch.rand(1, 3, SIZE, SIZE)
     found = load_teacher(f"dino={new}", SIZE).backbone(images).patches
     torch.testing.assert_close(found, load(tmp_path, state).backbone(images).patches)
+
+
+def test_one_liner_keeps_every_state_dict_and_the_average_is_taken(tmp_path: Path):
+    """As timm's train.py saves them, and as YOLO's does: whole modules."""
+    last = timm.create_model("vit_tiny_patch16_224")
+    averaged = timm.create_model("vit_tiny_patch16_224").eval()
+    scalars = {"epoch": 3, "args": argparse.Namespace(lr=1.0), "metric": 76.1}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1.0}]}
+    saved = {"state_dict": last.state_dict(), "state_dict_ema": averaged.state_dict(), "optimizer": optimizer}
+    for content in ({**scalars, **saved}, {**scalars, "model": last, "ema": averaged, "optimizer": optimizer}):
+        path = tmp_path / "model_best.pth.tar"
+        torch.save(content, path)
+        spec = f"vit_tiny_patch16_224.augreg_in21k={tmp_path / 'new.pth'}"
+        run_one_liner(refusal(f"mine={path}"), path, tmp_path / "new.pth")
+        images, backbone = torch.rand(1, 3, 224, 224), load_teacher(spec, 224).backbone
+        with torch.no_grad():
+            wanted = averaged.forward_features((images - backbone.pixel_mean) / backbone.pixel_std)[:, 1:]
+        torch.testing.assert_close(backbone(images).patches, wanted, atol=1e-4, rtol=1e-4)
+        (tmp_path / "new.pth").unlink()
 
 
 def test_only_broken_files_are_called_so(tmp_path: Path):

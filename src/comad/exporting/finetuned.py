@@ -20,6 +20,7 @@ from comad.exporting.source import Source, at_hand, load_source
 from comad.models.backbone import Backbone, Pool
 from comad.models.files import sha256_of
 from comad.models.teachers import Teacher
+from comad.runtime.run import check_free
 
 LABELS = "fine"
 """The label set whose head leaves."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from comad.models.formats import FORMATS, NAME_IT, Format, Layout, Weights
 from comad.models.networks import build_network, sincos_table, stored_size, width_of
 
-AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema")
-"""Containers of an exponential moving average, which is better than the weights beside it."""
-CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network")
+AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema", "target_encoder")
+"""Containers and prefixes of an exponential moving average, which is better than the weights beside it."""
+CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network", "encoder")
 PREFIXES = ("_orig_mod.", "module.", "teacher.backbone.", "teacher.", "backbone.", "model.", "wrapped_model._model.")
 """Of torch.compile, DDP, teachers and backbones of training scripts, Lightning, and LightlyTrain's exports."""
 MOST_WRAPPERS = 6
@@ -24,12 +26,9 @@ OWN_MODULE = (
     "write a file NET.py with a function that builds the network, loads this file and returns it, and pass "
     "NAME=NET.py:FUNCTION"
 )
-RESNETS: dict[tuple[int, ...], str] = {
-    (2, 2, 2, 2): "resnet18",
-    (3, 4, 6, 3): "resnet34",
-    (3, 4, 23, 3): "resnet101",
-    (3, 8, 36, 3): "resnet152",
-}
+ANY_TIMM = f"if it is of a timm model, pass TIMM_NAME.TAG=FILE, else {OWN_MODULE}"
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d")
+RESNETS += ("resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 
 
 class Checkpoint(NamedTuple):
@@ -90,7 +89,7 @@ def _unwrapped(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | No
         if isinstance(inner := content.get(name), Mapping) and inner:
             return inner, name
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
+    for prefix in (*(f"{name}." for name in AVERAGED), *PREFIXES):
         inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if inside and any("." in key for key in inside):
             return inside, prefix
@@ -102,16 +101,17 @@ def _match(content: Mapping[str, Any], source: str) -> Checkpoint | None:
     misplaced = None
     for name, layout in FORMATS.items():
         state: Any = content.get(layout.container) if layout.container else content
-        if layout.container and layout.positions not in ("learnt", "any") and not isinstance(state, Mapping):
+        bare = layout.container != "" and not isinstance(state, Mapping)
+        if bare and layout.positions not in ("learnt", "any"):
             state = content
-        if not _fits(layout, state):
+        if not _has_keys(layout, state):
             continue
         kept = [key for key in state if not key.startswith(layout.ignore)]
         weights = {key.removeprefix(layout.prefix): state[key] for key in kept}
         found = Checkpoint(source, name, _converted(layout, weights, f"{source}: taken for {name}"))
         if layout.refusal or _positions_problem(found) is None:
             return found
-        misplaced = misplaced or found
+        misplaced = misplaced if bare else misplaced or found
     return misplaced
 
 
@@ -148,7 +148,7 @@ def explained(what: str, function: Callable[[Weights], Any], weights: Weights) -
         raise ValueError(f"{what}: its tensors have other shapes; use an unmodified file.") from error
 
 
-def _fits(layout: Format, state: Any) -> bool:
+def _has_keys(layout: Format, state: Any) -> bool:
     """Whether a state dict has the keys of a format."""
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         return False
@@ -168,28 +168,43 @@ def _hint(content: Mapping[str, Any]) -> str:
             return "; a Hugging Face file needs its config.json beside it"
         if name := timm_name(state):
             return f"; pass {name}=FILE if it is of that timm model"
-    return f"; {OWN_MODULE}"
+    return f"; {ANY_TIMM}"
 
 
 def timm_name(state: Mapping[str, Any]) -> str | None:
     """A timm model that a state dict may be of, by its keys and shapes; to suggest, never to load."""
     shape = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-    if "visual.conv1.weight" in shape and "visual.class_embedding" in shape:
-        width, _, patch, *_ = shape["visual.conv1.weight"]
-        return f"vit_{_size(width)}_patch{patch}_clip_224.TAG"
+    clip = "visual." if "visual.class_embedding" in shape else ""
+    if f"{clip}class_embedding" in shape and f"{clip}conv1.weight" in shape:
+        width, _, patch, *_ = shape[f"{clip}conv1.weight"]
+        name = f"vit_{SIZES.get(width)}_patch{patch}_clip_224"
+        return f"{name}.TAG" if timm.is_model(name) else None
     if "layer4.0.conv1.weight" in shape and "conv1.weight" in shape:
-        numbers = [{key.split(".")[1] for key in shape if key.startswith(f"layer{part}.")} for part in (1, 2, 3, 4)]
-        depths = tuple(map(len, numbers))
-        bottleneck = "layer1.0.conv3.weight" in shape
-        return f"{'resnet50' if bottleneck and depths == (3, 4, 6, 3) else RESNETS.get(depths, 'resnet50')}.tv_in1k"
-    if "patch_embed.proj.weight" in shape and "blocks.0.attn.qkv.weight" in shape:
-        width, _, patch, *_ = shape["patch_embed.proj.weight"]
-        return f"vit_{_size(width)}_patch{patch}_224.TAG"
+        return next((f"{name}.tv_in1k" for name in RESNETS if _fits(name, shape)), None)
+    trunk = {key.removeprefix("visual.trunk."): x for key, x in shape.items() if key.startswith("visual.trunk.")}
+    shape = trunk or shape
+    if len(kernel := shape.get("patch_embed.proj.weight", ())) == 4 and kernel[0] in SIZES:
+        size, patch = SIZES[kernel[0]], kernel[-1]
+        first = f"beit_{size}" if "blocks.0.attn.q_bias" in shape else f"vit_{size}"
+        names = dict.fromkeys([f"{first}_patch{patch}_224", *timm.list_models(f"*_{size}_patch{patch}_*224")])
+        return next((f"{name}.TAG" for name in names if timm.is_model(name) and _fits(name, shape)), None)
     return None
 
 
-def _size(width: int) -> str:
-    return {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}.get(width, "base")
+SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+OPEN = re.compile(r"(head|fc|norm|fc_norm)\.|pos_embed$|.*_index$")
+"""Keys that may differ between files of one model: classifiers, where the last norm stands, positions."""
+
+
+def _fits(name: str, shape: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the shapes are those of a timm model."""
+    try:
+        with torch.device("meta"):
+            expected = {key: tuple(x.shape) for key, x in timm.create_model(name).state_dict().items()}
+    except Exception:  # a network that computes with numbers while it is built
+        return False
+    mine, its = ({key: x for key, x in part.items() if not OPEN.match(key)} for part in (shape, expected))
+    return mine == its
 
 
 def build(checkpoint: Checkpoint, image_size: Callable[[int, int], int], heads: int | None = None) -> nn.Module:
@@ -207,8 +222,7 @@ def build(checkpoint: Checkpoint, image_size: Callable[[int, int], int], heads: 
     """
     source, layout, weights = checkpoint.source, FORMATS[checkpoint.format], checkpoint.weights
     if layout.refusal:
-        hint = f", perhaps {name}=FILE" if checkpoint.format == "timm" and (name := timm_name(weights)) else ""
-        raise ValueError(f"{source}: {layout.refusal}{hint}.")
+        raise ValueError(f"{source}: {layout.refusal}{_perhaps(checkpoint)}.")
     width = width_of(layout.network, weights, source)
     if problem := _positions_problem(checkpoint):
         raise ValueError(f"{source}: {problem}.")
@@ -217,6 +231,14 @@ def build(checkpoint: Checkpoint, image_size: Callable[[int, int], int], heads: 
     patch_size, own_size = stored_size(layout.network, weights, source)
     side = image_size(patch_size, layout.image_size or own_size)
     return build_network(layout.network, weights, side, source, arguments, layout.resampling)
+
+
+def _perhaps(checkpoint: Checkpoint) -> str:
+    """What may help with a file of timm's keys."""
+    if checkpoint.format != "timm":
+        return ""
+    name = timm_name(checkpoint.weights)
+    return f", perhaps {name}=FILE" if name else f", or {OWN_MODULE}"
 
 
 def num_heads(checkpoint: Checkpoint, width: int, heads: int | None = None) -> int:

@@ -152,9 +152,11 @@ class FeatureMapBackbone(Backbone):
             what = f"{tokens.shape[1]} tokens less {prefix} of num_prefix_tokens"
             raise ValueError(f"{what} form no square of patches; give the right number of prefix tokens.")
         if self.norm_after_pooling:
-            norm = self.network.get_submodule(self.norm_after_pooling)
+            norm, network = self.network.get_submodule(self.norm_after_pooling), cast(Any, self.network)
+            timms = hasattr(network, "forward_head")
+            mean = network.forward_head(tokens, pre_logits=True) if timms else norm(tokens[:, prefix:].mean(dim=1))
             patches = each_normalised(norm, patches.transpose(1, 2)).transpose(1, 2)
-            return cast(Any, self.network).forward_head(tokens, pre_logits=True), patches.unflatten(2, (side, side))
+            return mean, patches.unflatten(2, (side, side))
         has_cls = getattr(self.network, "cls_token", None) is not None
         return tokens[:, 0] if has_cls else None, patches.unflatten(2, (side, side))
 

@@ -20,9 +20,10 @@ LARGEST_JSON = 16 * 2**20  # bytes; the names of 22,000 classes take 2 MB
 SLACK = 2**20  # bytes of an archive that are no tensors
 PICKLED = (
     "which could run code, so it is not read; if you trust the file, keep its tensors only: "
-    "c = torch.load(FILE, weights_only=False); c = c.state_dict() if hasattr(c, 'state_dict') else c; "
-    "k = [k for k in ('model', 'state_dict', 'teacher') if k in c]; "
-    "c = {n: getattr(c[n], 'state_dict', lambda n=n: c[n])() for n in k} if k else c; torch.save(c, NEW_FILE)"
+    "s = lambda x: getattr(x, 'state_dict', lambda: x)(); t = torch.is_tensor; "
+    "k = lambda x: {n: y for n, y in x.items() if t(y)} if isinstance(x, dict) else x if t(x) else None; "
+    "c = {n: k(s(x)) for n, x in s(torch.load(FILE, weights_only=False)).items()}; "
+    "torch.save({n: x for n, x in c.items() if t(x) or x}, NEW_FILE)"
 )
 SCRIPTED = (
     "is a TorchScript program, which is not run; keep its tensors only: "

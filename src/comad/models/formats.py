@@ -316,7 +316,6 @@ FORMATS: dict[str, Format] = {
         **DINOV3_FILE,
     ),
     "beit-finetuned": Format(  # github.com/microsoft/unilm, beit and beit2: *_ft22k.pth, *_ft1k.pth
-        container="model",
         detect=("cls_token", "blocks.0.attn.q_bias", "fc_norm.weight"),
         licence="MIT",
         refusal="BEiT and BEiT v2 normalise pixels in different ways, and a fine-tuned file does not say whose it is; "

@@ -23,6 +23,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from torch import Tensor, nn
 
 from comad.models.backbone import patchify
+from comad.models.checkpoints import OWN_MODULE
 from comad.models.files import checked_pixels, read_file, read_json
 from comad.models.formats import DINOV3, HALVES, POSITION_RULES, REGISTERS, SCALED, Kind, Resampling, Triple, dinov2
 from comad.models.networks import OWN_SIZE, build_network, stored_size, width_of
@@ -181,6 +182,7 @@ OTHERS: dict[str, tuple[Triple, Triple]] = {
     "beit": (HALVES, HALVES),
     "convnext": IMAGENET,
     "convnextv2": IMAGENET,
+    "deit": IMAGENET,
     "dinov3_convnext": IMAGENET,
     "hiera": IMAGENET,
     "radio": NO_CHANGE,  # the network normalises by itself
@@ -216,10 +218,16 @@ def weights_file(folder: Path) -> str:
     """Name of the file with weights in a folder: the first of `FILES` that is there, or the index of their shards.
 
     If there is none of these, the only file with weights, under whatever name.
+
+    Raises:
+        ValueError: there are several such, or none.
     """
     known = [name for file in FILES for name in (file, file + INDEX) if (folder / name).exists()]
     others = [path.name for end in ("*.safetensors", "*.bin", "*.pth", "*.pt") for path in folder.glob(end)]
-    return known[0] if known else others[0] if len(others) == 1 else FILES[0]
+    if not known and len(others) != 1:
+        found = f"which of {', '.join(sorted(others)[:4])} holds its weights" if others else "where its weights are"
+        raise ValueError(f"{folder}: unclear {found}; name the file, as in NAME={folder}/FILE.")
+    return (known or others)[0]
 
 
 def load_folder(
@@ -288,14 +296,19 @@ def _by_transformers(folder: Path, config: Mapping[str, Any], weights: Mapping[s
         raise ValueError(f"{folder}: {what}; run: pip install transformers.") from error
     _refuse_other_sizes(config, weights, folder)
     try:
-        model, found = transformers.AutoModel.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+        own = {"local_files_only": True, "trust_remote_code": False}
+        facts = transformers.AutoConfig.from_pretrained(str(folder), **own)
+        with torch.device("meta"):
+            kind: Any = type(transformers.AutoModel.from_config(facts, trust_remote_code=False))
+        model, found = kind.from_pretrained(
+            None, config=facts, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32
         )
     except Exception as error:  # transformers answers a config of no sense with errors of every kind
         told = str(error).strip().partition("\n")[0][:200]
         raise ValueError(f"{folder}: transformers cannot load it ({told}); {REMEDY}.") from error
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder}: its weights miss {', '.join(missing[:3])}; {REMEDY}.")
+    if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.dense.")):
+        what = f"of what transformers.{kind.__name__} needs, its weights miss {', '.join(missing[:3])}"
+        raise ValueError(f"{folder}: {what}; {REMEDY}, or {OWN_MODULE}.")
     model = getattr(model, "vision_model", getattr(model, "vision_tower", model))
     bad = [name for name, x in model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
@@ -313,6 +326,8 @@ def _refuse_other_sizes(config: Any, weights: Mapping[str, Any], folder: Path) -
             pending += list(value.items() if isinstance(value, dict) else ((name, part) for part in value))
         elif isinstance(value, int) and re.search(r"layers|depth|blocks", name) and value > len(weights):
             raise ValueError(f"{folder}: {name} in config.json is {value}, its weights have fewer; {REMEDY}.")
+        elif re.match(r"auxiliary_|decoder_", name):  # of heads that are not built
+            continue
         elif isinstance(value, int) and re.search(r"hidden|width|dim|intermediate|channels", name) and value > largest:
             raise ValueError(f"{folder}: {name} in config.json is {value}, its weights are smaller; {REMEDY}.")
 
@@ -342,6 +357,13 @@ class TransformersFeatures(nn.Module):
         self.takes_patches = config.model_type.startswith("siglip2")
         self.num_prefix_tokens: int | None = None
         self.cls_token: bool | None = None
+
+    @property
+    def fc_norm(self) -> nn.Module | None:
+        """The norm between its pooling and its classifier, under timm's name."""
+        model = cast(Any, self.module)
+        norm = model.layernorm if model.config.model_type in ("convnext", "convnextv2") else None
+        return getattr(getattr(model, "pooler", None), "layernorm", norm)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """The model's last hidden state."""

@@ -228,7 +228,7 @@ def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
     Raises:
         ValueError: a key is missing or unexpected, a shape differs, or a weight is NaN or infinite.
     """
-    computed = "relative_position_index"  # which the authors of BEiT keep
+    computed = ("relative_position_index", "attn_mask")  # which the authors of BEiT and Swin keep
     loaded = _timm_names(network, {key: x for key, x in weights.items() if not key.endswith(computed)})
     if isinstance(network, VisionTransformer) and network.pos_embed is not None and "pos_embed" in loaded:
         prefix = 0 if network.no_embed_class else network.num_prefix_tokens
@@ -237,14 +237,25 @@ def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
 
 
 def _timm_names(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Weights under timm's names: as they are if some fit, else by the function timm has for this kind of network."""
+    """Weights under timm's names: as they are, or by timm's function for this kind of network if then more fit."""
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is None or any(key in network.state_dict() for key in weights):
+    expected = network.state_dict()
+    if convert is None or weights.keys() == expected.keys():
         return dict(weights)
+    visual = "visual." if "class_embedding" in weights else ""  # OpenCLIP's part that sees, saved alone
     try:
-        return dict(convert(dict(weights), network))
+        named = convert({visual + key: x for key, x in weights.items()}, network)
     except Exception:  # not one of the layouts that it is for; told by the names that miss
         return dict(weights)
+    named = without_classifier(named, getattr(network, "pretrained_cfg", {}))
+    return min(dict(weights), named, key=lambda part: len(part.keys() ^ expected.keys()))
+
+
+def without_classifier(weights: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights but for those of the classifier, or of each if timm's facts name several."""
+    named = facts.get("classifier") or "head"
+    heads = tuple(f"{name}." for name in (named if isinstance(named, list | tuple) else [named]))
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
 
 
 def load_strictly(network: nn.Module, weights: Weights, source: str) -> None:
@@ -266,7 +277,8 @@ def _refuse(source: str, problem: str, keys: list[str]) -> None:
     """Raise if there are any such keys, naming the first few."""
     if keys:
         more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-        raise ValueError(f"{source}: {problem} {', '.join(keys[:6])}{more}; use an unmodified checkpoint.")
+        remedy = "use an unmodified checkpoint" + (", or save it without these" if "unexpected" in problem else "")
+        raise ValueError(f"{source}: {problem} {', '.join(keys[:6])}{more}; {remedy}.")
 
 
 def gives_tokens(network: nn.Module) -> bool:

@@ -87,6 +87,8 @@ def from_object(
             f"{name}: it cannot be copied ({told}); pass a module without hooks and open files."
         ) from error
     rule, given = OWN_FORWARD, (mean, std) if mean is not None and std is not None else None
+    if not given and hasattr(module, "pixel_mean") and hasattr(module, "pixel_std"):
+        given = own_facts(module)[0]
     backbone: Backbone
     if isinstance(module, Backbone):
         backbone, pixels = module, _of_buffers(module)
@@ -126,7 +128,10 @@ def own_facts(module: nn.Module) -> tuple[Pixels, int, bool]:
 
 def _known_pixels(pixels: Any, name: str) -> Pixels:
     if pixels is None:
-        raise ValueError(f"{name}: the pixel normalisation of this kind of network is not known; give mean and std.")
+        raise ValueError(
+            f"{name}: the pixel normalisation of this kind of network is not known; give mean and std, "
+            "or set its pixel_mean and pixel_std."
+        )
     mean, std = pixels
     return checked_pixels(mean, std, f"{name}: mean and std", "give others")
 

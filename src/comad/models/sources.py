@@ -30,6 +30,7 @@ from comad.models.networks import (
     load_strictly,
     load_weights,
     stored_size,
+    without_classifier,
 )
 from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, torchvision_network
@@ -42,6 +43,7 @@ WAYS = "name a teacher by NAME=FILE_OR_FOLDER, by a bundled name, or by a timm m
 OPTION = re.compile(r"(.+):(?:(heads|depth|size)=([^:=/]*)|(allow_changed))", re.DOTALL)
 OPTIONS = "options are :depth=BLOCK, :size=PIXELS (or own, or grid), :heads=N and :allow_changed"
 FILE_ENDS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".json", ".py")
+WEIGHTS = {name + end for name in huggingface.FILES for end in ("", huggingface.INDEX)}
 OWN_FORWARD = "of the network itself"
 TOO_LARGE = 16384
 
@@ -195,7 +197,8 @@ def cut_blocks(backbone: Backbone, depth: int, name: str) -> None:
 def _from_file(path: Path, request: Request) -> Source:
     """Load a checkpoint file: by its format, or as the timm model it is named after if it is flat."""
     is_named = "." in request.name and timm.is_model(request.name)
-    if not is_named and not request.heads and _has_config(path):
+    in_folder = not is_named and not request.heads and _has_config(path)
+    if in_folder and path.name in WEIGHTS:
         return _from_folder(path.parent, request, path.name)
     content, digest = read_file(path), sha256(path)
     if is_named and not _is_original(content):
@@ -204,8 +207,13 @@ def _from_file(path: Path, request: Request) -> Source:
             if all(isinstance(value, Tensor) for value in state.values()):
                 loaded = _timm(request, config, state, str(path))
                 return loaded._replace(source=path.name, sha256=digest, unwrapped=unwrapped)
-    checkpoint = recognise(content, str(path))
-    _refuse_ambiguous(checkpoint, path, request)
+    try:
+        checkpoint = recognise(content, str(path))
+        _refuse_ambiguous(checkpoint, path, request)
+    except ValueError:
+        if in_folder:
+            return _from_folder(path.parent, request, path.name)
+        raise
     loaded = _from_checkpoint(checkpoint, request)
     return loaded._replace(source=path.name, sha256=digest, unwrapped=checkpoint.unwrapped)
 
@@ -243,10 +251,14 @@ def _from_checkpoint(checkpoint: Checkpoint, request: Request) -> Source:
 
 def _has_config(path: Path) -> bool:
     """Whether a file lies where it was saved with the facts about it."""
-    names = {name + end for name in huggingface.FILES for end in ("", huggingface.INDEX)}
-    if path.name not in names or not (path.parent / "config.json").is_file():
+    if path.name == "config.json" or not (path.parent / "config.json").is_file():
         return False
-    config = read_json(path.parent / "config.json", "move the file to a folder of its own, or save it again")
+    try:
+        config = read_json(path.parent / "config.json", "move the file to a folder of its own, or save it again")
+    except ValueError:
+        if path.name in WEIGHTS:
+            raise
+        return False
     return huggingface.is_ours(config) or "architecture" in config
 
 
@@ -274,7 +286,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         config.get("comad", {}),
         config["architecture"],
     )
-    stored, digest = _without_classifier(read_file(path), facts), sha256(path)
+    stored, digest = without_classifier(read_file(path), facts), sha256(path)
     if ours.get("sha256", digest) != digest and not request.allow_changed:
         raise ValueError(
             f"{folder}: {path.name} is not the file whose sha256 its config.json records ({str(ours['sha256'])[:12]}); "
@@ -424,22 +436,17 @@ def _timm(
         _refuse_other_activation(name, config)
     network = _create(name, config, request, cfg)
     if weights is not None:
-        weights = _without_classifier(weights, config)
+        weights = without_classifier(weights, config)
         if gives_tokens(network) and not has_token_norm(network) and "norm.weight" in weights:
             network = _create(name, config, request, {**cfg, "global_pool": ""})  # a file from before fine-tuning
+        elif isinstance(network, VisionTransformer) and "norm.weight" not in weights and "fc_norm.weight" in weights:
+            network = _create(name, config, request, {**cfg, "global_pool": "avg"})  # one from after it
         load_weights(network, weights, where)
     digest = sha256_of(network.state_dict())
     backbone = make_backbone(network, mean, std, _token_types(config["tag"]), request)
     full = ".".join(filter(None, (name, config["tag"])))
     rule = POSITION_RULES["antialias"] if getattr(network, "pos_embed", None) is not None else OWN_FORWARD
     return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence, "", rule)
-
-
-def _without_classifier(weights: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights but for those of the classifier, or of each if timm's facts name several."""
-    named = config.get("classifier") or "head"
-    heads = tuple(f"{name}." for name in (named if isinstance(named, list | tuple) else [named]))
-    return {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
 
 
 def _create(name: str, config: Mapping[str, Any], request: Request, cfg: Mapping[str, Any]) -> Any:
