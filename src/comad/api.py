@@ -42,6 +42,7 @@ from comad.presets import recipe as preset_recipe
 from comad.pretraining.config import recipe as pretrain_recipe
 from comad.pretraining.run import pretrain as run_pretraining
 from comad.recipes import SLOTS, fitted
+from comad.runtime.seal import KEY
 from comad.runtime.spelling import hint
 
 
@@ -320,7 +321,8 @@ def compare(
     base = replace(base, data=str(data), teachers=tuple(teachers) or base.teachers, run=replace(base.run, out=str(out)))
     config = CompareConfig(presets=tuple(presets), seeds=tuple(seeds), recipe=base, tuning=tuning_recipe("", str(data)))
     run_comparison(override(config, overrides))
-    return json.loads((Path(out) / "comparison.json").read_text(encoding="utf-8"))
+    table = json.loads((Path(out) / "comparison.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in table.items() if key != KEY}
 
 
 def pretrain(method: str, data: str | Path = "stamps", out: str | Path | None = None, **overrides: Any) -> Path:

@@ -186,6 +186,22 @@ def test_images_that_cannot_be_known_are_refused_by_name(change, values, message
         load_coco(change(lambda content: content["images"][0].update(values)))
 
 
+def test_names_that_no_file_has_are_missing(change):
+    odd = [
+        {"id": 90_001 + n, "file_name": name, "height": 9, "width": 9} for n, name in enumerate(("a" * 5000, "\ud800"))
+    ]
+
+    def edit(content):
+        content["images"] += odd
+        content["categories"][0]["name"] = "\ud800"
+
+    for part in ("train", "val"):
+        splits = change(edit, part)
+    splits = load_coco(splits)
+    assert splits.train.missing == ["a" * 5000, "?"] and splits.class_names[0] == "?"
+    splits.summary().text.encode()
+
+
 def test_photos_are_turned_as_their_masks_are(folder):
     """As in folders; where the JSON has the size of the unturned photo, its masks belong to that."""
     images = load_coco(str(folder)).train

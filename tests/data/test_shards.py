@@ -2,6 +2,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,60 @@ def test_the_index_is_kept_until_the_shard_changes(shards, monkeypatch):
     os.rename(shards, shards.with_name("moved"))
     write_shard(shards.with_name("moved") / "001.tar", colours(50, 50), "json")
     assert [part.fingerprint() for part in load_images(str(shards.with_name("moved")))[:3]] == first
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(b'"fine": "1"', b'"fine": "2"'),
+        lambda text: text.replace(b"512", b"1" + b"0" * 40, 1),
+        lambda text: b"[" * 100_000,
+        lambda text: text[: len(text) // 2],
+        lambda text: b"",
+    ],
+)
+def test_a_damaged_index_is_made_again(shards, damage):
+    first = [part.fingerprint() for part in load_images(str(shards))[:3]]
+    for path in (Path(os.environ["XDG_CACHE_HOME"]) / "comad").glob("shard-*"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert [part.fingerprint() for part in load_images(str(shards))[:3]] == first
+
+
+def test_words_that_are_no_names_and_no_numbers(shards):
+    """Half a pair of surrogates in JSON, superscripts and endless digits beside a list of class names."""
+    content = io.BytesIO()
+    Image.new("RGB", (20, 16), "red").save(content, "PNG")
+    with tarfile.open(shards / "000.tar", "w") as archive:
+        for name, data in (
+            ("a.png", content.getvalue()),
+            ("a.json", rb'{"path": "\ud800.png", "label": "\ud800"}'),
+            ("b.png", content.getvalue()),
+            ("b.cls", "²".encode()),
+            ("c.png", content.getvalue()),
+            ("c.cls", b"9" * 5000),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    (shards / "classnames.txt").write_text("zero\none\n")
+    splits = load_images(str(shards))
+    assert {part.key(index) for part in splits[:3] for index in range(len(part))} > {"?.png", "000.tar/b.png"}
+    assert {"?", "²", "9" * 5000} < set(splits.class_names["fine"])
+
+
+def test_pipes_among_shards_are_left_out_and_endless_ranges_refused(shards, within):
+    first = [part.fingerprint() for part in load_images(str(shards))[:3]]
+    os.mkfifo(shards / "pipe.tar")
+    os.mkfifo(shards / "classnames.txt")
+    with within(20):
+        assert [part.fingerprint() for part in load_images(str(shards))[:3]] == first
+        with pytest.raises(ValueError, match="names 1,000,000,000 files"):
+            load_images(str(shards / "{0..999999999}.tar"))
+    only = shards.parent / "only"
+    only.mkdir()
+    os.mkfifo(only / "x.parquet")
+    with within(20), pytest.raises(ValueError, match="no images below"):
+        load_images(str(only))
 
 
 def test_views_do_not_depend_on_workers(shards):

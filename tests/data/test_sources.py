@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import random
 import shutil
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -215,6 +217,80 @@ def test_tables_that_are_no_images_are_refused(tmp_path):
         w.write_table(table)
     with pytest.raises(ValueError, match=r"d\.arrow is compressed; save"):
         load_images(str(tmp_path / "d.arrow"))
+
+
+def test_a_csv_file_of_names_that_no_file_has_and_of_columns_twice(tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text("path,label\na\0b.png,x\nnowhere.png,x\n" + "c" * 5000 + ".png,y\n")
+    splits = load_images(str(table))
+    assert sum(len(part) for part in splits[:3]) == 3
+    for part in splits[:3]:
+        assert (part.content_numbers() == -1).all()
+        for index in range(len(part)):
+            with pytest.raises(UnreadableImageError):
+                part.load(index)
+    table.write_text("path,label,label\na.png,x,y\n")
+    with pytest.raises(ValueError, match=r"list\.csv: the first line names label twice"):
+        load_images(str(table))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "arrow-file", "parquet"])
+def test_a_damaged_table_is_refused_by_its_name_or_read(kind, folder, tmp_path):
+    """Cut anywhere, and flipped where its structure stands: pyarrow has many kinds of errors for that."""
+    (tmp_path / "whole").mkdir()
+    WRITERS[kind](folder, tmp_path / "whole")
+    path = min((tmp_path / "whole").rglob(f"*.{kind.partition('-')[0]}"))
+    whole, rng = path.read_bytes(), random.Random(0)
+    footer = int.from_bytes(whole[-8:-4], "little") + 8 if kind == "parquet" else 0  # pyarrow aborts on some of these
+    end = len(whole) - footer
+    damaged = [whole[: rng.randrange(len(whole))] for _ in range(10)]
+    for _ in range(60):
+        flipped = bytearray(whole)
+        for _ in range(3):
+            place = rng.choice([rng.randrange(600), end - rng.randrange(1, 1500)])
+            flipped[place] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for number, content in enumerate(damaged):
+        one = tmp_path / str(number) / f"test{path.suffix}"
+        one.parent.mkdir()
+        one.write_bytes(content)
+        try:
+            splits = load_images(str(one))
+        except ValueError as error:
+            assert str(one.parent) in str(error), error
+            refused += 1
+            continue
+        for index in range(len(splits.train)):
+            with suppress(UnreadableImageError):
+                splits.train.load(index)
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_columns_of_odd_values(ending, tmp_path):
+    def write(table, name):
+        path = tmp_path / f"{name}.{ending}"
+        if ending == "arrow":
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+        else:
+            pq.write_table(table, path)
+        return str(path)
+
+    content = io.BytesIO()
+    Image.new("RGB", (24, 20), "red").save(content, "PNG")
+    images = [content.getvalue()] * 12
+    late = pa.array([2**55] * 12, pa.timestamp("ms"))
+    with pytest.raises(ValueError, match=f"late.{ending} cannot be read as {ending}"):
+        load_images(write(pa.table({"image": images, "label": late}), "late"))
+    with pytest.raises(ValueError, match=f"twice.{ending} cannot be read as {ending}"):
+        load_images(write(pa.table([images, images], names=["image", "image"]), "twice"))
+    deep = pa.table({"image": images}).replace_schema_metadata({"huggingface": "[" * 100_000})
+    assert sum(map(len, load_images(write(deep, "deep"))[:3])) == 12
+    nothing = load_images(write(pa.table({"image": pa.array([None] * 12, pa.binary())}), "nothing")).train
+    with pytest.raises(UnreadableImageError, match="0 bytes"):
+        nothing.load(0)
 
 
 @pytest.mark.parametrize(

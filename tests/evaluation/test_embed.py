@@ -81,6 +81,43 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_not_repeated(config, tmp_pa
     np.testing.assert_allclose(np.load(tmp_path / "f.npy"), expected(config(), "patch")[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+        lambda content: b"[" * 5000,
+        lambda content: b"",
+    ],
+    ids=["cut", "flipped", "text", "empty"],
+)
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_damaged_parts_and_tables_are_told_and_written_again(
+    config, labelled_folder, tmp_path, monkeypatch, capsys, damage, ending
+):
+    monkeypatch.setattr(module, "PART_IMAGES", 20)
+    out, join = tmp_path / f"f.{ending}", module._join
+    monkeypatch.setattr(module, "_join", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embed(config(out=str(out)))
+    monkeypatch.setattr(module, "_join", join)
+    part = tmp_path / f".f.{ending}.parts/000001.npz"
+    part.write_bytes(damage(part.read_bytes()))
+    embed(config(out=str(out)))
+    assert f"{part} is damaged" in capsys.readouterr().err
+    whole = out.read_bytes()
+    out.write_bytes(damage(whole))
+    try:
+        embed(config(out=str(out), nearest=str(labelled_folder / "bee/07.png")))
+    except ValueError as error:
+        assert f"{out} is damaged; remove it" in str(error)
+        out.unlink()
+        embed(config(out=str(out)))
+    else:
+        assert f"{out} is damaged" in capsys.readouterr().err
+    assert out.read_bytes() == whole
+
+
 def test_unreadable_images_are_left_out_and_counted(config, write_images, tmp_path):
     folder = write_images(tmp_path / "images", [f"{label}/{i}.png" for label in "ab" for i in range(12)])
     (folder / "a/3.png").write_bytes(b"no image")

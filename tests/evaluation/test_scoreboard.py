@@ -27,6 +27,7 @@ from comad.evaluation.scoreboard import (
 )
 from comad.exporting.package import ModelCard, export_backbone
 from comad.models.timm_backbone import TimmBackbone, create_vit
+from comad.runtime.seal import sealed
 
 SIZE = 16
 WIDTH, DEPTH, PATCHES = 24, 2, 16
@@ -73,6 +74,16 @@ def row(name, role="student", **values):
     scores = {"knn": values.pop("knn")} if "knn" in values else {}
     counts = {"num_images": dict.fromkeys(scores, 1700), "num_concepts": dict.fromkeys(scores, 101)}
     return Row(name=name, role=role, params=1_234_567, flops=10**9, latency_ms=1.5, scores=scores, **counts, **values)
+
+
+def test_a_student_below_its_untrained_self_and_warnings_are_on_the_board():
+    rows = (row("teacher", "teacher", knn=80.0), row("untrained", "untrained", knn=40.0), row("student", knn=30.0))
+    below = Scoreboard(rows).below_untrained()
+    assert below == ("kNN of the student, 30.0 %, is below the 40.0 % of its untrained self",)
+    board = Scoreboard(rows, below)
+    assert board.table().splitlines()[-1] == f"WARNING: {below[0]}" and board.as_dict()["warnings"] == list(below)
+    better = Scoreboard((*rows[:2], row("student", knn=40.0)))
+    assert not better.below_untrained() and "warnings" not in better.as_dict()
 
 
 @pytest.mark.parametrize("role", ["student", "pixels"])
@@ -131,7 +142,7 @@ def test_board_shares_writes_and_shows(tmp_path):
     assert [r.knn_share for r in board.shared_rows] == [100, 62.5, 75, None]
     path = tmp_path / "run" / "scoreboard.json"
     board.write(path)
-    assert json.loads(path.read_text()) == board.as_dict()
+    assert json.loads(path.read_text()) == sealed(board.as_dict())
     assert board.as_dict()["rows"][2]["knn_share"] == 75
     assert os.listdir(path.parent) == ["scoreboard.json"]
     lines = board.table().splitlines()

@@ -63,6 +63,9 @@ def test_a_teacher_that_gives_the_same_for_every_image_is_told(start, command, j
     options = with_teacher(lambda name, x: x.fill_(0) if name in ("norm.weight", "fc_norm.weight") else x)
     status, told = start([*command(tmp_path / "run"), *options]).wait()
     judge(tmp_path / "run", status, told, words="the same from first for every image")
+    for name in ("scoreboard.json", "student/README.md", "report.html"):
+        assert "the same from first for every image" in (tmp_path / "run" / name).read_text(), name
+    assert "- data, images: train 24" in (tmp_path / "run/student/README.md").read_text()
 
 
 def test_a_loss_that_diverges(start, command, judge, tmp_path):

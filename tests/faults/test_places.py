@@ -1,5 +1,6 @@
 """Disks that are full, folders that cannot be written or vanish, shared memory that is too small."""
 
+import os
 import shutil
 import subprocess
 
@@ -58,11 +59,23 @@ def test_a_folder_that_becomes_read_only(start, command, at_step, judge, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_folder_that_vanishes(start, command, at_step, judge, tmp_path):
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_folder_that_vanishes(start, command, at_step, judge, tmp_path, tensorboard):
     out = tmp_path / "run"
-    status, told = start(command(out), before=at_step(6, f"shutil.rmtree({str(out)!r})")).wait()
+    more = ["--run.tensorboard"] if tensorboard else []
+    status, told = start([*command(out), *more], before=at_step(6, f"shutil.rmtree({str(out)!r})")).wait()
     judge(out, status, told, refusal=False)
     assert f"{out / 'log.jsonl'} is gone" in told
+
+
+def test_names_that_are_no_utf8(start, command, judge, tmp_path):
+    data = next(a for a in command(tmp_path) if a.startswith("--data=")).partition("=")[2]
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")
+    shutil.copytree(data, odd)
+    judge(tmp_path / "run", *start([*command(tmp_path / "run"), f"--data={odd}"]).wait(), refusal=False)
+    (tmp_path / "run/student/README.md").read_text(encoding="utf-8")
+    status, told = start([*command(tmp_path / "other"), f"--run.out={odd}-run"]).wait()
+    assert judge(tmp_path / "other", status, told) == "refused in one line" and "no name in UTF-8" in told
 
 
 SMALL = """

@@ -2,6 +2,7 @@ import copy
 import hashlib
 import html.parser
 import json
+import os
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ import yaml
 
 from comad.reporting.page import ASSETS, ReportConfig, report, write_report
 from comad.reporting.samples import Neighbours, collect
+from comad.runtime.seal import sealed, sealed_text
 
 from .conftest import write_run
 
@@ -149,6 +151,32 @@ def test_a_damaged_file_is_told(run, name, content):
     harmless |= name == "config.yaml" and content.startswith(b"{")
     assert harmless or name in page.text
     assert "Data and cost" in page.text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "scoreboard.json", "scores.json", "facts.json", "student/config.json"])
+def test_an_edit_that_fits_is_told_and_shown(run, name):
+    path = run / name
+    if path.suffix == ".yaml":
+        whole = sealed_text(path.read_text())
+        edited = whole.replace("animals", "people")
+    else:
+        plain = json.loads(path.read_text())
+        plain = plain if "checksum" in plain else sealed(plain)
+        whole = json.dumps(plain)
+        edited = json.dumps({**plain, "more": 1})
+    for text, told in ((whole, False), (edited, True)):
+        path.write_text(text)
+        assert (f"{name} was edited or damaged since it was written" in page_of(run).text) == told
+
+
+def test_pipes_in_a_folder_are_not_waited_for(run, within):
+    for name in FILES:
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").write_text("data: animals\n")
+    with within(30):
+        assert "files of this run could not be shown" in page_of(run).text
 
 
 ODD = (None, -1, 10**400, 1e300, True, "\ud800", "x", [], [[]], {}, {"a": {"b": 1}}, float("nan"))

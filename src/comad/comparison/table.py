@@ -16,6 +16,7 @@ from comad.evaluation.evaluation import score_names, title_of
 from comad.evaluation.intervals import paired_interval
 from comad.evaluation.scores import Scores
 from comad.runtime.atomic import write_text
+from comad.runtime.seal import sealed
 
 LEVELS = {"": "Fine labels", "_coarse": "Coarse labels"}
 
@@ -91,7 +92,7 @@ def _compared(name: str, results: Results, against: Results) -> dict[str, Any]:
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
     """Write ``comparison.json`` and ``comparison.md``; a reader never sees half a file."""
-    for name, text in (("comparison.json", json.dumps(table, indent=1)), ("comparison.md", markdown(table))):
+    for name, text in (("comparison.json", json.dumps(sealed(table), indent=1)), ("comparison.md", markdown(table))):
         write_text(out / name, text + "\n")
 
 

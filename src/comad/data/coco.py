@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from comad.data.decoding import UnreadableImageError, load_file
-from comad.data.identity import file_size
+from comad.data.identity import file_size, writable
 from comad.data.summary import Summary, dense_text
 
 LAYOUT = "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json"
@@ -81,8 +82,9 @@ class DetectionImages:
         self.skipped: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         listed = list(_records(content["images"], self.annotations))
-        self.records = [record for record in listed if (self.folder / record.file).is_file()]
-        self.missing = [record.file for record in listed if not (self.folder / record.file).is_file()]
+        there = [os.path.isfile(self.folder / record.file) for record in listed]  # False also of impossible names
+        self.records = [record for record, found in zip(listed, there, strict=True) if found]
+        self.missing = [writable(record.file) for record, found in zip(listed, there, strict=True) if not found]
         if not self.records:
             raise ValueError(f"{self.annotations} fits no image of {self.folder}; the format is {LAYOUT}.")
         known = self._instances(content["annotations"], {record.id: record for record in listed})
@@ -310,7 +312,7 @@ def _categories(entries: list[Any], path: Path) -> dict[Id, str]:
             raise ValueError(f"{path}: category number {place} has no id or no name; restore the published file.")
         if number in found:
             raise ValueError(f"{path}: two categories have the id {number}; give each its own.")
-        found[number] = str(entry["name"])
+        found[number] = writable(str(entry["name"]))
     if not found:
         raise ValueError(f"{path}: no categories; restore the published file.")
     return found

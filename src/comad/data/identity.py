@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,13 +43,18 @@ def file_size(path: str) -> int:
     """Bytes of a file; -1 of one that is gone or empty."""
     try:
         return os.stat(path).st_size or -1
-    except OSError:
+    except (OSError, ValueError):  # a table may name a file that no system can have
         return -1
 
 
 def normalised(name: str) -> str:
     """A name in Unicode's form NFC, for some systems write é as two characters."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def writable(name: str) -> str:
+    """A name that JSON gave: half a pair of surrogates, which no file can hold, becomes a question mark."""
+    return re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", name)  # those between stand for bytes that are no UTF-8
 
 
 def manifest(images: Listed) -> np.ndarray:

@@ -90,7 +90,7 @@ def index_folder(root: Path) -> FolderIndex:
 
     The cache holds each directory's modification time, so that a changed tree is read anew.
     """
-    cache = cache_file("index", root).with_suffix(".paths")
+    cache = cache_file("index", root)
     stored = _read_index(root, cache)
     if stored is not None:
         return stored
@@ -98,22 +98,37 @@ def index_folder(root: Path) -> FolderIndex:
         walk = _Walk(root, told)
         files = PathTable(walk.files())
     index = FolderIndex(files, dict(walk.left_out.most_common()), sorted(walk.ignored))
-    with contextlib.suppress(OSError):  # without a place for the cache the folder is read every time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        about = {"endings": endings(), "folders": walk.folders, "left_out": index.left_out, "ignored": index.ignored}
-        blocks = [json.dumps(about).encode(), index.files.lengths, index.files.joined]
-        with temporary.open("wb") as file:
-            file.write(json.dumps([[len(block), zlib.crc32(block)] for block in blocks]).encode() + b"\n")
-            file.writelines(blocks)
-        temporary.replace(cache)
+    about = {"endings": endings(), "folders": walk.folders, "left_out": index.left_out, "ignored": index.ignored}
+    write_blocks(cache, [json.dumps(about).encode(), index.files.lengths, index.files.joined])
     return index
 
 
 def cache_file(kind: str, path: Path) -> Path:
     """Where the index of a path is kept."""
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"{kind}-{key}.json"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "comad" / f"{kind}-{key}.paths"
+
+
+def write_blocks(cache: Path, blocks: Sequence[bytes]) -> None:
+    """Keep blocks with their checksums; where there is no place for a cache, nothing."""
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}")
+        with temporary.open("wb") as file:
+            file.write(json.dumps([[len(block), zlib.crc32(block)] for block in blocks]).encode() + b"\n")
+            file.writelines(blocks)
+        temporary.replace(cache)
+
+
+def read_blocks(cache: Path) -> list[bytes] | None:
+    """What `write_blocks` kept; None if there is nothing, or if it is damaged."""
+    try:
+        with cache.open("rb") as file:
+            sizes = json.loads(file.readline(1000))
+            blocks = [file.read(min(int(size), cache.stat().st_size)) for size, _ in sizes]
+        return blocks if [zlib.crc32(block) for block in blocks] == [check for _, check in sizes] else None
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError):
+        return None
 
 
 class _Walk:
@@ -196,16 +211,13 @@ def _leads_back(path: str) -> bool:
 
 def _read_index(root: Path, cache: Path) -> FolderIndex | None:
     """The cached list; None if there is none, if it is damaged, or if a folder has changed since."""
+    if (blocks := read_blocks(cache)) is None:
+        return None
     try:
-        with cache.open("rb") as file:
-            sizes = json.loads(file.readline(1000))
-            blocks = [file.read(min(int(size), cache.stat().st_size)) for size, _ in sizes]
-        if [zlib.crc32(block) for block in blocks] != [check for _, check in sizes]:
-            return None
         about, lengths, joined = json.loads(blocks[0]), *blocks[1:]
         current = all(os.stat(root / folder).st_mtime_ns == time for folder, time in about["folders"].items())
         if not current or tuple(about["endings"]) != endings():
             return None
         return FolderIndex(PathTable.read(lengths, joined), about["left_out"], about["ignored"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -102,7 +102,6 @@ def _load_path(root: Path, options: LabelOptions) -> Splits:
         raise ValueError(f"no folder {str(root)!r}; pass --data FOLDER with images, or one of: {', '.join(BUNDLED)}.")
     index = index_folder(root)
     ending = next((ending for ending in SHARDED if ending in index.left_out), None)
-    if index.files or ending is None:
-        return load_folder(root, options, index)
-    shards = [path for path in sorted(root.rglob(f"*{ending}")) if not path.name.startswith(("cache-", "."))]
-    return SHARDED[ending](root, shards, options)
+    found = () if index.files or ending is None else sorted(root.rglob(f"*{ending}"))
+    shards = [path for path in found if path.is_file() and not path.name.startswith(("cache-", "."))]
+    return SHARDED[ending](root, shards, options) if ending and shards else load_folder(root, options, index)

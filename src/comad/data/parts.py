@@ -251,6 +251,8 @@ def read_table(path: Path) -> Table:
     place = next((found.index(name) for name in PATH_COLUMNS if name in found), None)
     if place is None:
         raise ValueError(f"{path}: the first line must name a column path and one label, not {some(header)}.")
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise ValueError(f"{path}: the first line names {some(twice)} twice; give each column its own name.")
     paths = [normalised(row[place]).removeprefix("./") for row in rows]
     if twice := [name for name, count in Counter(paths).items() if count > 1]:
         raise ValueError(f"{path}: {some(twice, 3)} {'comes' if len(twice) == 1 else 'come'} twice; give one row each.")

@@ -58,7 +58,8 @@ def write_shards(config: ShardConfig) -> str:
         for part, images in zip(SPLIT_NAMES, (splits.train, splits.val, splits.test), strict=True):
             left_out += _write_part(part, images, splits.class_names, partial, config.per_shard)
         if names := next(iter(splits.class_names.values()), ()):
-            (partial / CLASS_NAMES).write_text("".join(f"{_one_line(name)}\n" for name in names), encoding="utf-8")
+            text = "".join(f"{_one_line(name)}\n" for name in names)
+            (partial / CLASS_NAMES).write_text(text, encoding="utf-8", errors="surrogateescape")
     return _summary(splits, out, left_out)
 
 

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from comad.data.decoding import MAX_BYTES, endings, naming
+from comad.data.identity import writable
 from comad.data.images import PackedImages, Splits
-from comad.data.index import PathTable, cache_file
+from comad.data.index import PathTable, cache_file, read_blocks, write_blocks
 from comad.data.parts import LabelOptions, Labels, Listing, divide, labels_of, part_of
 from comad.runtime.progress import track
 
 LABEL_ENDINGS = (".cls", ".json")
 MAX_LABEL_BYTES = 1 << 20
+MOST_SHARDS = 10**6
 CLASS_NAMES = "classnames.txt"
 """Beside tar files: the names of the numbers in ``.cls``, one a line."""
 
@@ -101,9 +103,11 @@ def expand(path: Path) -> list[Path]:
     Raises:
         ValueError: one of them is not there.
     """
-    if found := re.search(r"\{(\d+)\.\.(\d+)\}", path.name):
+    if found := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", path.name):
         first, last = found.groups()
         numbers = range(int(first), int(last) + 1)
+        if len(numbers) > MOST_SHARDS:
+            raise ValueError(f"{str(path)!r} names {len(numbers):,} files; correct the range.")
         names = [f"{path.name[: found.start()]}{n:0{len(first)}}{path.name[found.end() :]}" for n in numbers]
     else:
         names = [path.name]
@@ -155,32 +159,35 @@ def _label_sets(words: Sequence[dict[str, str]], class_names: Path) -> dict[str,
     """Label set → labels; numbers are filled with zeros, so that they stand in their order, or get their names."""
     found = {name: labels_of(own.get(name) for own in words) for name in dict.fromkeys(k for own in words for k in own)}
     for name, labels in found.items():
-        if labels.names and all(word.isdigit() for word in labels.names):
+        if labels.names and all(map(_is_number, labels.names)):
             found[name] = labels._replace(names=[word.zfill(6) for word in labels.names])
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        listed = class_names.read_text(encoding="utf-8").splitlines()
+    with contextlib.suppress(OSError):
+        listed = (
+            class_names.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            if class_names.is_file()
+            else []
+        )
         fine = found.get("fine")
-        if fine and all(word.isdigit() and int(word) < len(listed) for word in fine.names):
+        if fine and all(_is_number(word) and int(word) < len(listed) for word in fine.names):
             new = np.array([*map(int, fine.names), -1])
             found["fine"] = Labels(new[fine.numbers], listed, in_order=True)
     return found
 
 
+def _is_number(word: str) -> bool:
+    return word.isdecimal() and len(word) <= 9
+
+
 def _read_index(shard: Path) -> tuple[list[Member], dict[str, int]]:
     """Images, and ending → number of others; kept until the shard changes, for a large one takes long to walk."""
     status = shard.stat()
-    cache, identity = cache_file("shard", shard), [2, status.st_size, status.st_mtime_ns, *endings()]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(cache.read_text())
+    cache, identity = cache_file("shard", shard), [3, status.st_size, status.st_mtime_ns, *endings()]
+    for block in read_blocks(cache) or ():
+        stored = json.loads(block)
         if stored["of"] == identity:
-            members = [Member(str(m[0]), bool(m[1]), int(m[2]), int(m[3]), dict(m[4])) for m in stored["members"]]
-            return members, {str(ending): int(count) for ending, count in stored["left_out"].items()}
+            return [Member(*member) for member in stored["members"]], stored["left_out"]
     members, left_out = _walk(shard)
-    with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"of": identity, "members": members, "left_out": left_out}))
-        temporary.replace(cache)
+    write_blocks(cache, [json.dumps({"of": identity, "members": members, "left_out": left_out}).encode()])
     return members, left_out
 
 
@@ -228,9 +235,10 @@ def _told(content: bytes, ending: str) -> dict[str, Any]:
         if isinstance(values, dict):
             label, labels, path = values.get("label", values.get("cls")), values.get("labels"), values.get("path")
             if isinstance(label, (int, str)):
-                found["label"] = str(label)
+                found["label"] = writable(str(label))
             if isinstance(labels, dict):
-                found["labels"] = {str(name): str(word) for name, word in labels.items() if word is not None}
+                known = {name: word for name, word in labels.items() if word is not None}
+                found["labels"] = {writable(name): writable(str(word)) for name, word in known.items()}
             if isinstance(path, str) and path:
-                found["path"] = path
+                found["path"] = writable(path)
     return found

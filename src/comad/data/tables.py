@@ -128,8 +128,11 @@ def load_tables(root: Path, tables: Sequence[Path], options: LabelOptions | None
     for number, table in enumerate(track(tables, f"indexing {root}", "files")):
         try:
             found.append(_arrow_rows(table, number, shards) if kind == ".arrow" else _parquet_rows(table, number))
-        except _pyarrow().ArrowException as error:
-            raise ValueError(f"{table} cannot be read as {kind.removeprefix('.')}; restore it: {error}") from error
+        except Exception as error:  # of a damaged file pyarrow raises whatever there is
+            if type(error) is ValueError:  # ours
+                raise
+            words = " ".join(str(error).split())
+            raise ValueError(f"{table} cannot be read as {kind.removeprefix('.')}; restore it: {words}") from error
     called = [table.relative_to(root).as_posix() for table in tables]
     names = PathTable(
         f"{file}/{row:08}" for file, own in zip(called, found, strict=True) for row in range(len(own.places))
@@ -187,14 +190,14 @@ def _arrow_rows(table: Path, number: int, shards: list[Path]) -> _Rows:
             read = reader.read_all()
     column = image_column(read.schema, table)
     places = []
-    for chunk in read.column(column).chunks:
+    for chunk in _sound(read.column(column)).chunks:
         own = np.zeros((len(chunk), 3), dtype=np.int64)
         own[:, 0] = number
         content = chunk.field("bytes") if _is_struct(chunk.type) else chunk
         offset = chunk.offset + content.offset if _is_struct(chunk.type) else content.offset
         valid = np.array(content.is_valid())[: len(chunk)] & np.array(chunk.is_valid())
         _, offsets, data = content.buffers()
-        if data is not None and len(chunk):
+        if data is not None and data.size and len(chunk):
             width = np.int64 if pyarrow.types.is_large_binary(content.type) else np.int32
             bounds = np.frombuffer(offsets, dtype=width)[offset : offset + len(chunk) + 1].astype(np.int64)
             start = data.address - whole.address
@@ -204,9 +207,15 @@ def _arrow_rows(table: Path, number: int, shards: list[Path]) -> _Rows:
         if _is_struct(chunk.type) and not valid.all():
             _find_files(chunk, own, np.flatnonzero(~valid), table.parent, shards)
         places.append(own)
-    labels, names = _label_columns(read.schema, lambda name: read.column(name).to_pylist())
+    labels, names = _label_columns(read.schema, lambda name: _sound(read.column(name)).to_pylist())
     whole_places = np.concatenate(places) if places else np.zeros((0, 3), dtype=np.int64)
     return _Rows(whole_places, whole_places[:, 2], labels, names)
+
+
+def _sound(column: Any) -> Any:
+    """A column whose offsets lie within it: arrow itself would follow those of a damaged file anywhere."""
+    column.validate(full=True)
+    return column
 
 
 def _find_files(chunk: Any, places: np.ndarray, rows: np.ndarray, folder: Path, shards: list[Path]) -> None:
@@ -273,7 +282,7 @@ def _label_columns(schema: Any, read: Any) -> tuple[dict[str, list[Any]], dict[s
 
 def _features(schema: Any) -> dict[str, Any]:
     """What Hugging Face's library notes of the columns."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return dict(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
     return {}
 

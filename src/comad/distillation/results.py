@@ -26,12 +26,13 @@ from comad.exporting.package import ModelCard, export_backbone, module_of, progr
 from comad.models.backbone import Backbone
 from comad.models.files import read_json
 from comad.models.teachers import Teacher, inherited_licence
+from comad.reporting.folder import read_run
 from comad.reporting.page import write_report
 from comad.reporting.samples import SAMPLES, read_samples
 from comad.reporting.visuals import gate_images
 from comad.runtime.log import hours_of_training, open_trackers, read_log
 from comad.runtime.processes import together
-from comad.runtime.progress import Working
+from comad.runtime.progress import Working, warn
 from comad.runtime.provenance import code_version, hardware
 from comad.runtime.run import RunConfig
 
@@ -121,6 +122,9 @@ def _leave(
     """Write what one student leaves behind."""
     config, out = trained.config, Path(trained.config.run.out)
     board = Scoreboard(tuple(part.row for part in scores))
+    for text in (below := board.below_untrained()):
+        warn(f"{text}; the run taught it nothing that this score needs.")
+    board = replace(board, warnings=(*read_run(out).warnings, *below))
     board.write(out / "scoreboard.json")
     write_scores(out / "scores.json", scores, {"split": config.split})
     if scores:
@@ -194,7 +198,8 @@ def _start(config: DistillConfig) -> str:
 def _card(
     trained: TrainedStudent, splits: Splits, teachers: Sequence[Teacher], board: Scoreboard, fabric: Fabric
 ) -> ModelCard:
-    config = trained.config
+    config, found = trained.config, read_run(Path(trained.config.run.out))
+    data_found = found.facts.get("data")
     names = ", ".join(teacher.name for teacher in teachers)
     return ModelCard(
         name=f"{config.preset} student of {names}",
@@ -211,6 +216,8 @@ def _card(
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
+        data_found={str(k): str(v) for k, v in data_found.items()} if isinstance(data_found, dict) else {},
+        warnings=board.warnings or found.warnings,
         teachers=tuple(teacher.card for teacher in teachers),
         scores=tuple(board.as_dict()["rows"]) if config.split == "test" else (),
     )

@@ -28,9 +28,11 @@ from comad.data.transforms import evaluation_view
 from comad.evaluation.features import evaluating, pool_tokens
 from comad.evaluation.views import device, load_one, view_size
 from comad.models.backbone import Backbone
+from comad.models.files import sha256
 from comad.models.teachers import Teacher
 from comad.runtime.atomic import replacing
-from comad.runtime.progress import Working
+from comad.runtime.progress import Working, warn
+from comad.runtime.seal import is_intact, sealed
 from comad.runtime.spelling import hint
 
 ENDINGS = (".parquet", ".npy")
@@ -169,7 +171,7 @@ def embed_images(
         for number, first in enumerate(range(0, len(rows), PART_IMAGES)):
             path = parts / f"{number:06}.npz"
             last = min(first + PART_IMAGES, len(rows))
-            if not path.is_file():
+            if not _is_whole(path, range(first, last), backbone.width):
                 _write_part(path, _encode_part(backbone, rows, range(first, last), size, pool, config, told))
             told.advance(last - told.done)
     unreadable = _join(out, parts, rows, backbone.width, {"identity": identity, "pool": pool, "image_size": size})
@@ -196,14 +198,21 @@ def encode(
 
 
 def nearest(table: Path, feature: Float[np.ndarray, " width"], top: int) -> list[Neighbour]:
-    """The rows of a table whose cosine with a feature is largest, read piece by piece; equal ones in their order."""
+    """The rows of a table whose cosine with a feature is largest, read piece by piece; equal ones in their order.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
     query = feature / max(float(np.linalg.norm(feature)), 1e-12)
     best: list[Neighbour] = []
-    for features, paths, labels in _pieces(table):
-        similar = features @ query / np.maximum(np.linalg.norm(features, axis=1), 1e-12)
-        order = np.argsort(-similar, kind="stable")[:top]
-        best += [Neighbour(float(similar[i]), paths[i], labels[i]) for i in order]
-        best = sorted(best, key=lambda hit: -hit.cosine)[:top]
+    try:
+        for features, paths, labels in _pieces(table):
+            similar = features @ query / np.maximum(np.linalg.norm(features, axis=1), 1e-12)
+            order = np.argsort(-similar, kind="stable")[:top]
+            best += [Neighbour(float(similar[i]), paths[i], labels[i]) for i in order]
+            best = sorted(best, key=lambda hit: -hit.cosine)[:top]
+    except Exception as error:  # pyarrow and NumPy have many kinds of errors for damaged files
+        raise ValueError(f"{table} is damaged; remove it, and the same command writes it again.") from error
     return best
 
 
@@ -286,7 +295,7 @@ def _open_parts(out: Path, identity: str) -> Path:
     """The folder of the parts; those of other weights, images or views are removed."""
     folder = out.with_name(f".{out.name}.parts")
     marker = folder / "identity"
-    if not marker.is_file() or marker.read_text(encoding="utf-8") != identity:
+    if not marker.is_file() or marker.read_bytes() != identity.encode():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         marker.write_text(identity, encoding="utf-8")
@@ -317,6 +326,21 @@ def _write_part(path: Path, part: tuple[np.ndarray, np.ndarray]) -> None:
         np.savez(file, features=part[0], index=part[1])
 
 
+def _is_whole(path: Path, span: range, width: int) -> bool:
+    """Whether a part is there; one that is damaged is told, and made again."""
+    if not path.exists():
+        return False
+    try:
+        with np.load(path) as part:  # each array has a checksum
+            features, index = part["features"], part["index"]
+        if features.shape == (len(index), width) and np.isin(index, span).all():
+            return True
+    except Exception:  # zipfile, zlib and NumPy have a dozen kinds of errors for damaged files
+        pass
+    warn(f"{path} is damaged; its images are encoded again.")
+    return False
+
+
 def _read_parts(parts: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for path in sorted(parts.glob("*.npz")):
         with np.load(path) as part:
@@ -342,7 +366,7 @@ def _join_parquet(out: Path, parts: Path, rows: _Rows, width: int, facts: dict[s
     fields = [pa.field(name, pa.string()) for name in COLUMNS]
     fields.append(pa.field("feature", pa.list_(pa.float32(), width)))
     schema = pa.schema(fields, metadata={"comad": json.dumps(facts)})
-    with replacing(out) as partial, pq.ParquetWriter(partial, schema) as writer:
+    with replacing(out) as partial, pq.ParquetWriter(partial, schema, write_page_checksum=True) as writer:
         for features, index in _read_parts(parts):
             columns = [pa.array(column, pa.string()) for column in _columns(rows, index)]
             values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width)
@@ -365,7 +389,7 @@ def _join_npy(out: Path, parts: Path, rows: _Rows, width: int, facts: dict[str, 
         for _, index in _read_parts(parts):
             writer.writerows(zip(*_columns(rows, index), strict=True))
     with replacing(out.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed({**facts, "sha256": sha256(out)}), indent=2) + "\n", encoding="utf-8")
 
 
 def _columns(rows: _Rows, index: np.ndarray) -> list[list[str]]:
@@ -375,18 +399,27 @@ def _columns(rows: _Rows, index: np.ndarray) -> list[list[str]]:
 
 
 def _facts(out: Path) -> dict[str, Any]:
-    """What a table says about itself; nothing if there is none, or it is not ours."""
+    """What a table says about itself; nothing if there is none, or it is not ours. A damaged one is told."""
+    if not out.is_file():
+        return {}
     try:
         if out.suffix == ".npy":
-            facts = json.loads(out.with_suffix(".json").read_text(encoding="utf-8")) if out.is_file() else {}
+            facts = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
         else:
             import pyarrow.parquet as pq
 
             facts = json.loads((pq.read_schema(out).metadata or {}).get(b"comad", b"{}"))
-    except (OSError, ValueError):
+        if "identity" not in facts:
+            return {}
+        sound = out.suffix != ".npy" or (is_intact(facts) and facts["sha256"] == sha256(out))
+        if sound and all(isinstance(facts[key], int) for key in ("rows", "width", "unreadable")):
+            return facts
+    except FileNotFoundError:
         return {}
-    whole = isinstance(facts, dict) and all(isinstance(facts.get(key), int) for key in ("rows", "width", "unreadable"))
-    return facts if whole else {}
+    except Exception:  # pyarrow has many kinds of errors for damaged files
+        pass
+    warn(f"{out} is damaged or of another version; it is written again.")
+    return {}
 
 
 def _pieces(table: Path) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
@@ -402,7 +435,7 @@ def _pieces(table: Path) -> Iterator[tuple[np.ndarray, list[str], list[str]]]:
         return
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(table) as file:
+    with pq.ParquetFile(table, page_checksum_verification=True) as file:
         for batch in file.iter_batches(PART_IMAGES, columns=["path", "label", "feature"]):
             values = batch.column("feature").flatten().to_numpy().reshape(batch.num_rows, -1)
             yield values, batch.column("path").to_pylist(), batch.column("label").to_pylist()

@@ -33,6 +33,7 @@ from comad.models.backbone import Backbone
 from comad.runtime.atomic import write_text
 from comad.runtime.processes import count, exchange, rank
 from comad.runtime.progress import track
+from comad.runtime.seal import sealed
 
 OURS: tuple[type[Evaluation], ...] = (KNN, LinearProbe)
 """The evaluations of the package; those of plugins follow them on a board."""
@@ -113,9 +114,10 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Scoreboard:
-    """Rows in the order in which they are shown."""
+    """Rows in the order in which they are shown, and what was warned of in the run."""
 
     rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,13 +134,25 @@ class Scoreboard:
             replace(row, knn_share=100 * row.scores["knn"] / best) if "knn" in row.scores else row for row in self.rows
         )
 
-    def as_dict(self) -> dict[str, list[dict[str, Any]]]:
-        """Give the board as plain values: ``{"rows": [...]}``."""
-        return {"rows": [row.as_dict() for row in self.shared_rows]}
+    def as_dict(self) -> dict[str, list[Any]]:
+        """Give the board as plain values: ``{"rows": [...]}``, and ``warnings`` if there are some."""
+        told = {"warnings": list(self.warnings)} if self.warnings else {}
+        return {"rows": [row.as_dict() for row in self.shared_rows], **told}
+
+    def below_untrained(self) -> tuple[str, ...]:
+        """A sentence for each score in which the student is below its untrained self."""
+        own, untrained = (
+            next((row.scores for row in self.rows if row.role == role), {}) for role in ("student", "untrained")
+        )
+        return tuple(
+            f"{title_of(name)} of the student, {own[name]:.1f} %, is below the {score:.1f} % of its untrained self"
+            for name, score in untrained.items()
+            if name in own and own[name] < score
+        )
 
     def write(self, path: Path) -> None:
         """Write JSON. A reader never sees half a file: it is renamed into place."""
-        write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
+        write_text(path, json.dumps(sealed(self.as_dict()), indent=2) + "\n")
 
     @property
     def score_names(self) -> list[str]:
@@ -162,7 +176,8 @@ class Scoreboard:
         lines = ["  ".join(_pad(line, widths)).rstrip() for line in cells]
         lines.insert(1, "  ".join("-" * width for width in widths))
         reasons = dict.fromkeys(row.reason for row in self.rows if row.reason)
-        return "\n".join([*lines, *self._counts(self.score_names), *(f"no scores: {reason}" for reason in reasons)])
+        told = [*(f"no scores: {reason}" for reason in reasons), *(f"WARNING: {text}" for text in self.warnings)]
+        return "\n".join([*lines, *self._counts(self.score_names), *told])
 
     def _counts(self, names: Sequence[str]) -> list[str]:
         """What the scores rest on, those of equal numbers together."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from torch import Tensor
 from comad.evaluation.scoreboard import Row, Score
 from comad.runtime.atomic import write_text
 from comad.runtime.progress import warn
+from comad.runtime.seal import is_intact, sealed
 
 
 class Scores(NamedTuple):
@@ -40,12 +40,7 @@ def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any] |
         for part in scores
     ]
     content = {"facts": dict(facts or {}), "scores": plain}
-    write_text(path, json.dumps({**content, "sha256": _digest(content)}) + "\n")
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """Over facts and scores, so that a damaged file is not believed."""
-    return hashlib.sha256(json.dumps([content["facts"], content["scores"]]).encode()).hexdigest()
+    write_text(path, json.dumps(sealed(content)) + "\n")
 
 
 def read_scores(path: Path) -> Scores | None:
@@ -54,7 +49,7 @@ def read_scores(path: Path) -> Scores | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("sha256", digest := _digest(content)) != digest:
+        if not is_intact(content):
             raise ValueError("the checksum is wrong")
         return Scores(tuple(_score(part) for part in content["scores"]), content["facts"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

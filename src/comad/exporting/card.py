@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from comad.models.teachers import TeacherCard
@@ -34,6 +34,8 @@ class ModelCard:
         curve: lines of the log worth keeping, such as loss and kNN by epoch.
         data, data_licence: the images that were learnt from.
         data_images: part of the data → number of its images.
+        data_found: what else was found in the data, in words.
+        warnings: what was told in the run, a sentence each.
         eval_crop: share of the shorter side that an evaluation view shows.
         teachers: each teacher's origin.
         scores: rows of the scoreboard, as in its JSON file; percent.
@@ -65,6 +67,8 @@ class ModelCard:
     scores: tuple[dict[str, Any], ...] = ()
     scored_images: int = 0
     intended_use: str = INTENDED_USE
+    data_found: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     exports: tuple[dict[str, Any], ...] = ()
     sha256: str = ""
@@ -88,6 +92,7 @@ def model_card(card: ModelCard, programs: Sequence[tuple[str, str]]) -> str:
             "",
             plain(card.about),
             "",
+            *(line for text in card.warnings for line in (f"**Warning:** {plain(text)}", "")),
             *_what(card),
             "",
             "## Intended use",
@@ -203,6 +208,7 @@ def _training(card: ModelCard) -> list[str]:
         "## Training",
         "",
         f"- data: {plain(card.data)} (licence: {plain(card.data_licence)})" + (f", images: {counts}" if counts else ""),
+        *(f"- data, {plain(name.replace('_', ' '))}: {plain(text)}" for name, text in card.data_found.items()),
         f"- preset: {code(card.preset)}, seed {card.seed}",
         f"- images seen: {card.images_seen:,}",
         *([f"- weights: sha256 {code(card.sha256)}"] if card.sha256 else []),

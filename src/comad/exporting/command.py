@@ -21,8 +21,8 @@ from comad.exporting.source import Source, at_hand, data_of, load_source, run_fo
 from comad.models.backbone import Backbone
 from comad.models.files import read_json
 from comad.runtime.atomic import replacing
-from comad.runtime.progress import track
-from comad.runtime.seal import sealed
+from comad.runtime.progress import track, warn
+from comad.runtime.seal import is_intact, sealed
 
 
 class Exported(NamedTuple):
@@ -171,13 +171,17 @@ def _kept(earlier: Sequence[dict[str, Any]], rows: Sequence[ExportRow], precisio
 def _write_facts(folder: Path, card: ModelCard, session: Session, rows: list[dict[str, Any]], out: Path) -> None:
     """The card, and what was measured: ``README.md``, ``exports.json``, and the rows in ``config.json``."""
     facts = {"source": session.identity, "preprocessing": session.preprocessing.as_dict(), "exports": rows}
-    (folder / "exports.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / "exports.json").write_text(json.dumps(sealed(facts), indent=2) + "\n", encoding="utf-8")
     shown = list(both_programs(session.graph("timm"), out.name)) if card.sha256 else []
     for row in rows:
         form, graph = FORMATS[row["format"]], session.graph(row["format"])
         if form.write is not None and row["note"] == note(form, graph):  # else it was made with other options
             shown.append((f"With {row['format']}", form.program(graph, out.name, row["file"])))
-    (folder / "README.md").write_text(model_card(card, shown), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(card, shown),
+        encoding="utf-8",
+        errors="backslashreplace",  # a name may hold bytes that are no UTF-8
+    )
     if (config := folder / "config.json").is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         content["comad"]["exports"] = rows
@@ -228,6 +232,8 @@ def _earlier_rows(out: Path, identity: str) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = read_json(path, "remove the folder or name another one")
+    if not is_intact(content):
+        raise ValueError(f"{path} was edited or damaged; remove the folder or name another one.")
     rows = content.get("exports")
     if content.get("source") != identity or not isinstance(rows, list):
         return []
@@ -238,8 +244,10 @@ def _earlier_rows(out: Path, identity: str) -> list[dict[str, Any]]:
 def _add_to_scoreboard(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put the exports beside the scores of the run."""
     content = read_json(path, "evaluate the run again")
+    if not is_intact(content):
+        warn(f"{path} was edited or damaged since the run wrote it; it counts as it is now.")
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content | {"exports": rows}, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed(content | {"exports": rows}), indent=2) + "\n", encoding="utf-8")
 
 
 def _file_name(name: str) -> str:

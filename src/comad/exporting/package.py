@@ -77,7 +77,7 @@ def export_backbone(
         else:
             card = write_module(backbone, module, partial, card)
         text = model_card(card, programs_of(backbone, Path(folder.name), card))
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (partial / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
         if module is None:
             verify_export(backbone, partial, dtype)
         else:

@@ -93,8 +93,8 @@ def _recipe(run: Path, key: str, kind: type[T]) -> T:
     """
     path, remedy = run / "config.yaml", "pass --data FOLDER" if key == "data" else "name the student's folder"
     try:
-        if path.stat().st_size > LARGEST_RECIPE:
-            raise ValueError("too large")
+        if not path.is_file() or path.stat().st_size > LARGEST_RECIPE:
+            raise ValueError("no file of its size")
         found = yaml.safe_load(path.read_text(encoding="utf-8"))[key]
         return TypeAdapter(kind).validate_python(found)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from comad.reporting.samples import FACTS, SAMPLES, Samples, leaves, read_samples
+from comad.runtime.seal import is_intact, is_text_intact
 
 SCORES = {
     "knn": "kNN",
@@ -195,10 +196,15 @@ def read_run(folder: Path) -> RunFolder:
     problems: list[str] = []
 
     def attempt(name: str, read: Callable[[Path], T], instead: T) -> T:
-        try:
-            return read(folder / name)
-        except FileNotFoundError:
+        path = folder / name
+        if not path.is_file():
             problems.append(f"{name} is not there.")
+            return instead
+        try:
+            found = read(path)
+            if not _is_intact(path):
+                problems.append(f"{name} was edited or damaged since it was written; it is shown as it is.")
+            return found
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -250,14 +256,23 @@ def read_comparison(folder: Path) -> Comparison:
     """
     path = folder / "comparison.json"
     try:
+        if not _is_intact(path):
+            raise ValueError("the checksum is wrong")
         return Comparison.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged; the same comad compare command again writes it anew.") from error
 
 
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a finite number of a size that can be calculated with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file is what its checksum says; one without a checksum is."""
+    if path.suffix == ".json":
+        return is_intact(json.loads(path.read_bytes()))
+    return path.suffix != ".yaml" or is_text_intact(path.read_text(encoding="utf-8"))
 
 
 def _config(path: Path) -> dict[str, Any]:

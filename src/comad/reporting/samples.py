@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from comad.runtime.atomic import replacing, write_text
+from comad.runtime.seal import sealed
 
 SAMPLES, FACTS = "report.npz", "facts.json"
 VERSION = 1
@@ -165,7 +166,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
         facts: any of ``command``: text. ``changed``: see `changed_options`. ``data``, ``cost``: word → value.
             ``exports``: a list of word → value, such as format, file, size, fidelity, latency.
     """
-    write_text(folder / FACTS, json.dumps(dict(facts), indent=1) + "\n")
+    write_text(folder / FACTS, json.dumps(sealed(facts), indent=1) + "\n")
     return folder / FACTS
 
 

@@ -7,8 +7,10 @@ import importlib
 import json
 import resource
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -168,25 +170,50 @@ class TensorBoard:
     def __init__(self, folder: Path):
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.folder = folder / "tensorboard"
+        self.writer: Any = SummaryWriter(str(self.folder))
+        self.hook = threading.excepthook
+        threading.excepthook = self._hide
+
+    def _hide(self, error: threading.ExceptHookArgs) -> None:
+        """The writer's thread keeps an error of the disk for the next call, and would print it as well."""
+        if not (issubclass(error.exc_type, OSError) and type(error.thread).__name__ == "_AsyncWriterThread"):
+            self.hook(error)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the disk refuses is told once: the run does not need these numbers, which are in its log."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            warn(f"{self.folder}: {error.strerror or error}; TensorBoard gets no more numbers, they are in log.jsonl.")
 
     def numbers(self, step: int, values: Mapping[str, int | float]) -> None:
         """Numbers of one step."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self._told():
+            for name, value in values.items() if self.writer else ():
+                self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: Any) -> None:
         """One image: uint8 (H, W, 3)."""
-        self.writer.add_image(name, image, step, dataformats="HWC")
+        with self._told():
+            if self.writer:
+                self.writer.add_image(name, image, step, dataformats="HWC")
 
     def table(self, step: int, name: str, titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table, which TensorBoard shows as Markdown."""
         lines = [titles, ["---"] * len(titles), *rows]
-        self.writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step)
+        with self._told():
+            if self.writer:
+                self.writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), step)
 
     def close(self) -> None:
         """Write what is left."""
-        self.writer.close()
+        with self._told():
+            if self.writer:
+                self.writer.close()
+        threading.excepthook = self.hook
 
 
 class WeightsAndBiases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -193,6 +194,8 @@ def check_free(run: RunConfig) -> set[str]:
         ValueError: there is something, and ``resume`` is off; or it is a file.
     """
     out = Path(run.out)
+    if re.search("[\ud800-\udfff]", run.out):
+        raise ValueError(f"{run.out!r} is no name in UTF-8, which PyTorch needs; pass another --run.out.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
     held = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
