@@ -23,7 +23,7 @@ from comad.evaluation.scores import read_scores
 from comad.presets import recipe
 from comad.runtime.checkpoint import checkpoints
 from comad.runtime.run import RunConfig
-from comad.runtime.seal import sealed
+from comad.runtime.seal import is_intact, sealed
 
 RECIPE = recipe("comad", demo=True)
 ROWS = ["--presets", "comad", "mean", "--teacher-sets", "first,second", "first", "--seeds", 0, 1]
@@ -52,6 +52,7 @@ def begun(compare_command, tmp_path_factory):
 
 def table(out):
     found = json.loads((out / "comparison.json").read_text())
+    assert is_intact(found) and found.pop("checksum")  # over the seconds, too
     return found, {row["label"]: row for row in found["rows"]}
 
 

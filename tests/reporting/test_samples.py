@@ -16,6 +16,7 @@ from comad.reporting.samples import (
     square,
     write_facts,
 )
+from comad.runtime.seal import sealed
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (3, 20, 30, 3), dtype=np.uint8)
 
@@ -137,7 +138,8 @@ def test_lost_images_are_spread_over_all():
 
 
 def test_facts_are_written_whole(tmp_path):
-    assert write_facts(tmp_path, {"command": "comad"}).read_text() == '{\n "command": "comad"\n}\n'
+    written = write_facts(tmp_path, {"command": "comad"}).read_text()
+    assert json.loads(written) == sealed({"command": "comad"}) and written.endswith("}\n")
     assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]
 
 
