@@ -117,6 +117,13 @@ QUESTIONS = {
         baselines=("untrained", "supervised"),
         folder="lightly",
     ),
+    "rates": Question(
+        title="A small CNN at the learning rate of its kind, and at that of a ViT",
+        teachers=(E0,),
+        seeds=(0,),
+        rows=tuple(f"consensus --optim.batch-size 64 --optim.base-lr {rate}" for rate in ("12e-3", "1e-3")),
+        epochs=4,
+    ),
     "vit": Question(
         title="A small Vision Transformer in place of the convolutional student",
         student="vit",

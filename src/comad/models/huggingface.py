@@ -224,9 +224,11 @@ def weights_file(folder: Path) -> str:
     """
     known = [name for file in FILES for name in (file, file + INDEX) if (folder / name).exists()]
     others = [path.name for end in ("*.safetensors", "*.bin", "*.pth", "*.pt") for path in folder.glob(end)]
-    if not known and len(others) != 1:
-        found = f"which of {', '.join(sorted(others)[:4])} holds its weights" if others else "where its weights are"
-        raise ValueError(f"{folder}: unclear {found}; name the file, as in NAME={folder}/FILE.")
+    if not known and not others:
+        raise ValueError(f"{folder}: no file with weights, such as {FILES[0]}; get the whole folder.")
+    if not known and len(others) > 1:
+        which = ", ".join(sorted(others)[:4])
+        raise ValueError(f"{folder}: unclear which of {which} holds its weights; name it, as in NAME={folder}/FILE.")
     return (known or others)[0]
 
 
