@@ -136,13 +136,13 @@ def test_scripts_that_are_named_exist_with_their_questions(monkeypatch: pytest.M
     named = [
         found
         for text in TEXTS.values()
-        for found in re.findall(r"python benchmarks/(\w+)\.py((?: (?:--\w+ FOLDER|[a-z-]+))*)", text)
+        for found in re.findall(r"python benchmarks/(\w+)\.py((?: (?:--\w+ (?:FOLDER|PYTHON)|[a-z-]+))*)", text)
     ]
     assert len(named) > 30
     for script, rest in named:
         assert (ROOT / "benchmarks" / f"{script}.py").is_file(), script
         if script in questions:
-            assert set(re.sub(r"--\w+ FOLDER", "", rest).split()) <= questions[script].keys(), rest
+            assert set(re.sub(r"--\w+ (?:FOLDER|PYTHON)", "", rest).split()) <= questions[script].keys(), rest
 
 
 def test_python_calls_functions_as_they_are(monkeypatch: pytest.MonkeyPatch):
