@@ -16,6 +16,7 @@ from PIL import Image
 from comad.data.bundled import load_stamps
 from comad.data.images import Splits
 from comad.data.scenes import Composer, Scene, SceneConfig
+from comad.runtime.atomic import write_text
 from comad.runtime.progress import track
 
 PARTS = {"training": "train", "validation": "val"}
@@ -81,7 +82,7 @@ def write_scenes(config: ScenesConfig) -> str:
             pixels[place] += np.bincount(classes.ravel(), minlength=len(names) + 1)
             shown[place, np.unique(classes)] += 1
         path = root / "annotations" / f"instances_{PARTS[part]}2017.json"
-        path.write_text(json.dumps(coco), encoding="utf-8")
+        write_text(path, json.dumps(coco))
         counts.append(f"{count} {part} scenes with {len(coco['annotations'])} objects")
     (root / f"objectInfo{len(names)}.txt").write_text(_object_info(names, pixels[0], shown), encoding="utf-8")
     (root / "README.txt").write_text(README.format(count=len(names), concepts=config.concepts), encoding="utf-8")

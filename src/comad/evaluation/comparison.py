@@ -22,6 +22,7 @@ from comad.evaluation.similarity import centred_rows, linear_cka
 from comad.evaluation.views import BATCH, device, load_many, readable, sample, token_batches, view_size
 from comad.models.backbone import gather_patches
 from comad.models.teachers import Teacher, licence_notice
+from comad.runtime.atomic import write_text
 from comad.runtime.progress import track
 
 ADDS_LITTLE = 0.95
@@ -217,6 +218,6 @@ def _write(path: Path, teachers: Sequence[Teacher], facts: dict[str, Any], pairs
     content = {**facts, "teachers": seen, "pairs": [pair._asdict() for pair in pairs], "conclusion": words}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another --out.") from error
