@@ -98,6 +98,7 @@ def test_a_student_that_learnt_labels_says_them_everywhere(tiny_run, tmp_path, r
         said_by_all(done.exported, wanted, tiny_run.data, run_without)
     card = huggingface_hub.ModelCard((done.exported / "README.md").read_text())
     assert card.data.pipeline_tag == "image-classification" and "Fine-tuned with the labels of" in card.text
+    assert "- data, images: train " in card.text
     rows = json.loads((done.exported / "exports.json").read_text())["exports"]
     assert [row["format"] for row in rows] == list(FORMATS)
     assert all(row["max_difference"] <= 1e-4 and f"{row['max_difference']:.1e}" in card.text for row in rows)

@@ -36,7 +36,9 @@ def test_fixed_positions_are_those_of_the_grid():
 
 @pytest.mark.parametrize("method", ["mae", "mocov3"])
 def test_positions_are_fixed_from_scratch(pretrain, method):
-    positions = load_file(pretrain("scratch", method) / "model.safetensors")["pos_embed"].float()
+    teacher = pretrain("scratch", method)
+    positions = load_file(teacher / "model.safetensors")["pos_embed"].float()
+    assert "- data, images: train 56, val 4, test 12" in (teacher / "README.md").read_text()
     torch.testing.assert_close(positions[0, 1:], build_sincos2d_pos_embed([4, 4], 24), atol=1e-3, rtol=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +37,17 @@ class Summary(NamedTuple):
 
     text: str
     facts: dict[str, Any]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The facts that there are, each in words."""
+        return {key: _words(value) for key, value in self.facts.items() if value}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(part)}" for key, part in value.items() if part)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def summarise(splits: Splits) -> Summary:

@@ -242,4 +242,4 @@ def _record_students(recipe: DistillConfig, runs: Sequence[RunConfig], summary: 
         own = recipe.alone(number, run)
         if recipe.extra_students and not run.resume:
             write_recipe(own, Path(run.out) / "config.yaml")
-        leave_facts(own, summary.facts, Path(run.out))
+        leave_facts(own, summary.words, Path(run.out))

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -113,15 +112,8 @@ def _classes(splits: Splits, scores: Sequence[Score]) -> Classes | None:
     return Classes(splits.class_names["fine"], labels[known], images, labels[lost].tolist())
 
 
-def leave_facts(config: DistillConfig, data: Mapping[str, Any], out: Path) -> None:
+def leave_facts(config: DistillConfig, data: Mapping[str, str], out: Path) -> None:
     """Write ``facts.json``: the command, what differs from the defaults, what was found in the data."""
     plain, default = (TypeAdapter(DistillConfig).dump_python(part, mode="json") for part in (config, DistillConfig()))
     command = shlex.join(["comad", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("comad", "__main__.py") else ""
-    words = {key: _words(value) for key, value in data.items() if value}
-    write_facts(out, {"command": command, "changed": changed_options(plain, default), "data": words})
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(part)}" for key, part in value.items() if part)
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    write_facts(out, {"command": command, "changed": changed_options(plain, default), "data": dict(data)})

@@ -157,6 +157,7 @@ def _card(config: FinetuneConfig, source: Source, done: Finetuned, splits: Split
         eval_crop=splits.val.eval_crop,
         data=f"{known}; then {data} with labels",
         data_images={name: len(images) for name, images in parts.items()},
+        data_found=splits.summary().words,
         images_seen=source.card.images_seen + optim.images_seen(count),
         scores=({**row.as_dict(), "role": f"fine-tuned, {config.split} images"},),
         scored_images=row.num_images["finetune"],

@@ -22,6 +22,7 @@ from comad.models.timm_backbone import TimmBackbone, math_attention_on_cpu
 from comad.pretraining.config import PretrainConfig, recipe
 from comad.pretraining.mae import MaeModel
 from comad.pretraining.positions import fix_positions
+from comad.reporting.folder import read_run
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import hours_of_training, read_log
 from comad.runtime.options import identity_of
@@ -133,6 +134,8 @@ def export_teacher(
         data=config.data if config.data == "stamps" else Path(config.data).name,
         data_licence=splits.licence,
         eval_crop=splits.train.eval_crop,
+        data_found=splits.summary().words,
+        warnings=read_run(out).warnings,
     )
 
     def export(card: ModelCard) -> Path:
@@ -147,7 +150,7 @@ def export_teacher(
         score("pixels", "pixels", None, splits, size).row,
         score("untrained", "untrained", untrained, splits, size).row,
     )
-    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row))
+    board = Scoreboard((*rows, score(method, "teacher", plain, splits, size).row), card.warnings)
     board.write(out / "scoreboard.json")
     return export(replace(card, scores=tuple(board.as_dict()["rows"])))
 
