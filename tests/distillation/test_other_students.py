@@ -93,6 +93,7 @@ def test_a_cnn_learns_goes_on_and_leaves(command, tmp_path, name, preset, more):
     learns_and_goes_on(command, tmp_path / "run", name, "--preset", preset, *more)
 
 
+HALF = ("--optim.epochs=0.5", "--optim.warmup-epochs=0", "--run.checkpoint-every=1")
 FAMILIES = {
     "resnet18": 64,
     "mobilenetv3_small_100": 64,
@@ -114,7 +115,7 @@ FAMILIES = {
 def test_a_family_learns_goes_on_and_leaves_for_other_programs(command, tmp_path, name):
     pytest.importorskip("onnxruntime")
     size = FAMILIES[name]
-    learns_and_goes_on(command, tmp_path / "run", name, "--preset", "mean", "--optim.epochs=0.5", size=size)
+    learns_and_goes_on(command, tmp_path / "run", name, "--preset", "mean", *HALF, size=size)
     formats = ("timm", "transformers", "onnx") if timm.is_model(name) else ("onnx",)
     export(ExportConfig(backbone=str(tmp_path / "run"), to=formats, images=4))
     rows = json.loads((tmp_path / "run" / "export" / "exports.json").read_text())["exports"]

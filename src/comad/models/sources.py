@@ -309,7 +309,10 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     vit = _vit_of(folder, config, stored, str(path), request)
     if vit is None:
         whole = {"tag": None, **facts, "architecture": name}
-        loaded = _timm(request, whole, stored, str(path))
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        side = facts["input_size"][-1] if known and known.fixed_input_size and facts.get("input_size") else None
+        sized = {"img_size": side} if isinstance(side, int) and 0 < side <= TOO_LARGE else {}
+        loaded = _timm(request, whole, stored, str(path), **sized)
         return loaded._replace(source=source, format="export", sha256=digest, licence=licence)
     _refuse_other_activation(name, facts)
     load_weights(vit, stored, str(path))
@@ -323,16 +326,16 @@ def _vit_of(
 ) -> VisionTransformer | None:
     """The plain Vision Transformer of an export, once config and weights agree; None if it is no plain one."""
     name, arguments = config["architecture"], {"in_chans": 3, **config.get("model_args", {})}
+    try:
+        _patch_size(name, {})
+    except NotPlainError:
+        return None
     known = inspect.signature(VisionTransformer).parameters.keys()
     plain = all(isinstance(value, int | float | str | list | None) for value in arguments.values())
     if not arguments.keys() <= known or arguments["in_chans"] != 3 or not plain:
         raise ValueError(f"{folder}: its model_args are not those of an RGB Vision Transformer: {sorted(arguments)}.")
     sides = (arguments.get("img_size"), config["pretrained_cfg"].get("input_size"))
     arguments = {key: value for key, value in arguments.items() if key not in ("img_size", "num_classes", "in_chans")}
-    try:
-        _patch_size(name, {})
-    except NotPlainError:
-        return None
     patch_size, stored_side = stored_size("vit", stored, where)
     depth = len({key.split(".")[1] for key in stored if key.startswith("blocks.")})
     if isinstance(asked := arguments.get("depth", depth), bool) or not isinstance(asked, int) or asked > depth:
@@ -427,10 +430,11 @@ def _timm(
     weights: Mapping[str, Tensor] | None = None,
     where: str = "",
     pretrained: bool = False,
+    **arguments: Any,
 ) -> Source:
-    """Build the model of timm's facts: with the given weights, with timm's own, or with random ones."""
+    """Build the model of timm's facts, and arguments: with the given weights, with timm's own, or with random ones."""
     name, tag = config["architecture"], None if weights is not None else config["tag"] or None
-    cfg = {"pretrained_cfg": tag, "pretrained": pretrained}
+    cfg = {"pretrained_cfg": tag, "pretrained": pretrained, **arguments}
     mean, std, licence = tuple(config["mean"]), tuple(config["std"]), _licence(config)
     if weights is not None or pretrained:
         _refuse_other_activation(name, config)
