@@ -311,7 +311,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         whole = {"tag": None, **facts, "architecture": name}
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
         side = facts["input_size"][-1] if known and known.fixed_input_size and facts.get("input_size") else None
-        sized = {"img_size": side} if isinstance(side, int) and 0 < side <= TOO_LARGE else {}
+        sized: dict[str, Any] = {"img_size": side} if isinstance(side, int) and 0 < side <= TOO_LARGE else {}
         loaded = _timm(request, whole, stored, str(path), **sized)
         return loaded._replace(source=source, format="export", sha256=digest, licence=licence)
     _refuse_other_activation(name, facts)
