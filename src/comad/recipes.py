@@ -14,7 +14,7 @@ from comad.defaults import SIZE_FLAGS, fit_to_data, this_machine, told
 from comad.distillation.config import DistillConfig
 from comad.distillation.method import Method
 from comad.distillation.objectives import Objective
-from comad.models.students import any_size
+from comad.models.timm_backbone import takes_any_size
 from comad.published import PUBLISHED, published
 from comad.runtime.command import get_flag, parse, pop_all, pop_flag
 from comad.runtime.progress import say_next, warn
@@ -122,7 +122,7 @@ def take_defaults(
     elif name := pop_flag(list(rest), "--student.name"):
         default = replace(default, student=default.student.called(name))
     if fit and not (base or recipe or resumed or recipe_of):
-        fixed = () if all("patch16_224" in name or any_size(name) for name in students) else SIZE_FLAGS
+        fixed = () if all("patch16_224" in name or takes_any_size(name) for name in students) else SIZE_FLAGS
         default = fitted(default, [*rest, *fixed])
     method = choose_members(default.method, rest)
     refuse_options_of_others(method, rest)

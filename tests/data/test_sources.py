@@ -26,6 +26,14 @@ COUNT = {"train": 40, "test": 12}
 KINDS = ("tar", "arrow", "arrow-file", "parquet", "csv")
 
 
+def write_rows(table, path):
+    """An arrow stream or a parquet file, by the ending."""
+    if path.suffix == ".parquet":
+        return pq.write_table(table, path)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -179,11 +187,7 @@ def test_an_image_that_is_none_is_skipped_and_named(folder, tmp_path):
         out = tmp_path / ending
         out.mkdir()
         path = out / f"test.{ending}"
-        if ending == "arrow":
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-        else:
-            pq.write_table(table, path)
+        write_rows(table, path)
         splits = load_images(str(path))
         rows = [(part, index) for part in splits[:3] for index in range(len(part))]
         found = {part.key(index): (part, index) for part, index in rows}
@@ -271,11 +275,7 @@ def test_a_damaged_table_is_refused_by_its_name_or_read(kind, folder, tmp_path):
 def test_columns_of_odd_values(ending, tmp_path):
     def write(table, name):
         path = tmp_path / f"{name}.{ending}"
-        if ending == "arrow":
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-        else:
-            pq.write_table(table, path)
+        write_rows(table, path)
         return str(path)
 
     content = io.BytesIO()

@@ -21,7 +21,8 @@ from comad.models.backbone import Backbone, Pool
 from comad.models.files import read_file, read_json
 from comad.models.networks import load_strictly
 from comad.models.sources import BUNDLED, bundled_teachers
-from comad.models.students import VitConfig, takes_size
+from comad.models.students import VitConfig
+from comad.models.timm_backbone import takes_size
 
 LARGEST_RECIPE = 2**20
 T = TypeVar("T")

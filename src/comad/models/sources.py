@@ -32,7 +32,7 @@ from comad.models.networks import (
     stored_size,
     without_classifier,
 )
-from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit
+from comad.models.timm_backbone import NotPlainError, TimmBackbone, create_vit, takes_size
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, torchvision_network
 from comad.runtime.seal import is_intact
 
@@ -309,8 +309,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     vit = _vit_of(folder, config, stored, str(path), request)
     if vit is None:
         whole = {"tag": None, **facts, "architecture": name}
-        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        side = facts["input_size"][-1] if known and known.fixed_input_size and facts.get("input_size") else None
+        side = facts["input_size"][-1] if takes_size(name) and facts.get("input_size") else None
         sized: dict[str, Any] = {"img_size": side} if isinstance(side, int) and 0 < side <= TOO_LARGE else {}
         loaded = _timm(request, whole, stored, str(path), **sized)
         return loaded._replace(source=source, format="export", sha256=digest, licence=licence)

@@ -19,7 +19,7 @@ from comad.models.huggingface import TransformersFeatures, pixels_of
 from comad.models.networks import has_token_norm
 from comad.models.objects import IMAGENET, Pixels, from_python_file, own_facts, timm_facts, vision_part
 from comad.models.teachers import load_teacher, start_from
-from comad.models.timm_backbone import TimmBackbone, create_vit, refuse_unknown
+from comad.models.timm_backbone import TimmBackbone, create_vit, refuse_unknown, takes_size
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures, is_torchvision, torchvision_network
 
 SHAPE = ("patch_size", "width", "depth", "heads")
@@ -162,19 +162,8 @@ def is_plain(name: str) -> bool:
         return True
     except ValueError:  # the answer of `create_vit`
         return False
-    except (NotImplementedError, RuntimeError):  # on meta tensors; plain ones compute with no number of a tensor
+    except RuntimeError:  # on meta tensors; plain ones compute with no number of a tensor
         return False
-
-
-def takes_size(name: str) -> bool:
-    """Whether timm's network of that name is built for one image size."""
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    return bool(known and known.fixed_input_size)
-
-
-def any_size(name: str) -> bool:
-    """Whether it is timm's name of a network that takes images of any size."""
-    return timm.is_model(name) and not takes_size(name)
 
 
 def to_be_trained(module: nn.Module, name: str, image_size: int) -> Backbone:
@@ -247,6 +236,6 @@ def told_of_network(fault: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, NotImplementedError, RuntimeError, IndexError, TypeError) as error:
+    except (AssertionError, RuntimeError, IndexError, TypeError) as error:
         said = str(error).partition("\n")[0][:160]
         raise ValueError(f"{fault} ({said}); {remedy}") from error

@@ -277,3 +277,14 @@ def create_vit(name: str, image_size: int | None, pretrained: bool = False, **ar
     if not isinstance(vit, VisionTransformer):
         raise not_plain
     return vit
+
+
+def takes_size(name: str) -> bool:
+    """Whether timm's network of that name is built for one image size."""
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    return bool(known and known.fixed_input_size)
+
+
+def takes_any_size(name: str) -> bool:
+    """Whether it is timm's name of a network that takes images of any size."""
+    return timm.is_model(name) and not takes_size(name)
