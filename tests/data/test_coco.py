@@ -111,6 +111,28 @@ def test_objects_that_cannot_be_used_are_counted(change, dense_folder, reason):
     assert f"1 objects {reason} are left out, the first 1 of image " in images.notes()[0]
 
 
+def test_boxes_that_are_not_those_of_the_masks_are_told(change, dense_folder):
+    before = load_coco(str(dense_folder)).train
+
+    def to_corners(content):
+        for entry in content["annotations"]:
+            left, top, width, height = entry["bbox"]
+            entry["bbox"] = [left, top, left + width, top + height]
+
+    images = load_coco(change(to_corners)).train
+    assert images.instances == before.instances
+    assert "boxes are left, top, right and bottom, not left, top, width and height" in images.notes()[0]
+    assert not before.notes()
+
+
+def test_a_box_that_is_not_around_its_mask_gives_way_to_it(change):
+    images = load_coco(change(break_entry(bbox=[0, 0, 1, 1]))).train
+    assert [instance.box for found in images.instances for instance in found].count(None) == 1
+    assert images.notes()[0].endswith("1 boxes are not around their masks and left out.")
+    amodal = load_coco(change(break_entry(bbox=[0, 0, 48, 48]))).train
+    assert all(instance.box is not None for found in amodal.instances for instance in found)
+
+
 def run_lengths(counts):
     return lambda record: {"size": [record["height"], record["width"]], "counts": counts}
 

@@ -144,17 +144,18 @@ def weights(out):
 def judge(whole):
     """Count how a command ended: whole and with the weights that it should have, refused in one line, or badly.
 
-    What goes on otherwise than ``whole`` must have told so, in ``words``.
+    What goes on otherwise than ``whole`` must have told so, in ``words``. What is no distillation says by ``same``
+    whether it ended as it should.
     """
 
-    def judgement(out, status, told, refusal=True, words=""):
+    def judgement(out, status, told, refusal=True, words="", same=None):
         lines = [line for line in told.splitlines() if line.startswith("comad: ")]
         if "Traceback" in told or status == 70:
             kind = "tracebacks"
         elif status == 0 and words:
             kind = "survived" if words in told else "silent"
         elif status == 0:
-            kind = "survived" if weights(out) == weights(whole[0]) else "lost"
+            kind = "survived" if (same() if same else weights(out) == weights(whole[0])) else "lost"
         elif status in (1, 2, 3) and lines:
             kind = "refused in one line" if refusal else "lost"
         else:

@@ -74,8 +74,14 @@ def test_names_that_are_no_utf8(start, command, judge, tmp_path):
     shutil.copytree(data, odd)
     judge(tmp_path / "run", *start([*command(tmp_path / "run"), f"--data={odd}"]).wait(), refusal=False)
     (tmp_path / "run/student/README.md").read_text(encoding="utf-8")
-    status, told = start([*command(tmp_path / "other"), f"--run.out={odd}-run"]).wait()
-    assert judge(tmp_path / "other", status, told) == "refused in one line" and "no name in UTF-8" in told
+    first = command(tmp_path)[command(tmp_path).index("--teachers") + 1].partition("=")[2]
+    shutil.copytree(first, f"{odd}-teacher")
+    for more in (f"--run.out={odd}-run", f"--cache-folder={odd}-cache", f"--teachers=odd={odd}-teacher"):
+        status, told = start([*command(tmp_path / "other"), more]).wait()
+        assert judge(tmp_path / "other", status, told) == "refused in one line" and "UTF-8" in told
+    for verb in ("export", "embed"):
+        status, told = start([verb, first, f"--data={data}", f"--out={odd}.parquet"]).wait()
+        assert judge(tmp_path / "other", status, told) == "refused in one line" and "no name in UTF-8" in told
 
 
 SMALL = """

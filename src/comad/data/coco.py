@@ -28,6 +28,8 @@ from comad.data.summary import Summary, dense_text
 LAYOUT = "train2017/*.jpg, val2017/*.jpg and annotations/instances_{train,val}2017.json"
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Of an image in the JSON; Pillow decodes no larger one."""
+CLOSE, APART = 0.9, 0.5
+"""Overlap from which a box is that of its mask, and below which it is not, unless it is around it."""
 Id = int | str
 
 
@@ -68,6 +70,7 @@ class DetectionImages:
         categories: ids of the classes in the file; label n is the n-th, 0 is the background.
         class_names: their names.
         missing: files that the JSON lists and the folder lacks.
+        box_notes: what was done with boxes that are not around their masks.
         skipped: reason → number of objects left out.
         examples: reason → which object was the first.
     """
@@ -89,6 +92,32 @@ class DetectionImages:
             raise ValueError(f"{self.annotations} fits no image of {self.folder}; the format is {LAYOUT}.")
         known = self._instances(content["annotations"], {record.id: record for record in listed})
         self.instances = [known[record.id] for record in self.records]
+        self.box_notes = list(self._correct_boxes())
+
+    def _correct_boxes(self) -> Iterator[str]:
+        """Hold boxes against masks. Corners are read as such; a box that is not around its mask gives way to that."""
+        places = [
+            (record, found, number)
+            for record, found in zip(self.records, self.instances, strict=True)
+            for number, instance in enumerate(found)
+            if instance.box is not None
+        ]
+        boxes = np.array([found[number].box for _, found, number in places], dtype=np.float64).reshape(-1, 4)
+        masks = np.array([_extent(found[number].segmentation, record) for record, found, number in places])
+        masks = masks.reshape(-1, 4)
+        corners, sized = boxes, np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        if (_overlap(corners, masks) > CLOSE).sum() > (_overlap(sized, masks) > CLOSE).sum():
+            sized = corners
+            for found in self.instances:
+                found[:] = [part if part.box is None else part._replace(box=_sized(part.box)) for part in found]
+            yield "boxes are left, top, right and bottom, not left, top, width and height; they are read as such"
+        around = (sized[:, :2] <= masks[:, :2] + 2).all(axis=1) & (sized[:, 2:] >= masks[:, 2:] - 2).all(axis=1)
+        wrong = np.flatnonzero(~around & (_overlap(sized, masks) < APART))
+        for place in wrong:
+            _, found, number = places[place]
+            found[number] = found[number]._replace(box=None)
+        if len(wrong):
+            yield f"{len(wrong)} boxes are not around their masks and left out"
 
     def _instances(self, entries: list[Any], records: dict[Id, ImageRecord]) -> dict[Id, list[Instance]]:
         """The objects of each image; those that cannot be used are counted."""
@@ -208,6 +237,7 @@ class DetectionImages:
             f"{name}: {count} objects {reason} are left out, the first {self.examples[reason]}; correct the file."
             for reason, count in self.skipped.items()
         ]
+        lines += [f"{name}: {note}." for note in self.box_notes]
         boxless = sum(instance.box is None for found in self.instances for instance in found)
         if boxless:
             lines.append(f"{name}: {boxless} objects have no box; theirs is that of the mask.")
@@ -369,6 +399,28 @@ def _instance(entry: Any, record: ImageRecord | None, labels: dict[Id, int]) -> 
     if reason:
         return reason
     return Instance(labels[category], segmentation, crowd, box, area if _are_numbers([area], 0, MAX_PIXELS) else None)
+
+
+def _extent(segmentation: Any, record: ImageRecord) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a mask."""
+    if isinstance(segmentation, list):
+        x, y = [v for part in segmentation for v in part[::2]], [v for part in segmentation for v in part[1::2]]
+        return min(x), min(y), max(x), max(y)
+    left, top, w, h = coco_tools("mask").toBbox(encode_mask(segmentation, record.height, record.width)).tolist()
+    return left, top, left + w, top + h
+
+
+def _sized(corners: list[float]) -> list[float]:
+    left, top, right, bottom = corners
+    return [left, top, right - left, bottom - top]
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes by their corners, (n, 4) each; 0 for one without an area."""
+    sides = np.minimum(one[:, 2:], other[:, 2:]) - np.maximum(one[:, :2], other[:, :2])
+    common = np.clip(sides, 0, None).prod(axis=1)
+    areas = [np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(axis=1) for boxes in (one, other)]
+    return common / np.maximum(sum(areas) - common, 1e-9)
 
 
 CROWD = {"none": False, "0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True, "": False}

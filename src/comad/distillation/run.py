@@ -28,6 +28,7 @@ from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import rehearse
 from comad.models.compiling import eager_mode
 from comad.models.teachers import licence_notice
+from comad.runtime.atomic import check_name
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
 from comad.runtime.options import identity_of
@@ -52,6 +53,7 @@ def distill(config: DistillConfig, inputs: Inputs | None = None) -> DistillResul
         TrainingError: the loss is not finite, or the run collapsed and was told to stop.
     """
     check_free(config.run)
+    check_name(config.cache_folder, "--cache-folder")
     asked = config
     if config.through:
         config, inputs = distill_proxy(config, inputs)

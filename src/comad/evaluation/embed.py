@@ -30,7 +30,7 @@ from comad.evaluation.views import device, load_one, view_size
 from comad.models.backbone import Backbone
 from comad.models.files import sha256
 from comad.models.teachers import Teacher
-from comad.runtime.atomic import replacing
+from comad.runtime.atomic import check_name, replacing
 from comad.runtime.progress import Working, warn
 from comad.runtime.seal import is_intact, sealed
 from comad.runtime.spelling import hint
@@ -128,6 +128,7 @@ def check_place(out: str) -> Path:
         raise ValueError(f"--out {out!r} ends in {path.suffix or 'nothing'!r}; {hint(path.suffix, ENDINGS)}")
     if path.is_dir():
         raise ValueError(f"--out {out!r} is a folder; name a file.")
+    check_name(path, "--out")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"--out {out!r} needs pyarrow; run: pip install 'comad[parquet]', or name a .npy file.")
     beside = [path.with_suffix(ending) for ending in (".csv", ".json")] if path.suffix == ".npy" else []

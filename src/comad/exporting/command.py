@@ -20,6 +20,7 @@ from comad.exporting.session import Session, note
 from comad.exporting.source import Source, at_hand, data_of, load_source, run_folder
 from comad.models.backbone import Backbone
 from comad.models.files import read_json
+from comad.models.sources import left_by_run
 from comad.runtime.atomic import replacing
 from comad.runtime.progress import track, warn
 from comad.runtime.seal import is_intact, sealed
@@ -51,7 +52,7 @@ def _export_named(config: ExportConfig) -> Exported:
     run = run_folder(config.backbone)
     data = config.data or (data_of(run) if run else "stamps")
     splits = load_images(data)
-    source = load_source(str(run / "student") if run else config.backbone, data, config.image_size, splits)
+    source = load_source(str(left_by_run(run)) if run else config.backbone, data, config.image_size, splits)
     if run is None:
         out = Path("exports") / _file_name(source.card.name)
         return write_exports(source, Path(config.out) if config.out else out, config)

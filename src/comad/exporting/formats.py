@@ -137,11 +137,22 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
     return program
 
 
+def _attention_over_units(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, scale: float | None = None, **options: Any
+) -> torch.Tensor:
+    """Attention as matrix products where torch's ONNX exporter has none: more than four axes, as Hiera's mask units."""
+    if query.ndim == 4 or more or options:
+        return NotImplemented
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    return (query * factor @ key.transpose(-2, -1)).softmax(-1) @ value
+
+
 def onnx_model(graph: Graph) -> Any:
     """The network as an ``onnx.ModelProto`` with its pre-processing among its metadata."""
+    attention: dict[Any, Any] = {torch.ops.aten.scaled_dot_product_attention.default: _attention_over_units}
     with contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
         exported = torch.onnx.export(
-            exported_program(graph),
+            exported_program(graph).run_decompositions(attention),
             dynamo=True,
             input_names=["pixels"],
             output_names=list(graph.outputs),

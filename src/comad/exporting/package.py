@@ -29,7 +29,7 @@ from comad.models.networks import KINDS, gives_tokens, is_of_maps, norm_after_po
 from comad.models.teachers import load_teacher
 from comad.models.timm_backbone import TimmBackbone
 from comad.models.torchvision_features import PREFIX, TorchvisionFeatures
-from comad.runtime.atomic import replacing
+from comad.runtime.atomic import check_name, replacing
 from comad.runtime.seal import sealed
 
 __all__ = ["ModelCard", "export_backbone", "programs_of", "verify_export", "write_timm"]
@@ -257,8 +257,9 @@ def check_place(folder: Path) -> None:
     """Refuse a place that is taken by something else than an export.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is, or its name is no UTF-8.
     """
+    check_name(folder, "--out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     config, rows = folder / "config.json", folder / "exports.json"

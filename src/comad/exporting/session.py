@@ -116,8 +116,11 @@ class Session:
             row = self._measure(name, form, graph, file, folder)
         except Exception as error:  # converters and runtimes fail in ways of their own
             self._discard(form, file, folder)
-            first = str(error).strip().splitlines() or [""]
-            return None, f"{name}: not written, {type(error).__name__}: {first[0][:300]}"
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            first = str(cause).strip().splitlines() or [""]
+            return None, f"{name}: not written, {type(cause).__name__}: {first[0][:300]}"
         if row.sound or self.config.keep_failed:
             return row, ""
         self._discard(form, file, folder)

@@ -20,7 +20,7 @@ from comad.exporting.package import module_of, timm_network
 from comad.models.backbone import Backbone, Pool
 from comad.models.files import read_file, read_json
 from comad.models.networks import load_strictly
-from comad.models.sources import BUNDLED, bundled_teachers
+from comad.models.sources import BUNDLED, bundled_teachers, left_by_run
 from comad.models.students import VitConfig
 from comad.models.timm_backbone import takes_size
 
@@ -70,7 +70,7 @@ def run_folder(spec: str) -> Path | None:
         ValueError: the run has no student yet.
     """
     folder = Path(spec)
-    if (folder / "student" / "config.json").is_file():
+    if left_by_run(folder) != folder:
         return folder
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{spec}: this run has no student yet; finish it with --run.resume, then export it.")

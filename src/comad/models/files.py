@@ -153,6 +153,8 @@ def _is_safetensors(path: Path) -> bool:
 
 def _problem(path: Path, error: Exception) -> str:
     """What is wrong with a file that does not load, and what to do."""
+    if re.search("[\ud800-\udfff]", str(path)):
+        return "a name that is no UTF-8, which safetensors needs; rename it"
     if found := re.search(r"GLOBAL (\S+) ", str(error)):
         return f"holds the pickled object {found[1]}, {PICKLED}"
     with path.open("rb") as file:

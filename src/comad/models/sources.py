@@ -163,9 +163,16 @@ def find(spec: str, size: Size, rows: int | None = None, allow_changed: bool = F
         raise ValueError(f"{spec!r}: heads=N is for files; of a timm model the only suffix is :random.")
     else:
         return _cut(_from_timm(request._replace(name=text)), request)
-    request = request._replace(name=name)
+    request, path = request._replace(name=name), left_by_run(path)
     found = _from_folder(path, request) if path.is_dir() and not request.heads else _from_file(path, request)
     return _cut(found, request)
+
+
+def left_by_run(path: Path) -> Path:
+    """What a run left, if that is the folder of one; else the path itself."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        return next((path / name for name in ("student", "teacher") if (path / name / "config.json").is_file()), path)
+    return path
 
 
 def _cut(source: Source, request: Request) -> Source:

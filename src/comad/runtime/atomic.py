@@ -40,6 +40,16 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(former, path)
 
 
+def check_name(place: str | Path, option: str) -> None:
+    """Refuse a place whose name PyTorch, safetensors and others cannot take.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
+    if re.search("[\ud800-\udfff]", str(place)):
+        raise ValueError(f"{str(place)!r} is no name in UTF-8, which PyTorch needs; pass another {option}.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is whole or not there; see `replacing`."""
     with replacing(path) as partial:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
-from comad.runtime.atomic import remove_leftovers
+from comad.runtime.atomic import check_name, remove_leftovers
 from comad.runtime.checkpoint import newest_checkpoint, set_aside_after
 from comad.runtime.lock import LOCK, lock_folder
 from comad.runtime.log import truncate_log
@@ -194,8 +193,7 @@ def check_free(run: RunConfig) -> set[str]:
         ValueError: there is something, and ``resume`` is off; or it is a file.
     """
     out = Path(run.out)
-    if re.search("[\ud800-\udfff]", run.out):
-        raise ValueError(f"{run.out!r} is no name in UTF-8, which PyTorch needs; pass another --run.out.")
+    check_name(out, "--run.out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{run.out!r} is a file; pass --run.out with a folder for the run.")
     held = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()

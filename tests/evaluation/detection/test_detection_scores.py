@@ -104,6 +104,11 @@ def text_ids(content):
     each("annotations", lambda x: {"image_id": f"image {x['image_id']}"})(content)
 
 
+def as_corners(box):
+    left, top, width, height = box
+    return [left, top, left + width, top + height]
+
+
 VARIANTS = {
     "as published": lambda content: None,
     "ids that restart in every image": restart_ids,
@@ -115,6 +120,9 @@ VARIANTS = {
     "iscrowd as text": each("annotations", lambda entry: {"iscrowd": str(entry["iscrowd"])}),
     "iscrowd as truth": each("annotations", lambda entry: {"iscrowd": bool(entry["iscrowd"])}),
     "no boxes": each("annotations", lambda entry: {"bbox": None}),
+    "boxes as corners": each("annotations", lambda entry: {"bbox": as_corners(entry["bbox"])}),
+    "boxes as shares of the image": each("annotations", lambda entry: {"bbox": [side / 64 for side in entry["bbox"]]}),
+    "one box elsewhere": spoil_one(bbox=[0, 0, 1, 1]),
     "no areas": each("annotations", lambda entry: {"area": None}),
     "areas as text": each("annotations", lambda entry: {"area": "12"}),
     "one flat polygon": spoil_one(segmentation=[5, 5, 30, 5, 30, 30], bbox=None, area=None),
