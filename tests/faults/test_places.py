@@ -91,10 +91,13 @@ for words in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "size={size}", "tm
     subprocess.run(["mount", *words], check=True)
 
 def fill():
-    with open("/dev/shm/full", "wb", 0) as file:
-        try:
-            while file.write(bytes(4096)): pass
-        except OSError: pass
+    def keep_full():  # what a read batch gives back, too
+        with open("/dev/shm/full", "wb", 0) as file:
+            while True:
+                try: file.write(bytes(4096))
+                except OSError: time.sleep(0)
+    import threading, time
+    threading.Thread(target=keep_full, daemon=True).start()
 """
 
 

@@ -208,12 +208,14 @@ def _quantised(model: Any, graph: Graph, transform: Callable[[np.ndarray], Any])
         return nncf.quantize(
             model,
             nncf.Dataset(samples, transform),
+            preset=nncf.QuantizationPreset.MIXED,  # Swish and GELU are not symmetric
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             subset_size=len(samples),
             advanced_parameters=advanced.AdvancedQuantizationParameters(
+                overflow_fix=advanced.OverflowFix.ENABLE,  # CPUs with AVX2 alone add up pairs of products in 16 bits
                 activations_quantization_params=advanced.QuantizationParameters(
                     per_channel=False
-                )  # all that ONNX Runtime runs
+                ),  # all that ONNX Runtime runs
             ),
         )
 

@@ -207,9 +207,9 @@ class TrainState:
                 check_parts(stored, path)
                 self._refuse_another(stored["identity"])
                 self._load(stored)
-            except (KeyError, TypeError, RuntimeError, ValueError) as error:
-                if isinstance(error, OtherSetupError):
-                    raise
+            except OtherSetupError:
+                raise
+            except Exception as error:  # parts of another kind fail in any way, those of plugins too
                 faults.append(f"{path.name}: {' '.join(str(error).split())[:200]}")
                 warn(f"{path} cannot be used, the one before is taken: {faults[-1]}")
             else:
