@@ -13,7 +13,7 @@ from comad.recipes import parse_distillation
 
 RATES = {  # absolute, with the images of a step
     "comad": (1.5e-4 * 16, 4096),
-    "tinymim": (1.5e-4 * 64 * 32 / 256, 64 * 32),
+    "tinymim": (1.5e-4 * 128 * 32 / 256, 128 * 32),
     "dmae": (1.5e-4 * 128 * 8 * 4 / 256, 4096),
     "g2sd": (1.5e-4 * 256 * 8 * 2 / 256, 4096),
     "dmjd": (6e-4 * 64 * 8 * (1 / 0.6) / 256, 512),
@@ -30,6 +30,16 @@ RATES = {  # absolute, with the images of a step
 def test_rates_of_the_published_commands(name):
     optim = published(name).optim
     assert (optim.peak_lr, optim.images_per_step) == (pytest.approx(RATES[name][0]), RATES[name][1])
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("tinymim", 15), ("dmae", 20), ("dune", 20), ("theia", 5)])
+def test_warm_up_of_the_published_commands(name, epochs):
+    assert published(name).optim.warmup_epochs == epochs
+
+
+def test_what_the_published_code_leaves_out_or_in():
+    assert published("g2sd").optim.clip == 0  # it has an option for it, and never passes it on
+    assert published("tinymim").drop_path == 0.1
 
 
 def test_least_rates():

@@ -82,12 +82,12 @@ DMAE = Method(
     aligner=StudentProjector(unit_length=True),
     fusion=Sum(),
     single_teacher=True,
-    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss()},
+    objectives={"feature": FeatureLoss(where="visible", distance="l1"), "pixels": PixelLoss(normalize=False)},
 )
 """DMAE (arXiv:2208.12256): MAE, and tokens of the block at 3/4 (9 of 12, 18 of 24), class token too, at length 1.
 
-Both terms have weight 1, and patches' pixels are normalised, as by the published command; its decoder has 8 blocks of
-width 512, here it is 1 of width 128.
+Both terms have weight 1, and pixels are those of the student's input, as by the published command; its decoder has 8
+blocks of width 512, here it is 1 of width 128.
 """
 
 G2SD = Method(
@@ -137,7 +137,8 @@ HYBRID = Method(
 )
 """After Hybrid Distillation: attention of a middle block of the first teacher (masked images), tokens of the others.
 
-Published detail is thin here: the depth, the weights of the terms and the distance are our choice.
+No code of it is public: depth, weights of the terms and distance are our choice, and its masking of redundant
+tokens is left out. How far that is from what was published cannot be said.
 """
 
 DMT_LIKE = Method(
@@ -147,7 +148,10 @@ DMT_LIKE = Method(
     fusion=Mean(),
     objectives={"token": FeatureLoss(where="all"), "spatial": FeatureLoss(where="all", cls=False, distance="mse")},
 )
-"""A guess at DMT, whose text was not available: token KL and spatial MSE to the mean of the teachers."""
+"""A guess at DMT, whose text was not available: token KL and spatial MSE to the mean of the teachers.
+
+It has no public code either; how far this is from what was published cannot be said.
+"""
 
 
 def _cosine_and_smooth_l1(share: float, cls_share: float, weight: float = 1.0) -> dict[str, Objective]:
@@ -197,8 +201,11 @@ PHI_S = replace(
 """RADIO with PHI-S standardisation and MSE on patches (arXiv:2410.01680)."""
 
 EUPE = replace(RADIO, normalizer=Standardize(over="calibration"))
-"""EUPE (arXiv:2603.22387). Its recipe has two stages, the teachers into a large proxy, the proxy into the student
-(``--through``); the objectives of both are these. In a comparison a row has one stage unless it says ``--through``."""
+"""EUPE (arXiv:2603.22387): the teachers into a large proxy, the proxy into the student (``--through``).
+
+The objectives of both stages are these; the paper's third one is left out. In a comparison a row has one stage unless
+it says ``--through``.
+"""
 
 THEIA = Method(
     masking=WholeImages(),

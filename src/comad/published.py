@@ -49,9 +49,10 @@ IMAGENET = 1_281_167
 """Images of ImageNet-1k. Published numbers of steps are as many epochs of it."""
 _MAE = OptimConfig(epochs=300.0, batch_size=4096, microbatch=256, base_lr=1.5e-4, warmup_epochs=15.0, clip=0.0)
 _TINYMIM = Published(
-    source="README.md and main_pretrain.py of github.com/OliverRensu/TinyMIM",
-    optim=replace(_MAE, batch_size=2048),
+    source="README.md, main_pretrain.py and models_tinymim.py of github.com/OliverRensu/TinyMIM",
+    optim=_MAE,
     jitter=0.4,
+    drop_path=0.1,
 )
 
 _UNIC = replace(
@@ -71,11 +72,11 @@ PUBLISHED: dict[str, Published] = {
     **dict.fromkeys(("tinymim", "m-tinymim", "tinymim-feat"), _TINYMIM),
     "dmae": Published(
         source="pretrain.sh and main_distill.py of github.com/UCSC-VLAA/DMAE",
-        optim=replace(_MAE, epochs=100.0, warmup_epochs=40.0),
+        optim=replace(_MAE, epochs=100.0, warmup_epochs=20.0),
     ),
     "g2sd": Published(
-        source="GD.sh and main_distill.py of github.com/pengzhiliang/G2SD",
-        optim=replace(_MAE, warmup_epochs=10.0, clip=3.0, min_lr=2.5e-6 / 2.4e-3),
+        source="GD.sh, main_distill.py and engine_distill.py of github.com/pengzhiliang/G2SD",
+        optim=replace(_MAE, warmup_epochs=10.0, min_lr=2.5e-6 / 2.4e-3),
     ),
     "dmjd": Published(  # its rate counts each image once for every mask: 6e-4 / 0.6
         source="PRETRAIN.md and main_pretrain.py of github.com/mx-mark/DMJD",
@@ -145,10 +146,10 @@ PUBLISHED: dict[str, Published] = {
 
 NOT_FOLLOWED = {
     "phi-s": "it was trained by LAMB (arXiv:2410.01680, table 10), which is not built here",
-    "c-radio": "its report (arXiv:2601.17237) gives none",
-    "siglino": "of arXiv:2512.20157 steps and sizes alone are known here",
-    "hybrid": "of arXiv:2306.15876 they are not known here",
-    "dmt-like": "of arXiv:2312.11938 they are not known here",
+    "c-radio": "its report (arXiv:2601.17237) gives none, and its training code is not public",
+    "siglino": "of arXiv:2512.20157 steps and sizes alone are known here, and its training code is not public",
+    "hybrid": "of arXiv:2306.15876 its 300 epochs alone are known here, and its code is not public",
+    "dmt-like": "of arXiv:2312.11938 they are not known here, and its code is not public",
     "consensus": "it is this project's own",
 }
 """Preset → why it is not in `PUBLISHED`."""

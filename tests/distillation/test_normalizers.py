@@ -112,7 +112,7 @@ def test_phi_s_gives_variance_1_in_every_channel_and_is_a_rotation_times_one_sca
     assert found.cls is given.cls
     matrix = state[0].weight.double()
     torch.testing.assert_close(matrix @ matrix.T / (matrix @ matrix.T)[0, 0], torch.eye(12).double(), atol=1e-5, rtol=0)
-    values = torch.linalg.eigvalsh(torch.cov(given.patches.flatten(0, 1).double().T, correction=0))
+    values = torch.linalg.eigvalsh(torch.cov(given.patches.flatten(0, 1).double().T))
     assert float((matrix @ matrix.T)[0, 0]) == pytest.approx(1 / float(values.mean()), rel=1e-4)
 
 

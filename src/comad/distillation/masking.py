@@ -310,7 +310,7 @@ class Disjoint(HidingPatches, name="disjoint"):
         """See `HidingPatches.policy`."""
         patches = blocks(noise.shape[2], self.block).to(noise.device)
         order = noise[:, 0, : len(patches)].argsort(dim=1, stable=True)
-        count = min(max(1, round(count / patches.shape[1])), len(patches) // 2)
+        count = min(max(1, count // patches.shape[1]), len(patches) // 2)
         halves = torch.cat([order[:, :count], order[:, count : 2 * count]])
         return Masks(patches[halves].flatten(1).sort(dim=1).values, (None,) * (noise.shape[1] - 1))
 

@@ -197,7 +197,7 @@ class PHIS(Normalizer, name="phi-s"):
                 continue
             x = row.double()
             mean = x.mean(dim=0)
-            values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+            values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / max(1, len(x) - 1))
             matrix = hadamard(x.shape[1]).to(x) @ vectors.T * values.mean().clamp(min=1e-12).rsqrt()
             linear.weight.copy_(matrix)
             linear.bias.copy_(-matrix @ mean)
