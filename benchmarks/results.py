@@ -33,24 +33,6 @@ METRIC_NAMES = {
     "box_ap": "box AP",
     "mask_ap": "mask AP",
 }
-FORMER = """## Intervals of these tables
-
-Those of composed scenes are t intervals of the differences paired by seed, over seeds, on the images they were scored
-on. Those marked *former* are of a bootstrap that drew seeds and concepts apart: for seeds that differ
-by 0, 1 and 2 points it covered 99, 96 and 93 % at three seeds, 100, 98 and 96 % at five, 77 % at one. No image's
-outcome was kept with them, so they cannot be made anew from what is stored; their commands do, and what those write
-today has the intervals of [methods](../methods.md#intervals).
-"""
-CHANGED = {
-    "comad-literal": "all teachers count at every position",
-    "dmae": "class token, unit length, normalised pixels",
-    "g2sd": "class token, block 4 of 8",
-    "dmjd": "histograms of gradients, blocks of patches",
-    "gram": "queue before the loss, class token",
-    "unic": "one drop an image, moments by schedule",
-    "dune": "heads as published",
-}
-"""Preset → what of it is otherwise since the tables with the former intervals."""
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 
 
@@ -122,11 +104,8 @@ def demo_section(report: dict[str, Any]) -> str:
     )
 
 
-def question_section(name: str, question: Question) -> str:
+def question_section(name: str, question: Question, report: dict[str, Any]) -> str:
     """One comparison of methods."""
-    command, report = f"python benchmarks/methods.py {name}", read(f"methods-{name}")
-    if report is None:
-        return f"## {question.title}\n\nNot run yet: `{command}`.\n"
     columns = {"knn": "kNN", "linear": "linear"}
     if any(row.get("finetune") is not None for row in report["rows"]):
         columns["finetune"] = "fine-tuned"
@@ -145,31 +124,15 @@ def question_section(name: str, question: Question) -> str:
         [
             f"## {question.title}",
             "",
-            f"`{command}`: {SCORED[report['split']]}, fine top-1 percent, seeds {seeds}, {images:,} images seen;",
-            f"differences to `{reference}`, by seed and image, 95 % intervals over seeds and concepts.",
-            *former(report),
+            f"`python benchmarks/methods.py {name}`: {SCORED[report['split']]}, fine top-1 percent, seeds {seeds},",
+            f"{images:,} images seen; differences to `{reference}`, by seed and image, 95 % intervals over seeds and",
+            "concepts.",
             "",
             table(["row", "teachers", *columns.values()], rows),
             "",
             *([f"Not run yet, of the rows of that command: {', '.join(left)}.", ""] if left else []),
         ]
     )
-
-
-def former(report: dict[str, Any]) -> list[str]:
-    """Of a table with the former intervals: what it costs to make it anew, and what changed since."""
-    if any("knn_over" in row for row in report["rows"]):
-        return []
-    hours = (
-        sum(  # of one thread that trains and one that reads
-            row["seconds"] * len(row["seeds"]) for row in report["rows"]
-        )
-        / 3600
-    )
-    names = [row["preset"].split()[0] for row in report["rows"]]
-    changed = [f"`{name}` ({CHANGED[name]})" for name in dict.fromkeys(names) if name in CHANGED]
-    since = [f"Changed since, so not today's numbers: {', '.join(changed)}."] if changed else []
-    return [f"Intervals: *former*; anew by that command in {2 * hours:.1f} CPU-hours of training.", *since]
 
 
 def brief(label: str) -> str:
@@ -211,8 +174,9 @@ def teacher_page(report: dict[str, Any]) -> str:
         [
             "## Scores",
             "",
-            f"`python benchmarks/teachers.py --score`, {report['image_size']} px, fine top-1 percent on the test",
-            "concepts; differences in points with 95 % intervals, paired, over concepts.",
+            f"`python benchmarks/teachers.py --score`, {report['image_size']} px, fine top-1 percent on",
+            f"{SCORED['test']}; differences in points with 95 % t intervals, paired, over concepts",
+            "alone: of each network there is one seed.",
             "",
             table(["features", "kNN", "linear", *over], rows),
             "",
@@ -255,7 +219,7 @@ def dense_section(report: dict[str, Any] | None) -> str:
     lines = [
         title,
         "",
-        f"`{command}`, `--preset scenes`, test scenes; percent, mean over seeds, and the values of each.",
+        f"`{command}`, `--preset scenes`, 600 scenes of test concepts; percent, mean over seeds, and each seed's.",
     ]
     lines += [
         "Differences in points with 95 % t intervals, paired, over seeds on these scenes. comad: the demo's student;",
@@ -298,8 +262,8 @@ def fill(page: str, body: str) -> None:
 def main() -> None:
     """Fill all pages of whose benchmarks there are results."""
     demo, teachers = read("demo"), read("teachers")
-    sections = [FORMER]
-    sections += [question_section(name, question) for name, question in QUESTIONS.items()]
+    questions = ((name, question, read(f"methods-{name}")) for name, question in QUESTIONS.items())
+    sections = [question_section(name, question, report) for name, question, report in questions if report]
     fill("docs/experiments/stamps.md", "\n".join([*sections, dense_section(read("dense"))]))
     if teachers:
         fill("docs/experiments/bundled-teachers.md", teacher_page(teachers))

@@ -503,4 +503,12 @@ def test_two_stages_go_through_a_proxy_that_is_used_again(command, tmp_path, cap
     assert (proxy / "log.jsonl").read_text() == first
     shutil.rmtree(tmp_path / "run")
     line = failure(capfd, command(tmp_path / "run", *short, "--optim.base-lr=0.02"))
-    assert "run-proxy" in line and "optim.base_lr" in line
+    assert "run-proxy" in line and "optim.base_lr" in line and "--run.out" in line
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"), [("g2sd", "leave out --through"), ("hybrid", "got proxy; pass two or more")]
+)
+def test_what_a_proxy_cannot_teach_is_refused_before_it_is_trained(command, tmp_path, capfd, preset, words):
+    assert words in failure(capfd, command(tmp_path / "run", "--through=test_vit", f"--preset={preset}"))
+    assert not (tmp_path / "run-proxy").exists()

@@ -102,3 +102,7 @@ def test_differences_name_the_leaves():
     current = {"a": {"b": 2, "c": [1, 2]}, "teachers": {"x": {"sha256": "2"}, "y": 3}}
     assert differences(stored, current) == ["a.b: 1 → 2", "teachers.x.sha256: 1 → 2", "teachers.y: None → 3"]
     assert differences(stored, stored) == []
+    assert differences({"cards": {"a": {"sha256": 1}}}, {"cards": {"b": {"sha256": 2}}}) == [
+        "cards.a: gone",
+        "cards.b: new",
+    ]

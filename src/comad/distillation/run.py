@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from comad.distillation.agreement import held_out_agreement
 from comad.distillation.cache import TeacherCache
 from comad.distillation.config import DistillConfig
 from comad.distillation.distiller import Distiller, calibrate
-from comad.distillation.features import TeacherOutput, map_output
+from comad.distillation.features import MAEDecoder, TeacherOutput, map_output
 from comad.distillation.health import CollapseDetector
 from comad.distillation.masking import Masks, drop_unused_masks
 from comad.distillation.results import DistillResult, TrainedStudent, finish
@@ -27,7 +28,7 @@ from comad.distillation.setup import Inputs, Setup, Student, prepare
 from comad.evaluation.probe import KnnProbe
 from comad.evaluation.scoreboard import rehearse
 from comad.models.compiling import eager_mode
-from comad.models.teachers import licence_notice
+from comad.models.teachers import Teacher, licence_notice
 from comad.runtime.atomic import check_name
 from comad.runtime.lock import holding_runs
 from comad.runtime.log import first_metrics
@@ -113,10 +114,16 @@ def distill_proxy(config: DistillConfig, inputs: Inputs | None) -> tuple[Distill
     teachers, images and options, and used again.
 
     Raises:
-        ValueError: that folder holds the proxy of another setup.
+        ValueError: that folder holds the proxy of another setup, or the method cannot learn from one.
     """
     out = Path(f"{config.run.out}-proxy")
     proxy = replace(config.student, start=None, width=None, depth=None, heads=None).called(config.through)
+    if isinstance(config.method.features, MAEDecoder):
+        raise ValueError("a proxy has no MAE decoder, which this preset learns from; leave out --through.")
+    if inputs is None or inputs.student is None:  # what the second stage would refuse is refused before the first
+        with torch.random.fork_rng(devices=[]):
+            student, teacher = (replace(vit, pretrained=False, start=None).build() for vit in (config.student, proxy))
+            Distiller(student, [Teacher("proxy", teacher, cast(Any, None))], config.method)
     run = replace(config.run, out=str(out), resume="auto")
     distill(replace(config, through="", student=proxy, extra_students=(), split="none", run=run), inputs)
     wait_for_all()  # for the first to have written it

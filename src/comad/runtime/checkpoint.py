@@ -142,12 +142,14 @@ def set_aside_after(folder: Path, path: Path | None) -> None:
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name the leaves in which two nested dictionaries differ, as ``a.b: old → new``."""
+    """Name the leaves in which two nested dictionaries differ, as ``a.b: old → new``, and branches gone or new."""
     lines = []
     for key in sorted({*stored, *current}):
         old, new = stored.get(key), current.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{prefix}{key}.")
+        elif isinstance(old or new, Mapping):
+            lines.append(f"{prefix}{key}: {'gone' if new is None else 'new'}")
         elif old != new:
             lines.append(f"{prefix}{key}: {old} → {new}")
     return lines

@@ -221,7 +221,8 @@ class TrainState:
         changed = differences(json.loads(identity), json.loads(json.dumps(self.job.identity)))
         if changed:
             raise OtherSetupError(
-                f"cannot resume {self.job.run.out!r}: it was started with another setup: {'; '.join(changed)}"
+                f"cannot resume {self.job.run.out!r}: it was started with another setup: {'; '.join(changed)}; "
+                "go on with its own, or pass --run.out for a new run."
             )
 
     def _load(self, stored: Mapping[str, Any]) -> None:
