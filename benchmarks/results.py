@@ -12,7 +12,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from intervals import over_seeds
 from methods import QUESTIONS, Question
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +47,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def interval(gain: dict[str, float], digits: int = 1) -> str:
+def interval(gain: dict[str, float]) -> str:
     """A difference with its interval, in points."""
-    difference, low, high = (f"{gain[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    difference, low, high = (f"{gain[key]:+.1f}" for key in ("difference", "low", "high"))
     return f"{difference} [{low}, {high}]"
 
 
@@ -68,28 +67,17 @@ def run_table(report: dict[str, Any]) -> str:
 
 
 def gains(report: dict[str, Any]) -> str:
-    """Student minus baselines: over seeds and concepts, or over seeds alone where no image's outcome was kept."""
-
-    def gain(score: str, name: str) -> dict[str, float]:
-        if "intervals" in report:
-            return report["intervals"][f"{score}_over_{name}"]
-        values = {(row["name"], row["seed"]): row[score] for row in report["rows"]}
-        return over_seeds([values["student", seed] - values[name, seed] for seed in report["seeds"]])
-
-    rows = [[name, interval(gain("knn", name)), interval(gain("linear", name))] for name in BASELINES]
+    """Student minus baselines, over seeds and concepts."""
+    found = report["intervals"]
+    rows = [[name, interval(found[f"knn_over_{name}"]), interval(found[f"linear_over_{name}"])] for name in BASELINES]
     return table(["student minus", "kNN, points", "linear, points"], rows)
 
 
-def basis(report: dict[str, Any]) -> str:
-    """What the demo's intervals are over."""
-    return "seeds and concepts" if "intervals" in report else "seeds, on these concepts"
-
-
 def demo_table(report: dict[str, Any]) -> str:
-    """The demo over several seeds, and what its intervals are over."""
+    """The demo over several seeds."""
     said = (
         f"Fine top-1 percent on {SCORED['test']}, mean over {len(report['seeds'])} seeds; 95 % t intervals of paired\n"
-        f"differences, over {basis(report)}."
+        "differences, over seeds and concepts."
     )
     return "\n\n".join([said, run_table(report), gains(report)])
 
@@ -222,8 +210,8 @@ def dense_section(report: dict[str, Any] | None) -> str:
         f"`{command}`, `--preset scenes`, 600 scenes of test concepts; percent, mean over seeds, and each seed's.",
     ]
     lines += [
-        "Differences in points with 95 % t intervals, paired, over seeds on these scenes. comad: the demo's student;",
-        "single: the same of iBOT alone; untrained: the same network as a run of that seed begins.",
+        "Differences in points, without intervals: no scene's outcome was kept. comad: the demo's student; single: the",
+        "same of iBOT alone; untrained: the same network as a run of that seed begins.",
         "",
     ]
     for task, part in report["tasks"].items():
@@ -246,7 +234,7 @@ def dense_section(report: dict[str, Any] | None) -> str:
 def gap(means: dict[str, Any], first: str, name: str, metric: str) -> str:
     """The first network minus another one, paired by seed."""
     ours, theirs = (means[who][metric]["per_seed"] for who in (first, name))
-    return interval(over_seeds([a - b for a, b in zip(ours, theirs, strict=True)]), 2)
+    return f"{statistics.mean(a - b for a, b in zip(ours, theirs, strict=True)):+.2f}"
 
 
 def fill(page: str, body: str) -> None:
