@@ -340,15 +340,95 @@ def test_kind_that_transformers_alone_knows_teaches_by_a_function(tmp_path: Path
     assert check(f"mine={tmp_path / 'net.py'}:network", features, 64).card.pixel_mean == (0.1,) * 3
 
 
-def test_folder_whose_class_keeps_its_norm_elsewhere_teaches_by_a_function(tmp_path: Path):
-    """transformers' model of masked images has no pooler, and one of its layers is no part of the base model."""
-    config = transformers.BeitConfig(**VISION, use_shared_relative_position_bias=True)
-    model = saved(tmp_path / "theirs", transformers.BeitForMaskedImageModeling(config))
+def test_folder_without_the_norm_that_its_base_model_has_teaches_by_a_function(tmp_path: Path):
+    model = saved(tmp_path / "theirs", transformers.ConvNextBackbone(transformers.ConvNextConfig(**STAGES)))
     assert "NAME=NET.py:FUNCTION" in refusal(str(tmp_path / "theirs"))
     (tmp_path / "net.py").write_text(
-        "import transformers\nfrom torch import nn\n\nclass Net(nn.Module):\n    num_prefix_tokens, has_cls = 1, True\n"
-        "    pixel_mean = pixel_std = (0.5, 0.5, 0.5)\n\n    def __init__(self):\n        super().__init__()\n"
-        f"        self.m = transformers.BeitForMaskedImageModeling.from_pretrained({str(tmp_path / 'theirs')!r})\n\n"
-        "    def forward(self, x):\n        return self.m.layernorm(self.m.beit(x).last_hidden_state)\n"
+        "import transformers\nfrom torch import nn\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        f"        self.m = transformers.ConvNextBackbone.from_pretrained({str(tmp_path / 'theirs')!r})\n\n"
+        "    def forward(self, x):\n        return self.m(x).feature_maps[-1]\n"
     )
-    check(f"mine={tmp_path / 'net.py'}:Net", lambda pixels: model.layernorm(model.beit(pixels).last_hidden_state))
+    check(f"mine={tmp_path / 'net.py'}:Net", lambda pixels: model(pixels).feature_maps[-1], 64)
+
+
+def test_folder_of_a_model_without_a_pooler_gives_the_tokens_of_that_model(tmp_path: Path):
+    config = transformers.BeitConfig(**VISION, use_shared_relative_position_bias=True)
+    model = saved(tmp_path, transformers.BeitModel(config, add_pooling_layer=False))
+    check(str(tmp_path), lambda pixels: model(pixels).last_hidden_state)
+
+
+BEIT = {**VISION, "use_shared_relative_position_bias": True}
+HEADS = {
+    "masked images": (
+        lambda: transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**BEIT, use_mask_token=True)),
+        lambda model: lambda pixels: model.layernorm(model.beit(pixels).last_hidden_state),
+        ("patch",),
+    ),
+    "data2vec": (
+        lambda: transformers.Data2VecVisionForImageClassification(transformers.Data2VecVisionConfig(**BEIT)),
+        lambda model: (
+            lambda pixels: model.data2vec_vision.pooler.layernorm(model.data2vec_vision(pixels).last_hidden_state)
+        ),
+        ("cls", "patch"),
+    ),
+    "resnet": (
+        lambda: transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+        ),
+        lambda model: lambda pixels: model.resnet(pixels).last_hidden_state,
+        ("cls", "patch"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_model_of_transformers_with_a_head_teaches_by_its_backbone_as_folder_and_as_object(name: str, tmp_path: Path):
+    make, features, token_types = HEADS[name]
+    model = saved(tmp_path / "theirs", make())
+    teacher = check(str(tmp_path / "theirs"), features(model))
+    other = load_teacher(model, SIZE, name="mine")
+    images = torch.rand(2, 3, SIZE, SIZE)
+    assert torch.equal(other.backbone(images).patches, teacher.backbone(images).patches)
+    assert teacher.card.token_types == other.card.token_types == token_types
+    if name == "data2vec":
+        assert teacher.card.pixel_mean == other.card.pixel_mean == (0.485, 0.456, 0.406)
+
+
+def test_model_of_transformers_with_a_head_that_hides_its_features_is_told_to_leave_it(tmp_path: Path):
+    config = transformers.SegformerConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, decoder_hidden_size=8)
+    pixels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(ValueError, match=r"without a head, as transformers\.AutoModel loads it"):
+        load_teacher(transformers.SegformerForImageClassification(config), 64, name="mine", **pixels)
+    model = saved(tmp_path, transformers.SegformerForImageClassification(config))
+    base = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    images, backbone = torch.rand(1, 3, 64, 64), load_teacher(base, 64, name="mine", **pixels).backbone
+    with torch.no_grad():
+        wanted = model.segformer((images - 0.5) / 0.5).last_hidden_state.flatten(2).mT
+    torch.testing.assert_close(backbone(images).patches, wanted)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_timm_model_that_transformers_wraps_is_read_from_folder_file_and_object(name: str, tmp_path: Path):
+    facts = {"mean": [0.4] * 3, "std": [0.2] * 3, "classifier": "fc" if name == "resnet18" else "head"}
+    arguments = {} if name == "resnet18" else {"img_size": SIZE}
+    config = transformers.TimmWrapperConfig(architecture=name, model_args=arguments, pretrained_cfg=facts)
+    wrapper = saved(tmp_path / "theirs", transformers.TimmWrapperForImageClassification(config))
+    features = wrapper.timm_model.forward_features
+    teacher = check(str(tmp_path / "theirs"), features)
+    assert teacher.card.pixel_mean == (0.4,) * 3
+    tag = "a1_in1k" if name == "resnet18" else "augreg_in21k"
+    card = check(f"{name}.{tag}={tmp_path / 'theirs' / 'model.safetensors'}", features).card
+    assert card.unwrapped == ("timm_model.",)
+    wrapper.timm_model.pretrained_cfg = facts
+    images, other = torch.rand(1, 3, SIZE, SIZE), load_teacher(wrapper, SIZE, name="mine")
+    torch.testing.assert_close(other.backbone(images).patches, teacher.backbone(images).patches)
+    assert other.card.pixel_mean == (0.4,) * 3
+
+
+def test_timm_folder_that_says_no_pixels_is_read_once_they_are_added_as_it_is_told(tmp_path: Path):
+    network = saved(tmp_path, transformers.TimmWrapperModel(transformers.TimmWrapperConfig(architecture="resnet18")))
+    (added,) = re.findall(r"such as (\"pretrained_cfg\": \{.*\})\.$", refusal(str(tmp_path)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **json.loads(f"{{{added}}}")}))
+    assert check(str(tmp_path), network.timm_model.forward_features).card.pixel_mean == (0.5,) * 3

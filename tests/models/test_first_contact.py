@@ -40,14 +40,16 @@ PLAIN = (
     "samvit_base_patch16",
 )
 OTHERS = ("resnet18", "tf_efficientnet_lite0", "convnext_atto", "hiera_tiny_224", "levit_128s", "mobilenetv3_small_050")
-LARGE = (
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "mvitv2_tiny",
-    "maxvit_tiny_tf_224",
-    "cait_xxs24_224",
-    "xcit_nano_12_p16_224",
-)
+STAGE: dict[str, Any] = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+LARGE: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch4_window7_224": STAGE,
+    "swinv2_tiny_window8_256": STAGE,
+    "mvitv2_tiny": {},
+    "maxvit_tiny_tf_224": {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1)},
+    "cait_xxs24_224": {"embed_dim": 48, "depth": 1, "num_heads": 4},
+    "xcit_nano_12_p16_224": {"depth": 1},
+}
+"""Networks that take long, and the arguments that make them small."""
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 HUGGING_FACE = {
@@ -89,16 +91,19 @@ def check(backbone: Backbone, rows: int, dtype: torch.dtype = torch.float32) -> 
         assert backbone(torch.rand(2, 3, side, side), visible).patches.shape == (2, 2, backbone.width)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the named networks with all they are, but two blocks of 48 channels."""
-    monkeypatch.setattr(sources, "create_vit", partial(sources.create_vit, **SMALL))
-    monkeypatch.setattr(sources, "create_whole", partial(sources.create_whole, **SMALL))
+def shrink(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build a named network with all it is, but few blocks and channels."""
+    arguments = SMALL if name in PLAIN else LARGE.get(name, {})
+    monkeypatch.setattr(sources, "create_vit", partial(sources.create_vit, **arguments))
+    monkeypatch.setattr(sources, "create_whole", partial(sources.create_whole, **arguments))
+    tiny = timm.models.mvitv2.MultiScaleVitCfg(embed_dim=12, depths=(1, 1, 1, 1))
+    monkeypatch.setitem(timm.models.mvitv2.model_cfgs, "mvitv2_tiny", tiny)
 
 
 @pytest.mark.parametrize("rows", GRIDS)
 @pytest.mark.parametrize("name", PLAIN)
-def test_networks_of_patches_give_every_grid_without_resampling(name: str, rows: int, small: None):
+def test_networks_of_patches_give_every_grid_without_resampling(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    shrink(name, monkeypatch)
     (teacher,) = load_on_grid([f"{name}:random"], rows, 16)
     assert teacher.backbone.image_size == rows * teacher.backbone.patch_size
     assert teacher.backbone.own_grid == (rows, rows)
@@ -106,8 +111,11 @@ def test_networks_of_patches_give_every_grid_without_resampling(name: str, rows:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
-def test_networks_of_maps_are_resampled_to_every_grid_in_every_precision(name: str, dtype: torch.dtype):
+@pytest.mark.parametrize("name", [*OTHERS, *LARGE])
+def test_networks_of_maps_are_resampled_to_every_grid_in_every_precision(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    shrink(name, monkeypatch)
     for rows in (2, 14):
         (teacher,) = load_on_grid([f"{name}:random"], rows, 16, dtype)
         check(teacher.backbone, rows, dtype)
@@ -223,15 +231,15 @@ STUDENTS = ((32, 16), (32, 8), (48, 16), (48, 12), (56, 8), (64, 16), (80, 16), 
 """Pixels of the image and of a patch: grids of 2 to 12 rows."""
 NAMES = [f"{name}:random" for name in (*PLAIN, *OTHERS, *LARGE)]
 EVERY = [*NAMES, *HUGGING_FACE, *(f"folder {name}" for name in HUGGING_FACE)]
-TURNS = {name: number for number, name in enumerate(EVERY)}
+SETTINGS: tuple[tuple[Any, str], ...] = (("own", "fp32"), ("grid", "bf16"), ("own", "bf16"), (224, "fp32"))
+"""Pixels of the teacher's images, and precision of the run."""
 Run = Callable[..., "comad.DistillResult"]
 
 
-def made(name: str, folder: Path, request: pytest.FixtureRequest) -> str | nn.Module:
+def made(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str | nn.Module:
     """A teacher as one gives it to a run: a name, a model of transformers, or its folder."""
     if name in NAMES:
-        if name[:-7] in PLAIN:
-            request.getfixturevalue("small")
+        shrink(name.removesuffix(":random"), monkeypatch)
         return name
     torch.manual_seed(0)
     model = HUGGING_FACE[name.removeprefix("folder ")]().eval()
@@ -271,38 +279,27 @@ def run(tmp_path: Path, photographs: dict[str, list[np.ndarray]]) -> Run:
     return distil
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n[:-7] in LARGE else n for n in EVERY])
-def test_every_kind_teaches_a_student(name: str, run: Run, request: pytest.FixtureRequest, tmp_path: Path):
-    """Each with a student, a size and a precision that come in turns; all of them together are slow."""
-    turn = TURNS[name]
-    image_size, patch_size = STUDENTS[turn % len(STUDENTS)]
-    run(
-        made(name, tmp_path, request),
-        image_size,
-        patch_size,
-        ("own", "grid")[turn % 2],
-        precision=("fp32", "bf16")[turn // 2 % 2],
-    )
+PAIRS = [
+    pytest.param(name, student, marks=[] if i % len(STUDENTS) == k else pytest.mark.slow)
+    for i, name in enumerate(EVERY)
+    for k, student in enumerate(STUDENTS)
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "precision"), [("own", "fp32"), ("own", "bf16"), ("grid", "bf16"), (224, "fp32")])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "student"), PAIRS)
 def test_every_kind_teaches_every_student(
-    name: str,
-    student: tuple[int, int],
-    size: Any,
-    precision: str,
-    run: Run,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    name: str, student: tuple[int, int], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    run(made(name, tmp_path, request), *student, size, precision=precision)
+    """Sizes and precisions come in turns; one student of each teacher is quick, all of them together are slow."""
+    size, precision = SETTINGS[(EVERY.index(name) + STUDENTS.index(student)) % len(SETTINGS)]
+    run(made(name, tmp_path, monkeypatch), *student, size, precision=precision)
 
 
 @pytest.mark.parametrize("size", ["own", "grid"])
-def test_names_files_modules_and_functions_teach_together(size: str, run: Run, small: None, tmp_path: Path):
+def test_names_files_modules_and_functions_teach_together(
+    size: str, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    shrink("vit_tiny_patch16_224", monkeypatch)
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, num_classes=0, **SMALL)
     torch.save(vit.state_dict(), tmp_path / "dino.pth")

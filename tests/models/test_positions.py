@@ -6,6 +6,7 @@ The expected positions are computed one by one from the formula of each rule, wi
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from comad.models import sources
 from comad.models.formats import POSITION_RULES
 from comad.models.teachers import load_teacher
 
@@ -219,16 +221,36 @@ def geometric(side: int, new: int) -> list[float]:
     return [-x for x in reversed(steps)] + [0.0] + steps
 
 
+def beit(finetuned: bool) -> tuple[str, str, Beit]:
+    """A name to load it by, the key of its table, and the network, of 14 rows."""
+    pretrained = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False, "init_values": 0.1}
+    if not finetuned:
+        network = Beit(img_size=224, patch_size=16, **SHAPE, **pretrained)
+        return "beit", "rel_pos_bias.relative_position_bias_table", network
+    network = timm.create_model("beit_base_patch16_224", **SHAPE)
+    return "beit_base_patch16_224.in22k_ft_in22k", "blocks.0.attn.relative_position_bias_table", network
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_relative_positions_of_beit_move_by_a_geometric_progression(size: int, tmp_path: Path):
+def test_relative_positions_of_beit_move_by_a_geometric_progression(
+    size: int, finetuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     interpolate = pytest.importorskip("scipy.interpolate")
+    small = {key: value for key, value in SHAPE.items() if key != "num_classes"}
+    monkeypatch.setattr(sources, "create_whole", partial(sources.create_whole, **small))
     torch.manual_seed(0)
-    shared = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "use_fc_norm": False, "init_values": 0.1}
-    network = Beit(img_size=224, patch_size=16, **SHAPE, **shared)
-    key = "rel_pos_bias.relative_position_bias_table"
+    name, key, network = beit(finetuned)
     state = {**network.state_dict(), key: torch.randn(27 * 27 + 3, 1)}
     torch.save({"model": state}, tmp_path / "beit.pth")
-    found = load_teacher(f"beit={tmp_path / 'beit.pth'}:heads=1", size).backbone.network.state_dict()[key]
+    teacher = load_teacher(f"{name}={tmp_path / 'beit.pth'}" + ("" if finetuned else ":heads=1"), size)
+    assert teacher.card.positions == POSITION_RULES["spline"]
+    found = teacher.backbone.network.state_dict()[key]
+    network.load_state_dict(state)
+    network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    other = load_teacher(network, size, name="mine")
+    assert torch.equal(other.backbone.network.state_dict()[key], found)
+    assert other.card.positions == POSITION_RULES["spline"]
     new = 2 * (size // 16) - 1
     assert torch.equal(found[-3:], state[key][-3:])
     places, at = geometric(27, new), [float(x) for x in range(-(new // 2), new // 2 + 1)]

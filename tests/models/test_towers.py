@@ -95,7 +95,7 @@ def test_a_norm_that_follows_the_pooling_normalises_what_is_pooled_as_its_author
 ):
     network = shaken(name)
     torch.save({"model": network.state_dict()}, tmp_path / "finetuned.pth")
-    images = torch.rand(2, 3, *2 * (3 * network.patch_embed.patch_size[0],))
+    images = torch.rand(2, 3, *network.patch_embed.img_size)
     backbone = load_teacher(f"{name}={tmp_path / 'finetuned.pth'}", images.shape[-1]).backbone
     features, tokens = expected_tokens(network, images), backbone(images)
     with torch.no_grad():
@@ -111,9 +111,8 @@ def test_a_norm_that_follows_the_pooling_normalises_what_is_pooled_as_its_author
 def test_a_file_from_before_fine_tuning_has_a_norm_of_tokens(name: str, tmp_path: Path):
     network = shaken(name, global_pool="")
     torch.save(network.state_dict(), tmp_path / "pretrained.pth")
-    patch = network.patch_embed.patch_size[0]
-    images = torch.rand(1, 3, 3 * patch, 3 * patch)
-    backbone = load_teacher(f"{name}={tmp_path / 'pretrained.pth'}", 3 * patch).backbone
+    images = torch.rand(1, 3, *network.patch_embed.img_size)
+    backbone = load_teacher(f"{name}={tmp_path / 'pretrained.pth'}", images.shape[-1]).backbone
     expected = expected_tokens(network, images)[:, 1:]
     torch.testing.assert_close(backbone(images).patches, expected, atol=1e-4, rtol=1e-4)
     assert backbone.token_types == (("patch",) if "mim" in name else ("cls", "patch"))

@@ -19,7 +19,16 @@ from comad.models.networks import build_network, sincos_table, stored_size, widt
 AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema", "target_encoder")
 """Containers and prefixes of an exponential moving average, which is better than the weights beside it."""
 CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network", "encoder")
-PREFIXES = ("_orig_mod.", "module.", "teacher.backbone.", "teacher.", "backbone.", "model.", "wrapped_model._model.")
+PREFIXES = (
+    "_orig_mod.",
+    "module.",
+    "teacher.backbone.",
+    "teacher.",
+    "backbone.",
+    "model.",
+    "wrapped_model._model.",
+    "timm_model.",
+)
 """Of torch.compile, DDP, teachers and backbones of training scripts, Lightning, and LightlyTrain's exports."""
 MOST_WRAPPERS = 6
 OWN_MODULE = (

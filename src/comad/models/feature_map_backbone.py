@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comad.models.backbone import Backbone, Hidden, Pool, Tokens, check_blocks, take_visible, visible_map
-from comad.models.networks import OWN_SIZE, each_normalised, gives_tokens, norm_after_pooling
+from comad.models.networks import OWN_SIZE, each_normalised, gives_tokens, norm_after_pooling, set_input_size
 
 
 class FeatureMapBackbone(Backbone):
@@ -57,7 +57,7 @@ class FeatureMapBackbone(Backbone):
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         own_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
         if hasattr(network, "set_input_size") and own_size != (image_size, image_size):  # windows and positions follow
-            cast(Any, network).set_input_size(img_size=(image_size, image_size))
+            set_input_size(network, image_size)
         self._image_size = image_size
         self.by_intermediates, self.has_norm = False, True
         with torch.no_grad():

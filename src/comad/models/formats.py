@@ -17,15 +17,16 @@ Triple = tuple[float, float, float]
 Layout = Literal["mae", "mocov3", "learnt", "any", "none"]
 Kind = Literal["vit", "eva", "beit"]
 Weights = Mapping[str, Tensor]
-Resampling = Literal["antialias", "plain", "offset", "rebuild", "none"]
+Resampling = Literal["antialias", "plain", "offset", "rebuild", "spline", "none"]
 POSITION_RULES: dict[Resampling, str] = {
     "antialias": "bicubic, antialiased",
     "plain": "bicubic",
     "offset": "bicubic, by scale factor with an offset of 0.1",
     "rebuild": "sin-cos table of the new grid",
+    "spline": "table of offsets on a geometric progression, cubic spline",
     "none": "of the network itself",
 }
-"""How the source of the weights brings absolute positions to another grid; the text is for the teacher card."""
+"""How the source of the weights brings positions to another grid; the text is for the teacher card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +330,7 @@ FORMATS: dict[str, Format] = {
         arguments=BEIT,
         positions="none",
         licence="MIT",
-        resampling="none",
+        resampling="spline",
     ),
     "beit": Format(  # github.com/microsoft/unilm, beit: beit_*_pt22k.pth; no loss ever reached the class token
         container="model",
@@ -342,7 +343,7 @@ FORMATS: dict[str, Format] = {
         token_types=("patch",),
         positions="none",
         licence="MIT",
-        resampling="none",
+        resampling="spline",
     ),
     "dinov3-convnext": Format(  # dinov3_convnext_*_pretrain_lvd1689m-*.pth
         detect=("downsample_layers.0.0.weight", "stages.0.0.dwconv.weight", "norm.weight"),

@@ -182,6 +182,7 @@ OTHERS: dict[str, tuple[Triple, Triple]] = {
     "beit": (HALVES, HALVES),
     "convnext": IMAGENET,
     "convnextv2": IMAGENET,
+    "data2vec-vision": IMAGENET,
     "deit": IMAGENET,
     "dinov3_convnext": IMAGENET,
     "hiera": IMAGENET,
@@ -251,9 +252,10 @@ def load_folder(
     path = folder / (file or weights_file(folder))
     if name in OTHERS:
         mean, std = _pixels(folder, *OTHERS[name])
-        network = _by_transformers(folder, config, read_file(path))
-        rule = "of the network itself"
-        return Loaded(network, path, name, mean, std, ("cls", "patch"), licence_of(folder), rule)
+        content = read_file(path)
+        network = _by_transformers(folder, config, content)
+        token_types = ("patch",) if "lm_head.weight" in content else ("cls", "patch")
+        return Loaded(network, path, name, mean, std, token_types, licence_of(folder), POSITION_RULES["none"])
     if name not in FAMILIES:
         known = ", ".join([*FAMILIES, *OTHERS])
         raise ValueError(
@@ -299,16 +301,19 @@ def _by_transformers(folder: Path, config: Mapping[str, Any], weights: Mapping[s
     _refuse_other_sizes(config, weights, folder)
     try:
         own = {"local_files_only": True, "trust_remote_code": False}
-        facts = transformers.AutoConfig.from_pretrained(str(folder), **own)
+        facts: Any = transformers.AutoConfig.from_pretrained(str(folder), **own)
+        if "lm_head.weight" in weights and "layernorm.weight" in weights:  # of BEiT, whose last norm is its head's
+            facts.use_mean_pooling = False
         with torch.device("meta"):
             kind: Any = type(transformers.AutoModel.from_config(facts, trust_remote_code=False))
-        model, found = kind.from_pretrained(
-            None, config=facts, state_dict=dict(weights), output_loading_info=True, dtype=torch.float32
-        )
+        given: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
+        if "add_pooling_layer" in inspect.signature(kind).parameters:
+            given["add_pooling_layer"] = any("pooler." in key for key in weights)
+        model, found = kind.from_pretrained(None, config=facts, state_dict=dict(weights), **given)
     except Exception as error:  # transformers answers a config of no sense with errors of every kind
         told = str(error).strip().partition("\n")[0][:200]
         raise ValueError(f"{folder}: transformers cannot load it ({told}); {REMEDY}.") from error
-    if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.dense.")):
+    if missing := sorted(found["missing_keys"]):
         what = f"of what transformers.{kind.__name__} needs, its weights miss {', '.join(missing[:3])}"
         raise ValueError(f"{folder}: {what}; {REMEDY}, or {OWN_MODULE}.")
     model = getattr(model, "vision_model", getattr(model, "vision_tower", model))
@@ -383,7 +388,10 @@ class TransformersFeatures(nn.Module):
             if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
                 arguments = {"interpolate_pos_encoding": True}
             found = model(pixel_values=pixels, **arguments)
-        tokens = found.last_hidden_state
+        tokens = getattr(found, "last_hidden_state", None)
+        if tokens is None:
+            what = f"transformers.{type(model).__name__} gives no last_hidden_state"
+            raise ValueError(f"{what}; pass the model without a head, as transformers.AutoModel loads it.")
         if tokens.ndim == 3:
             side = pixels.shape[-1] // self.patch_size if self.patch_size else 0
             side = side if 0 < side**2 <= tokens.shape[1] else math.isqrt(tokens.shape[1])

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from comad.models.formats import Kind, Resampling, Weights
 
 KINDS: dict[Kind, type[nn.Module]] = {"vit": VisionTransformer, "eva": Eva, "beit": Beit}
-TABLE = "rel_pos_bias.relative_position_bias_table"
+OFFSETS = "relative_position_bias_table"
+TABLE = f"rel_pos_bias.{OFFSETS}"
 OWN_SIZE = 224
 """Pixels on the side of the images of a network whose weights and facts do not say it."""
 
@@ -192,6 +193,22 @@ def resample_offsets(table: Float[Tensor, "n heads"], rows: int) -> Float[Tensor
     square = table[:-3].double().view(old, old, -1)
     grid = torch.einsum("ia,jb,abh->ijh", spline, spline, square).flatten(0, 1)
     return torch.cat([grid.to(table.dtype), table[-3:]])
+
+
+def set_input_size(network: nn.Module, side: int) -> None:
+    """Bring a network of timm to images of ``side`` pixels: by timm, but offsets of BEiT as its authors do."""
+    offsets = [name for name, _ in network.named_parameters() if isinstance(network, Beit) and name.endswith(OFFSETS)]
+    tables = {name: network.get_parameter(name).detach() for name in offsets}
+    cast(Any, network).set_input_size(img_size=(side, side))
+    for name, table in tables.items():
+        network.get_parameter(name).data = resample_offsets(table, cast(Any, network).patch_embed.grid_size[0])
+
+
+def position_rule(network: nn.Module) -> Resampling:
+    """How a network that timm built is brought to another grid."""
+    if isinstance(network, Beit) and network.pos_embed is None:
+        return "spline"
+    return "none" if getattr(network, "pos_embed", None) is None else "antialias"
 
 
 def spline_matrix(x: Float[Tensor, " n"], at: Float[Tensor, " m"]) -> Float[Tensor, "m n"]:

@@ -19,7 +19,7 @@ from comad.models.backbone import Backbone
 from comad.models.feature_map_backbone import FeatureMapBackbone, ModuleFeatures
 from comad.models.files import checked_pixels, read_json, sha256_of
 from comad.models.formats import POSITION_RULES
-from comad.models.networks import OWN_SIZE
+from comad.models.networks import OWN_SIZE, position_rule
 from comad.models.sources import OWN_FORWARD, Request, Source, cut_blocks, make_backbone
 from comad.models.timm_backbone import TimmBackbone
 from comad.models.torchvision_features import TorchvisionFeatures, is_torchvision
@@ -86,6 +86,7 @@ def from_object(
         raise ValueError(
             f"{name}: it cannot be copied ({told}); pass a module without hooks and open files."
         ) from error
+    module = getattr(module, "timm_model", module)  # of transformers' TimmWrapperModel
     rule, given = OWN_FORWARD, (mean, std) if mean is not None and std is not None else None
     if not given and hasattr(module, "pixel_mean") and hasattr(module, "pixel_std"):
         given = own_facts(module)[0]
@@ -98,7 +99,7 @@ def from_object(
     elif hasattr(module, "forward_features") and (facts := timm_facts(module)):
         pixels = _known_pixels(given or (facts["mean"], facts["std"]), name)
         backbone = _of_timm(module, request, pixels)
-        rule = POSITION_RULES["antialias"] if isinstance(module, VisionTransformer) else OWN_FORWARD
+        rule = POSITION_RULES[position_rule(module)]
     else:
         pixels, prefix, own_cls = own_facts(module)
         pixels = _known_pixels(given or pixels, name)
@@ -165,11 +166,15 @@ def _of_transformers(module: Any, request: Request, pixels: Pixels) -> tuple[Bac
     """A model of transformers: as timm's where its kind is known, else as it is."""
     kind = str(module.config.model_type).removesuffix("_vision_model").removesuffix("_visual_model")
     mean, std = pixels
-    if kind in huggingface.FAMILIES:
+    has_head = type(module).__module__.startswith("transformers.") and module.base_model is not module
+    if kind in huggingface.FAMILIES or (kind in huggingface.OTHERS and has_head):
         with tempfile.TemporaryDirectory() as folder:  # the names of tensors in files are not those in memory
             module.save_pretrained(folder)
             config = read_json(Path(folder) / "config.json", "update transformers")
-            loaded = huggingface.load_folder(Path(folder), config, request.side)
+            try:
+                loaded = huggingface.load_folder(Path(folder), config, request.side)
+            except ValueError as error:
+                raise ValueError(str(error).replace(folder, request.name)) from error
         return make_backbone(loaded.network, mean, std, loaded.token_types, request), loaded.positions
     features = huggingface.TransformersFeatures(vision_part(module))
     return make_backbone(features, mean, std, ("cls", "patch"), request), OWN_FORWARD

@@ -29,6 +29,7 @@ from comad.models.networks import (
     has_token_norm,
     load_strictly,
     load_weights,
+    position_rule,
     stored_size,
     without_classifier,
 )
@@ -44,7 +45,9 @@ OPTION = re.compile(r"(.+):(?:(heads|depth|size)=([^:=/]*)|(allow_changed))", re
 OPTIONS = "options are :depth=BLOCK, :size=PIXELS (or own, or grid), :heads=N and :allow_changed"
 FILE_ENDS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".json", ".py")
 WEIGHTS = {name + end for name in huggingface.FILES for end in ("", huggingface.INDEX)}
-OWN_FORWARD = "of the network itself"
+OWN_FORWARD = POSITION_RULES["none"]
+TIMM_WRAPPER = "timm_model."
+"""What transformers' TimmWrapperModel puts before every key."""
 TOO_LARGE = 16384
 
 
@@ -282,6 +285,7 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
     config = read_json(folder / "config.json", "name a file, or an exported folder")
     if huggingface.is_ours(config):
         return _from_transformers(folder, config, request, file)
+    config = {key: value for key, value in config.items() if value is not None}
     mean, std = _check_config(config, folder)
     if not is_intact(config):
         sys.stderr.write(
@@ -293,7 +297,8 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         config.get("comad", {}),
         config["architecture"],
     )
-    stored, digest = without_classifier(read_file(path), facts), sha256(path)
+    content = {key.removeprefix(TIMM_WRAPPER): tensor for key, tensor in read_file(path).items()}
+    stored, digest = without_classifier(content, facts), sha256(path)
     if ours.get("sha256", digest) != digest and not request.allow_changed:
         raise ValueError(
             f"{folder}: {path.name} is not the file whose sha256 its config.json records ({str(ours['sha256'])[:12]}); "
@@ -383,7 +388,9 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> tuple[tuple[float,
     parts = [config.get(key, {}) for key in ("pretrained_cfg", "model_args", "comad")]
     sound = all(isinstance(part, dict) for part in parts) and isinstance(config.get("architecture"), str)
     if not sound or not {"mean", "std"} <= parts[0].keys():
-        raise ValueError(f"{folder}: config.json is not timm's: it needs architecture and pretrained_cfg mean and std.")
+        example = '"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}'
+        what = "config.json is not timm's: it needs architecture and pretrained_cfg with mean and std"
+        raise ValueError(f"{folder}: {what}; if you know them, add them, such as {example}.")
     return checked_pixels(
         parts[0]["mean"], parts[0]["std"], f"{folder}: mean and std in config.json", "export it again"
     )
@@ -455,7 +462,7 @@ def _timm(
     digest = sha256_of(network.state_dict())
     backbone = make_backbone(network, mean, std, _token_types(config["tag"]), request)
     full = ".".join(filter(None, (name, config["tag"])))
-    rule = POSITION_RULES["antialias"] if getattr(network, "pos_embed", None) is not None else OWN_FORWARD
+    rule = POSITION_RULES[position_rule(network)]
     return Source(request.name, backbone, f"timm/{full}", "timm", full, digest, mean, std, licence, "", rule)
 
 
