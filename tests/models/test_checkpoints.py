@@ -420,6 +420,13 @@ def test_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path):
     refusal(f"teacher={tmp_path / 'weights.pth'}", "not a readable checkpoint")
 
 
+@pytest.mark.parametrize("content", [{1: torch.ones(2)}, {"model": {1: torch.ones(2), (2, "a"): torch.ones(2)}}])
+def test_keys_that_are_no_text_are_an_unknown_layout(content: dict, tmp_path: Path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="unknown layout"):
+        load_teacher(f"mine={tmp_path / 'file.pth'}", 32)
+
+
 def test_bare_tensor_is_refused(tmp_path: Path):
     refusal(save(tmp_path / "weights.pth", torch.zeros(3)), "Tensor", "state_dict")
 

@@ -269,6 +269,34 @@ def test_known_file_beside_a_config_of_another_network_is_itself(tmp_path: Path)
     assert check(f"dino={written(tmp_path, network.state_dict())}", network.forward_features).card.format == "ibot/dino"
 
 
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])
+def test_names_of_tensors_may_be_those_in_memory(kind: str, tmp_path: Path):
+    """`torch.save(model.state_dict(), FILE)` beside the config, which save_pretrained would rename."""
+    make = {
+        "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)),
+        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY, patch_size=8, image_size=SIZE)),
+        "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)),
+    }[kind]
+    model = saved(tmp_path, make())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    base = getattr(model, "vit", model)
+    norm = base.post_layernorm if kind == "clip" else nn.Identity()
+    check(str(tmp_path), lambda pixels: norm(base(pixels).last_hidden_state), 224 if kind == "dinov2" else SIZE)
+
+
+def test_part_of_several_is_told_by_its_index(tmp_path: Path):
+    network = vit()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    parts = [dict(list(network.state_dict().items())[i::2]) for i in range(2)]
+    for name, part in zip(names, parts, strict=True):
+        safetensors.torch.save_file(part, tmp_path / name)
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (spec,) = re.findall(r"NAME=(.*)\.$", refusal(f"dino={tmp_path / names[0]}"))
+    check(f"dino={spec}", network.forward_features)
+
+
 def test_export_under_another_name_is_the_export(tmp_path: Path):
     network = vit(depth=2)
     shape = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": SIZE}

@@ -118,6 +118,8 @@ def test_model_args_of_no_sense(arguments: dict, folder: Path):
         {"mean": [0.5]},
         {"mean": [[0.5], 0.5, 0.5]},
         {"mean": [True, 0.5, 0.5]},
+        {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]},
+        {"std": [1e-30] * 3},
     ],
     ids=str,
 )
@@ -176,6 +178,9 @@ def test_config_of_transformers_of_no_sense(changes: dict, tmp_path: Path):
         {"hidden_act": "no_such"},
         {"patch_size": 0},
         {"num_channels": 4},
+        {"num_labels": 100_000_000},
+        {"layer_norm_eps": -1.0},
+        {"layer_norm_eps": float("nan")},
     ],
     ids=str,
 )

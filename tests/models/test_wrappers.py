@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from comad.models.checkpoints import PREFIXES
+from comad.models.checkpoints import INSIDE, PREFIXES
 from comad.models.files import read_file
 from comad.models.formats import APACHE, FORMATS, Format
 from comad.models.huggingface import FAMILIES
@@ -56,6 +56,28 @@ WRAPPED = {
         lambda s: {"state_dict": under("wrapped_model._model.", s)},
         ("state_dict", "wrapped_model._model."),
     ),
+    "fsdp": (lambda s: under("_fsdp_wrapped_module.", s), ("_fsdp_wrapped_module.",)),
+    "block by block": (
+        lambda s: {"model": {key.replace("blocks.0.", "blocks.0._orig_mod."): x for key, x in s.items()}},
+        ("model", "_orig_mod."),
+    ),
+    "checkpointed": (
+        lambda s: under("net.", {key.replace(".0.", ".0._checkpoint_wrapped_module."): x for key, x in s.items()}),
+        ("net.", "_checkpoint_wrapped_module."),
+    ),
+    "moco": (
+        lambda s: {"state_dict": {**under("module.encoder_q.", s), **under("module.encoder_k.", s)}},
+        ("state_dict", "module.", "encoder_q."),
+    ),
+    "moco v3": (
+        lambda s: {"state_dict": {**under("module.base_encoder.", s), **under("module.predictor.", s)}},
+        ("state_dict", "module.", "base_encoder."),
+    ),
+    "distillation": (
+        lambda s: {"state_dict": {**under("student_backbone.", s), **under("teacher_backbone.", s)}},
+        ("state_dict", "teacher_backbone."),
+    ),
+    "transformers": (lambda s: under("timm_model.", s), ("timm_model.",)),
 }
 
 
@@ -78,7 +100,7 @@ def test_wrapper_comes_off_and_stands_on_the_card(name: str, tmp_path: Path):
 
 def test_every_prefix_is_tested():
     tested = {name for _, names in WRAPPED.values() for name in names if name.endswith(".")}
-    assert tested | {"teacher.backbone."} == set(PREFIXES)
+    assert tested | {"teacher.backbone."} == {*PREFIXES, *INSIDE}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".anything"])

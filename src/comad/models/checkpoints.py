@@ -19,17 +19,12 @@ from comad.models.networks import build_network, sincos_table, stored_size, widt
 AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema", "target_encoder")
 """Containers and prefixes of an exponential moving average, which is better than the weights beside it."""
 CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network", "encoder")
-PREFIXES = (
-    "_orig_mod.",
-    "module.",
-    "teacher.backbone.",
-    "teacher.",
-    "backbone.",
-    "model.",
-    "wrapped_model._model.",
-    "timm_model.",
-)
-"""Of torch.compile, DDP, teachers and backbones of training scripts, Lightning, and LightlyTrain's exports."""
+PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "module.", "teacher.backbone.", "teacher.", "teacher_backbone.")
+PREFIXES += ("backbone.", "model.", "wrapped_model._model.", "timm_model.", "net.", "base_encoder.")
+PREFIXES += ("encoder_q.",)
+"""Of torch.compile, FSDP, DDP, training scripts, Lightning, LightlyTrain's exports, transformers, and MoCo."""
+INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+"""What stands within keys where blocks were compiled or wrapped one by one."""
 MOST_WRAPPERS = 6
 OWN_MODULE = (
     "write a file NET.py with a function that builds the network, loads this file and returns it, and pass "
@@ -82,14 +77,13 @@ def unwrappings(content: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any],
     names: tuple[str, ...] = ()
     averaged = next((name for name in AVERAGED if isinstance(content.get(name), Mapping)), None)
     if averaged is None:
-        yield content, names
+        yield _without_inside(content, names)
     for _ in range(MOST_WRAPPERS):
         inner = _unwrapped(content)
         if inner is None:
             return
-        content, name = inner
-        names = (*names, name)
-        yield content, names
+        content, names = inner[0], (*names, inner[1])
+        yield _without_inside(content, names)
 
 
 def _unwrapped(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | None:
@@ -103,6 +97,15 @@ def _unwrapped(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | No
         if inside and any("." in key for key in inside):
             return inside, prefix
     return None
+
+
+def _without_inside(content: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The content without the wrappers of single blocks, and the names of what was taken off."""
+    for name in INSIDE:
+        shorter = {re.sub(rf"(?<=\d\.){name}", "", key): value for key, value in content.items()}
+        if shorter.keys() != content.keys():
+            content, names = shorter, (*names, name)
+    return content, names
 
 
 def _match(content: Mapping[str, Any], source: str) -> Checkpoint | None:

@@ -51,7 +51,12 @@ def read_file(path: Path) -> dict[str, Any]:
     for key, tensor in _tensors(content):
         if not _is_plain(tensor):
             raise ValueError(f"{path}: {key} is no plain tensor with all its numbers; save model.state_dict() again.")
-    return dict(content)
+    inner = {key: value if not isinstance(value, Mapping) else _by_text(value) for key, value in content.items()}
+    return _by_text(inner)
+
+
+def _by_text(content: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in content.items()}
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
 
 def checked_pixels(mean: Any, std: Any, what: str, remedy: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Make sure that a pixel normalisation is one: three finite numbers each, of std greater than 0.
+    """Make sure that a pixel normalisation is one: three numbers each, of pixels from 0 to 1, not to 255.
 
     Raises:
         ValueError: it is not.
@@ -83,10 +88,9 @@ def checked_pixels(mean: Any, std: Any, what: str, remedy: str) -> tuple[tuple[f
         and all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values)
         for values in (mean, std)
     )
-    if not sound or min(std) <= 0:
-        raise ValueError(
-            f"{what} are {str(mean)[:80]} and {str(std)[:80]}; three numbers each, of std above 0; {remedy}."
-        )
+    if not sound or max(map(abs, mean)) > 10 or not 1e-3 <= min(std) <= max(std) <= 10:
+        rule = "three numbers each, of pixels from 0 to 1, of std above 0"
+        raise ValueError(f"{what} are {str(mean)[:80]} and {str(std)[:80]}; {rule}; {remedy}.")
     return tuple(map(float, mean)), tuple(map(float, std))
 
 

@@ -31,6 +31,7 @@ from comad.models.networks import OWN_SIZE, build_network, stored_size, width_of
 Rules = tuple[tuple[str, str], ...]
 FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+MOST = 2**20  # of anything in a config: labels, channels, pixels, words
 WRAPPER = re.compile(r"^(?:(?:vit|ijepa|dinov2|dinov2_with_registers|dinov3_vit|model|vision_model)\.)+")
 """What a model with a head puts before the keys of its backbone."""
 REMEDY = "save the model again by save_pretrained"
@@ -40,7 +41,9 @@ VIT: Rules = (
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),  # as in memory, which torch.save(model.state_dict()) keeps
+    (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.attention\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -331,6 +334,10 @@ def _refuse_other_sizes(config: Any, weights: Mapping[str, Any], folder: Path) -
         name, value = pending.pop()
         if isinstance(value, dict | list):
             pending += list(value.items() if isinstance(value, dict) else ((name, part) for part in value))
+        elif isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"{folder}: {name} in config.json is {value}, which no network has; {REMEDY}.")
+        elif name.endswith("_eps") and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError(f"{folder}: {name} in config.json is {value!r}; {REMEDY}.")
         elif isinstance(value, int) and re.search(r"layers|depth|blocks", name) and value > len(weights):
             raise ValueError(f"{folder}: {name} in config.json is {value}, its weights have fewer; {REMEDY}.")
         elif re.match(r"auxiliary_|decoder_", name):  # of heads that are not built

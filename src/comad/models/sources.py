@@ -206,6 +206,9 @@ def cut_blocks(backbone: Backbone, depth: int, name: str) -> None:
 
 def _from_file(path: Path, request: Request) -> Source:
     """Load a checkpoint file: by its format, or as the timm model it is named after if it is flat."""
+    if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        index = re.sub(r"-\d{5}-of-\d{5}(\.\w+)$", rf"\1{huggingface.INDEX}", path.name)
+        raise ValueError(f"{path}: is one part of several; name their index, as in NAME={path.parent / index}.")
     is_named = "." in request.name and timm.is_model(request.name)
     in_folder = not is_named and not request.heads and _has_config(path)
     if in_folder and path.name in WEIGHTS:
