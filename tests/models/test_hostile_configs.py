@@ -106,6 +106,12 @@ def test_model_args_of_no_sense(arguments: dict, folder: Path):
     refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["nope", "../x", "", "vit_tiny_patch16_224\n"])
+def test_network_that_timm_does_not_know(name: str, folder: Path):
+    edit(folder, architecture=name)
+    refusal(folder, "NAME=NET.py:FUNCTION")
+
+
 @pytest.mark.parametrize(
     "facts",
     [

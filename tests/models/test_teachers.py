@@ -107,7 +107,7 @@ def test_plain_timm_folder_has_every_token_and_no_known_licence(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architecture": "hf-hub:someone/something"}, ("hf-hub:someone/something is a network of your own",)),
+        ({"architecture": "hf-hub:someone/something"}, ("'hf-hub:someone/something' is a network of your own",)),
         ({"architecture": None}, ("architecture",)),
         ({"model_args": {"checkpoint_path": "evil.pth"}}, ("model_args", "checkpoint_path")),
         ({"model_args": {**TINY, "in_chans": 4}}, ("RGB",)),

@@ -25,7 +25,7 @@ from comad.runtime.atomic import naming, write_text
 from comad.runtime.progress import track
 from comad.runtime.seal import KEY, sealed
 
-FORMAT = 4
+FORMAT = 5
 """Of the files and of what decides over views and masks; a change makes old folders unknown."""
 
 PASS_ROWS = {"cpu": 16, "cuda": 64}

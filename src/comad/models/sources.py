@@ -316,10 +316,10 @@ def _from_folder(folder: Path, request: Request, file: str | None = None) -> Sou
         load_strictly(network.module, stored, str(path))
         backbone = make_backbone(network, mean, std, token_types, request)
         return Source(request.name, backbone, source, "export", name, digest, mean, std, licence, about, OWN_FORWARD)
-    if ours and not timm.is_model(name):
+    if not timm.is_model(name):
         raise ValueError(
-            f"{folder}: {name} is a network of your own; write a function that builds it and loads {path.name}, and "
-            "name it as NAME=NET.py:FUNCTION."
+            f"{folder}: {name!r} is a network of your own, or of a newer timm; write a function that builds it and "
+            f"loads {path.name}, and name it as NAME=NET.py:FUNCTION."
         )
     vit = _vit_of(folder, config, stored, str(path), request)
     if vit is None:
