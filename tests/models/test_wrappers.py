@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 import subprocess
 import sys
@@ -258,6 +259,17 @@ def test_one_liner_for_a_pickled_file_works(kind: str, tmp_path: Path):
     torch.testing.assert_close(found, load(tmp_path, state).backbone(images).patches)
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickle_that_torch_did_not_write_is_read_once_it_is_converted_as_it_is_told(protocol: int, tmp_path: Path):
+    file, new, state = tmp_path / "file.pkl", tmp_path / "new.pth", vit_state()
+    arrays = {key: tensor.numpy() for key, tensor in state.items()}
+    file.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}, protocol))
+    run_one_liner(refusal(f"dino={file}"), file, new)
+    images = torch.rand(1, 3, SIZE, SIZE)
+    found = load_teacher(f"dino={new}", SIZE).backbone(images).patches
+    torch.testing.assert_close(found, load(tmp_path, state).backbone(images).patches)
+
+
 def test_one_liner_keeps_every_state_dict_and_the_average_is_taken(tmp_path: Path):
     """As timm's train.py saves them, and as YOLO's does: whole modules."""
     last = timm.create_model("vit_tiny_patch16_224")
@@ -361,6 +373,52 @@ def test_own_module_and_backbone_and_teacher_are_teachers():
         load_teacher(module, 32, name="mine", mean=(0.1,) * 3, std=(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="for teachers that are objects"):
         load_teacher("vit_tiny_patch16_224:random", 32, mean=(0.5,) * 3)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_network_in_a_wrapper_of_torch_is_itself(wrap: Any):
+    network = torchvision.models.resnet18().eval()
+    expected, teacher = (load_teacher(x, 64, name="mine") for x in (network, wrap(network)))
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(teacher.backbone(images).patches, expected.backbone(images).patches)
+    assert teacher.card.sha256 == expected.card.sha256 and teacher.card.architecture == "ResNet"
+
+
+def test_list_of_modules_is_no_teacher_and_is_told_so_in_a_line():
+    with pytest.raises(ValueError, match=r"^\[ResNet\([^\n]* is no teacher; give a name[^\n]*$"):
+        load_teacher([torchvision.models.resnet18()], 64)  # pyright: ignore[reportArgumentType]
+
+
+def test_module_that_calls_a_part_of_it_timm_model_is_all_of_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.timm_model = timm.create_model("resnet18")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.timm_model.forward_features(x)[:, :7]
+
+    assert load_teacher(Net(), 64, name="mine").backbone.width == 7
+
+
+def spoilt(kind: str) -> nn.Module:
+    network = nn.Conv2d(3, 8, 16, 16).eval()
+    if kind == "nan":
+        nn.init.constant_(network.weight, float("nan"))
+    if kind == "quantised":
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(network, nn.Linear(2, 2)), {nn.Linear})
+    if kind == "script":
+        return torch.jit.trace(network, torch.rand(1, 3, 64, 64))
+    return network.to("meta") if kind == "meta" else network
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("nan", "a sound network"), ("quantised", "in fp32"), ("meta", "in fp32"), ("script", "that it was made of")],
+)
+def test_network_without_plain_weights_is_refused_in_a_line(kind: str, remedy: str):
+    with pytest.raises(ValueError, match=f"^mine: [^\n]*{remedy}"):
+        load_teacher(spoilt(kind), 64, name="mine")
 
 
 def test_model_of_transformers_of_unknown_pixels_asks_for_them():

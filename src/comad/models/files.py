@@ -25,6 +25,13 @@ PICKLED = (
     "c = {n: k(s(x)) for n, x in s(torch.load(FILE, weights_only=False)).items()}; "
     "torch.save({n: x for n, x in c.items() if t(x) or x}, NEW_FILE)"
 )
+RAW_PICKLE = (
+    "is a pickle that torch.save did not write, which could run code, so it is not read; if you trust the file, keep "
+    "its tensors only: import pickle; c = pickle.load(open(FILE, 'rb')); c = c.get('model', c); "
+    "torch.save({n: torch.as_tensor(x) for n, x in c.items() if hasattr(x, 'shape')}, NEW_FILE)"
+)
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # of torch.save before its files were zip archives
 SCRIPTED = (
     "is a TorchScript program, which is not run; keep its tensors only: "
     "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
@@ -155,14 +162,22 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{"
 
 
+def _pickled_objects(start: bytes, error: Exception) -> str:
+    """What to do about a file of pickled objects that begins so; empty if the error is another one."""
+    if start[:2] in PICKLES and MAGIC not in start[:32]:
+        return RAW_PICKLE
+    found = re.search(r"GLOBAL (\S+) ", str(error))
+    return f"holds the pickled object {found[1]}, {PICKLED}" if found else ""
+
+
 def _problem(path: Path, error: Exception) -> str:
     """What is wrong with a file that does not load, and what to do."""
     if re.search("[\ud800-\udfff]", str(path)):
         return "a name that is no UTF-8, which safetensors needs; rename it"
-    if found := re.search(r"GLOBAL (\S+) ", str(error)):
-        return f"holds the pickled object {found[1]}, {PICKLED}"
     with path.open("rb") as file:
         start = file.read(512)
+    if objects := _pickled_objects(start, error):
+        return objects
     if "torchscript" in str(error).lower() or "TorchScript" in str(error):
         return SCRIPTED
     if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):

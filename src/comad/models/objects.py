@@ -78,7 +78,8 @@ def from_object(
         ValueError: it gives something else, its pixel normalisation is unknown, or the image size does not fit.
     """
     name = request.name
-    digest, architecture = sha256_of(module.state_dict()), type(module).__name__
+    module = _unwrapped(module)
+    digest, architecture = _digest(module, name), type(module).__name__
     try:
         module = copy.deepcopy(module).eval()
     except Exception as error:  # hooks, locks and the like
@@ -86,7 +87,6 @@ def from_object(
         raise ValueError(
             f"{name}: it cannot be copied ({told}); pass a module without hooks and open files."
         ) from error
-    module = getattr(module, "timm_model", module)  # of transformers' TimmWrapperModel
     rule, given = OWN_FORWARD, (mean, std) if mean is not None and std is not None else None
     if not given and hasattr(module, "pixel_mean") and hasattr(module, "pixel_std"):
         given = own_facts(module)[0]
@@ -110,6 +110,36 @@ def from_object(
         backbone.resample_to(request.rows)
     source = Source(name, backbone, "module", "module", architecture, digest, *pixels, licence)
     return source._replace(positions=rule)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network in a wrapper of torch (compiled, for several GPUs) or of transformers (timm's)."""
+    inner: Any = getattr(module, "_orig_mod", module)
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    elif type(module).__module__.startswith("transformers."):
+        inner = getattr(module, "timm_model", module)
+    return inner if inner is module else _unwrapped(inner)
+
+
+def _digest(module: nn.Module, name: str) -> str:
+    """The hash of a module's weights.
+
+    Raises:
+        ValueError: they are no plain tensors, or no finite numbers.
+    """
+    try:
+        state = module.state_dict()
+        digest = sha256_of(state)
+        bad = [key for key, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    except Exception as error:  # quantised, on the meta device, not yet initialised
+        told = str(error).partition("\n")[0][:160]
+        raise ValueError(f"{name}: its weights are no plain tensors ({told}); pass the network in fp32.") from error
+    if bad:
+        raise ValueError(f"{name}: has NaN or infinite weights in {', '.join(bad[:3])}; pass a sound network.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{name}: is a TorchScript program; pass the network that it was made of.")
+    return digest
 
 
 def own_facts(module: nn.Module) -> tuple[Pixels, int, bool]:

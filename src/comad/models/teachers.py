@@ -150,7 +150,8 @@ def load_teacher(
         options = options or checked(Request("a module", image_size, rows))
         source = from_object(teacher, options._replace(name=name), **facts)
     else:
-        raise ValueError(f"{teacher!r} is no teacher; give a name, a file, a module or what load_teacher returns.")
+        what = repr(teacher).partition("\n")[0][:80]
+        raise ValueError(f"{what} is no teacher; give a name, a file, a module or what load_teacher returns.")
     return _frozen(source, dtype, options)
 
 
