@@ -166,3 +166,11 @@ def test_processes_share_every_batch():
     shares = [list(EpochBatches(20, 6, 0, (0, 6), share=(process, 2))) for process in range(2)]
     for batch, *parts in zip(whole, *shares, strict=True):
         assert [len(part) for part in parts] == [3, 3] and sorted(sum(parts, [])) == sorted(batch)  # noqa: RUF017
+
+
+def test_a_worker_whose_training_process_was_killed_says_nothing(capfd):
+    for error in (EOFError(), ConnectionResetError(), BrokenPipeError()):
+        loader_module._tell_unless_alone(type(error), error, None)
+    assert capfd.readouterr().err == ""
+    loader_module._tell_unless_alone(KeyError, KeyError("a fault"), None)
+    assert "KeyError: 'a fault'" in capfd.readouterr().err

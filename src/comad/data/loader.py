@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -268,7 +270,7 @@ def training_batches(
         timeout=config.deadline if config.num_workers else 0,
         generator=torch.Generator(),  # else the loader draws its seed from the training's generator
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
     )
 
 
@@ -285,13 +287,20 @@ def _num_bytes(sample: Any) -> int:
     return sum(map(_num_bytes, parts))
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the workers too; the training process still needs batches to end its step.
 
     A worker leaves when it is told that the loading is over, or finds that its parent is gone.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _tell_unless_alone
+
+
+def _tell_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What multiprocessing's threads in a worker print: nothing of a training process that was killed as it read."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 class _EvaluationDataset(Dataset[tuple[tuple[Tensor, ...], bool]]):
