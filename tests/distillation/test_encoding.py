@@ -13,7 +13,7 @@ from comad.distillation.distiller import repeat_for_masks
 from comad.distillation.features import Blocks, block_at, forward_teacher
 from comad.distillation.masking import Masks, Superset
 from comad.distillation.objectives import PixelLoss
-from comad.models.backbone import normalise_patches, patchify
+from comad.models.backbone import patchify
 from comad.models.students import VitConfig
 from comad.presets import METHODS
 
@@ -114,7 +114,7 @@ def test_every_image_is_seen_under_two_masks_without_a_common_patch(small_distil
     assert torch.equal(repeated[0].patches[3:], outputs[0].patches)
     first, second = masks.student[:3], masks.student[3:]
     for a, b in zip(first.tolist(), second.tolist(), strict=True):
-        assert not set(a) & set(b) and len(a) == len(b) == 8  # two blocks of 2 × 2 patches of four
+        assert not set(a) & set(b) and len(a) == len(b) == 4  # one block of four, .4 of them rounded down
     encoded = setting.distiller.encode(twice, both)
     alone = setting.distiller.encode(images, Masks(second, masks.teachers))
     torch.testing.assert_close(encoded.compared[3:], alone.compared)
@@ -128,7 +128,7 @@ def test_reconstructed_pixels_are_compared_with_the_image_as_the_student_takes_i
     student = setting.distiller.student
     assert torch.equal(true, patchify((images - student.pixel_mean) / student.pixel_std, 8))
     hidden = ~masks.student_sees(3, 16, images.device)
-    expected = F.mse_loss(ours[hidden], normalise_patches(true)[hidden])
+    expected = F.mse_loss(ours[hidden], true[hidden])
     numbers = setting.distiller(images, outputs, masks)[1]()
     assert float(numbers["loss/pixels"]) == pytest.approx(float(expected.detach()), rel=1e-5)
     (pair,), _ = PixelLoss().pairs(None, [], setting.distiller.encode(images, masks), [], ~hidden)

@@ -410,7 +410,7 @@ def _extent(segmentation: Any, record: ImageRecord) -> tuple[float, float, float
     return left, top, left + w, top + h
 
 
-def _sized(corners: list[float]) -> list[float]:
+def _sized(corners: list[Any]) -> list[Any]:
     left, top, right, bottom = corners
     return [left, top, right - left, bottom - top]
 

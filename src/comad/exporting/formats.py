@@ -139,7 +139,7 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
 
 def _attention_over_units(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, scale: float | None = None, **options: Any
-) -> torch.Tensor:
+) -> Any:
     """Attention as matrix products where torch's ONNX exporter has none: more than four axes, as Hiera's mask units."""
     if query.ndim == 4 or more or options:
         return NotImplemented

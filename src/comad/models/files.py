@@ -200,7 +200,7 @@ def _declared_bytes(path: Path) -> int:
         return sum(entry.file_size for entry in archive.infolist())
 
 
-def _tensors(content: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+def _tensors(content: Mapping[Any, Any]) -> Iterable[tuple[str, Tensor]]:
     """The tensors of a file, and those of its containers."""
     for key, value in content.items():
         inner = value.items() if isinstance(value, Mapping) else [(None, value)]
