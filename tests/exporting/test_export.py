@@ -174,6 +174,16 @@ def test_openvino_runs_its_program_without_torch(tiny_run, tmp_path, monkeypatch
     np.testing.assert_allclose(np.array(printed.split()[1:], float), own, atol=0.02)
 
 
+def test_attention_over_units_is_torchs_and_leaves_others_to_the_exporter():
+    query, key, value = torch.randn(3, 2, 4, 3, 5, 8)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(formats._attention_over_units(query, key, value), expected)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+    torch.testing.assert_close(formats._attention_over_units(query, key, value, scale=0.5), expected)
+    assert formats._attention_over_units(query[0], key[0], value[0]) is NotImplemented
+    assert formats._attention_over_units(query, key, value, torch.zeros(5, 5)) is NotImplemented
+
+
 @pytest.mark.slow
 def test_executorch(tiny_run):
     _, _, rows = exported(tiny_run, "executorch")

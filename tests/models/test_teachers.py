@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_half_precision_export_comes_back(tmp_path: Path, images: Tensor):
     assert (card.depth, card.width, card.heads, card.patch_size, card.num_prefix_tokens) == (2, 48, 4, 8, 1)
     assert (card.pixel_mean, card.pixel_std, card.licence) == (MEAN, STD, OURS["licence"])
     assert card.params == sum(x.numel() for x in tiny_vit().parameters())
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_the_folder_of_a_run_is_the_network_that_it_left(tmp_path: Path, images: Tensor, part: str):
+    expected = load_teacher("mae-stamps")
+    shutil.copytree(BUNDLED / "mae-stamps", tmp_path / "run" / part)
+    found = load_teacher(str(tmp_path / "run"))
+    assert found.name == "run" and found.card.sha256 == expected.card.sha256
+    with pytest.raises(ValueError, match=r"no config.json in this folder"):
+        load_teacher(str(tmp_path))
 
 
 def test_export_is_resampled_to_another_size(tmp_path: Path):

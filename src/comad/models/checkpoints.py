@@ -19,9 +19,10 @@ from comad.models.networks import build_network, sincos_table, stored_size, widt
 AVERAGED = ("model_ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema", "target_encoder")
 """Containers and prefixes of an exponential moving average, which is better than the weights beside it."""
 CONTAINERS = (*AVERAGED, "teacher", "model", "state_dict", "model_state_dict", "module", "network", "encoder")
-PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "module.", "teacher.backbone.", "teacher.", "teacher_backbone.")
-PREFIXES += ("backbone.", "model.", "wrapped_model._model.", "timm_model.", "net.", "base_encoder.")
-PREFIXES += ("encoder_q.",)
+PREFIXES = (
+    *("_orig_mod.", "_fsdp_wrapped_module.", "module.", "teacher.backbone.", "teacher.", "teacher_backbone."),
+    *("backbone.", "model.", "wrapped_model._model.", "timm_model.", "net.", "base_encoder.", "encoder_q."),
+)
 """Of torch.compile, FSDP, DDP, training scripts, Lightning, LightlyTrain's exports, transformers, and MoCo."""
 INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """What stands within keys where blocks were compiled or wrapped one by one."""

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from comad.runtime.atomic import is_utf8
+
 LARGEST_JSON = 16 * 2**20  # bytes; the names of 22,000 classes take 2 MB
 SLACK = 2**20  # bytes of an archive that are no tensors
 PICKLED = (
@@ -172,7 +174,7 @@ def _pickled_objects(start: bytes, error: Exception) -> str:
 
 def _problem(path: Path, error: Exception) -> str:
     """What is wrong with a file that does not load, and what to do."""
-    if re.search("[\ud800-\udfff]", str(path)):
+    if not is_utf8(path):
         return "a name that is no UTF-8, which safetensors needs; rename it"
     with path.open("rb") as file:
         start = file.read(512)

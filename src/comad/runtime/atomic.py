@@ -40,13 +40,18 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(former, path)
 
 
+def is_utf8(place: str | Path) -> bool:
+    """Whether a name is UTF-8; bytes of names that are none are half a pair of surrogates in Python."""
+    return re.search("[\ud800-\udfff]", str(place)) is None
+
+
 def check_name(place: str | Path, option: str) -> None:
     """Refuse a place whose name PyTorch, safetensors and others cannot take.
 
     Raises:
         ValueError: it is no UTF-8.
     """
-    if re.search("[\ud800-\udfff]", str(place)):
+    if not is_utf8(place):
         raise ValueError(f"{str(place)!r} is no name in UTF-8, which PyTorch needs; pass another {option}.")
 
 
